@@ -1,0 +1,131 @@
+"""Element sets: which numbers a code of a few bits stands for, and how a number is rounded to one of them.
+
+Codes are raw bit patterns, one to a ``uint8``; packing several into a byte is `pack.py`'s business.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Element:
+    """A set of numbers with a code each.
+
+    Attributes:
+        name: the field's name for it, such as ``e4m3``.
+        bits: width of a code.
+        values: the value of each of the ``2**bits`` codes, in code order. NaN and infinity stand where a code means
+            them: reading keeps them, rounding never makes them (it saturates at the largest finite value).
+        native: a torch dtype with the same codes, used where it is faster than the table.
+    """
+
+    name: str
+    bits: int
+    values: tuple[float, ...] = field(repr=False)
+    native: torch.dtype | None = field(default=None, compare=False)
+
+    @functools.cached_property
+    def max(self) -> float:
+        """The largest finite value."""
+        return max(v for v in self.values if math.isfinite(v))
+
+    @functools.cached_property
+    def min(self) -> float:
+        """The smallest finite value (positive for e8m0)."""
+        return min(v for v in self.values if math.isfinite(v))
+
+    @property
+    def integer(self) -> bool:
+        """Whether the values are the whole numbers of two's complement."""
+        return self.name.startswith("int")
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Values of codes, float32, same shape."""
+        if self.native is not None:
+            return codes.view(self.native).float()
+        if self.integer:
+            half = 1 << (self.bits - 1)
+            return ((codes ^ half).to(torch.int16) - half).float()
+        return _table(self, codes.device)[codes.int()]
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes (uint8) of the nearest values to `x`: ties to the even code, saturating, the sign of zero kept.
+
+        `x` is float32 and finite; the caller has looked (a NaN has no nearest value).
+        """
+        if self.integer:
+            rounded = x.round().clamp_(self.min, self.max).to(torch.int8).view(torch.uint8)
+            return rounded if self.bits == 8 else rounded.bitwise_and_((1 << self.bits) - 1)
+        if self.native is not None and self.native != torch.float8_e8m0fnu:
+            return x.clamp(self.min, self.max).to(self.native).view(torch.uint8)
+        values, codes, middles = _rounding(self, x.device)
+        magnitude = x if self.min > 0 else x.abs()
+        index = torch.bucketize(magnitude, middles)  # a tie lands on the lower neighbour
+        tie = magnitude == middles[index.clamp(max=len(middles) - 1)]
+        index = index + (tie & (codes[index] % 2 == 1)).to(index.dtype)
+        code = codes[index]
+        if self.min < 0:
+            code = code + (torch.signbit(x).to(torch.uint8) << (self.bits - 1))
+        return code
+
+
+@functools.cache
+def _table(element: Element, device: torch.device) -> Tensor:
+    return torch.tensor(element.values, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def _rounding(element: Element, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The finite non-negative values in order, their codes, and the points half way between neighbours."""
+    pairs = sorted((v, c) for c, v in enumerate(element.values) if math.isfinite(v) and math.copysign(1, v) > 0)
+    values = torch.tensor([v for v, _ in pairs], dtype=torch.float64)
+    codes = torch.tensor([c for _, c in pairs], dtype=torch.uint8, device=device)
+    middles = ((values[1:] + values[:-1]) / 2).float().to(device)
+    return values.float().to(device), codes, middles
+
+
+def integer(bits: int) -> Element:
+    """Two's complement of `bits` bits."""
+    half = 1 << (bits - 1)
+    values = tuple(float(c if c < half else c - 2 * half) for c in range(2 * half))
+    return Element(f"int{bits}", bits, values, torch.int8 if bits == 8 else None)
+
+
+def minifloat(
+    exponent: int, mantissa: int, special: str | None = None, native: torch.dtype | None = None
+) -> Element:
+    """A small float with sign, `exponent` and `mantissa` bits, bias ``2**(exponent-1) - 1`` and subnormals.
+
+    `special` says what the top codes mean: ``"nan"``: only the very last is NaN (OCP E4M3); ``"ieee"``: the whole top
+    exponent is infinity and NaN (E5M2); None: all are numbers (E2M1, E2M3).
+    """
+    bias = 2 ** (exponent - 1) - 1
+
+    def magnitude(code: int) -> float:
+        e, m = code >> mantissa, code & (2**mantissa - 1)
+        if special == "nan" and code == 2 ** (exponent + mantissa) - 1:
+            return math.nan
+        if special == "ieee" and e == 2**exponent - 1:
+            return math.inf if m == 0 else math.nan
+        fraction = m / 2**mantissa
+        return fraction * 2.0 ** (1 - bias) if e == 0 else (1 + fraction) * 2.0 ** (e - bias)
+
+    positive = [magnitude(code) for code in range(2 ** (exponent + mantissa))]
+    values = tuple(positive + [-v for v in positive])
+    return Element(f"e{exponent}m{mantissa}", 1 + exponent + mantissa, values, native)
+
+
+INT4, INT8 = integer(4), integer(8)
+E2M1 = minifloat(2, 1)
+E4M3 = minifloat(4, 3, "nan", torch.float8_e4m3fn)
+E5M2 = minifloat(5, 2, "ieee", torch.float8_e5m2)
+E8M0 = Element(
+    "e8m0", 8, tuple([2.0 ** (c - 127) for c in range(255)] + [math.nan]), torch.float8_e8m0fnu
+)  # a power of two, no sign: the scale of the OCP MX formats
+ELEMENTS = {e.name: e for e in (INT4, INT8, E2M1, E4M3, E5M2, E8M0)}

@@ -1,0 +1,85 @@
+"""Formats: the one place that says what the bits of a quantized tensor mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fewbit.errors import RecipeError, nearest_name
+from fewbit.numerics.element import E2M1, E4M3, E5M2, E8M0, INT4, INT8, Element
+
+ALL = -1
+"""A block that spans its whole axis."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """An element set, a block shape and a scale storage.
+
+    Attributes:
+        name: as recipes write it.
+        element: what a code stands for.
+        block: (rows, columns) that share a scale, over the last two axes (out, in); axes before them are a batch.
+        scale: what a scale is stored in. It is rounded to this *before* codes are made, so every reader of the file
+            computes the same product.
+        outer: whether one more float32 scale multiplies the whole tensor (NVFP4).
+        zero: ``"int"``: W = (code - zero) * scale, with the zero in the range of the element.
+    """
+
+    name: str
+    element: Element
+    block: tuple[int, int]
+    scale: Element | torch.dtype = torch.float32
+    outer: bool = False
+    zero: Literal["int"] | None = None
+
+    @property
+    def grouped(self) -> bool:
+        """Whether blocks cut a row into pieces of the same width."""
+        return self.block[1] != ALL
+
+    @property
+    def scale_bits(self) -> int:
+        """Bits of one stored scale."""
+        return self.scale.bits if isinstance(self.scale, Element) else self.scale.itemsize * 8
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _formats() -> dict[str, Format]:
+    bf16 = torch.bfloat16
+    found = [
+        Format("int8", INT8, (ALL, ALL)),
+        Format("int8_row", INT8, (1, ALL)),
+        Format("fp8", E4M3, (ALL, ALL)),
+        Format("fp8_row", E4M3, (1, ALL)),
+        Format("fp8_block", E4M3, (128, 128)),
+        Format("fp8_e5m2", E5M2, (ALL, ALL)),
+        Format("fp8_e5m2_row", E5M2, (1, ALL)),
+        Format("fp8_e5m2_block", E5M2, (128, 128)),
+        Format("nvfp4", E2M1, (1, 16), scale=E4M3, outer=True),
+        Format("mxfp4", E2M1, (1, 32), scale=E8M0),
+        Format("mxfp8", E4M3, (1, 32), scale=E8M0),
+    ]
+    for group in (32, 64, 128):
+        found.append(Format(f"int8_g{group}", INT8, (1, group), scale=bf16))
+        found.append(Format(f"int4_g{group}", INT4, (1, group), scale=bf16))
+        found.append(Format(f"int4_g{group}_asym", INT4, (1, group), scale=bf16, zero="int"))
+    return {f.name: f for f in found}
+
+
+FORMATS = _formats()
+
+
+def format_named(name: str) -> Format:
+    """The format a recipe means by `name`.
+
+    Raises:
+        RecipeError: no such format; names the nearest one.
+    """
+    if name not in FORMATS:
+        raise RecipeError(f"unknown numeric format '{name}'; {nearest_name(name, FORMATS)}")
+    return FORMATS[name]

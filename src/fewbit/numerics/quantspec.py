@@ -1,0 +1,54 @@
+"""What is quantized where: the numerics of one linear layer, and of one layer's K and V."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fewbit.numerics.format import Format
+
+InputScale = Literal["dynamic", "static", "outer"]
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """What one linear layer does (``lm_head`` and ``embed`` too). Absent fields mean "as it was".
+
+    Attributes:
+        weight: format of the weight.
+        input: format its input is rounded to before the product. A block of (1, ALL) is one scale a token.
+        input_scale: ``dynamic``: every scale is made from the call's own input; ``static``: one calibrated scale;
+            ``outer``: block scales per call under one calibrated scale for the tensor (NVFP4).
+        prescale: the input is multiplied by a stored vector [in] before it is rounded.
+    """
+
+    weight: Format | None = None
+    input: Format | None = None
+    input_scale: InputScale = "dynamic"
+    prescale: bool = False
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the input needs a scale that only data can give."""
+        return self.input is not None and self.input_scale != "dynamic"
+
+    def __str__(self) -> str:
+        if self.weight is None:
+            return "as it was"
+        if self.input is None:
+            return f"{self.weight} weights"
+        return f"{self.weight} weights, {self.input} inputs ({self.input_scale})"
+
+
+@dataclass(frozen=True)
+class KVSpec:
+    """How K and V of one layer are stored: formats over (kv_heads, head_dim) of a token.
+
+    A block of (ALL, ALL) is one scale for the tensor, (1, ALL) one a head. Scales are calibrated constants.
+    """
+
+    k: Format
+    v: Format
+
+    def __str__(self) -> str:
+        return str(self.k) if self.k == self.v else f"k {self.k}, v {self.v}"

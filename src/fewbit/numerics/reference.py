@@ -1,0 +1,159 @@
+"""The reference rounding of every format, in plain torch, on any device. Kernels, packers and exporters are held to it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewbit.errors import CheckpointError, UnsupportedError
+from fewbit.numerics.element import E4M3, E8M0, Element
+from fewbit.numerics.format import ALL, Format
+from fewbit.numerics.qtensor import QTensor, block_size, spread
+
+_SHRINKS = 16  # candidates of the scale search: from the whole range down to about half of it
+
+
+def quantize(
+    x: Tensor, fmt: Format, *, scale: Tensor | None = None, outer: Tensor | None = None, zero: Tensor | None = None
+) -> QTensor:
+    """Round `x` to the nearest numbers that `fmt` can say.
+
+    Args:
+        x: [..., out, in], any float dtype.
+        fmt: the format.
+        scale: stored scales to use, as `QTensor.scale`; None: chosen by `choose_scale`.
+        outer, zero: those that belong to a given `scale`; `outer` alone fixes the outer scale of chosen ones.
+
+    Raises:
+        UnsupportedError: the width does not divide by the block.
+        CheckpointError: `x` holds NaN or infinity.
+    """
+    check_fits(fmt, x.shape)
+    x = x.float()
+    if not torch.isfinite(x).all():
+        raise CheckpointError("holds NaN or infinity, which no format can round; repair the weights first")
+    if scale is None:
+        scale, outer, zero = choose_scale(x, fmt, outer)
+    return round_to(x, QTensor(fmt, torch.empty(0, dtype=torch.uint8), scale, outer, zero))
+
+
+def round_to(x: Tensor, like: QTensor) -> QTensor:
+    """Round float32 `x` with the format and scales of `like`, whose codes are not looked at."""
+    fmt = like.format
+    ratio = x / spread(like.scales(), fmt, x.shape)
+    if like.zero is not None:
+        # the zero is added before rounding as the compressed-tensors library does
+        ratio = ratio + spread(like.zero.float(), fmt, x.shape)
+    return QTensor(fmt, fmt.element.encode(ratio), like.scale, like.outer, like.zero)
+
+
+def check_fits(fmt: Format, shape: torch.Size | tuple[int, ...]) -> None:
+    """Raise unless a weight of `shape` can be cut into the blocks of `fmt`. 2-D float blocks may be ragged."""
+    rows, cols = fmt.block
+    if cols not in (1, ALL) and rows == 1 and shape[-1] % cols:
+        raise UnsupportedError(
+            f"{shape[-1]} columns do not divide into blocks of {cols} ({fmt}); "
+            "give this layer a format with smaller groups or whole rows"
+        )
+
+
+def choose_scale(x: Tensor, fmt: Format, outer: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Scale, outer scale and zero of float32 `x`, as stored. A block of zeros gets scale 1.
+
+    Integers of four bits take the scale of least squared error in each block, everything else the largest magnitude;
+    powers of two follow the OCP MX rule as the compressed-tensors library reads it (floor of the logarithm, magnitudes
+    of 1.75 and up counted to the next power).
+    """
+    element = fmt.element
+    blocks = _blocks(x, fmt)  # [..., R, C, n]
+    if fmt.zero == "int":
+        return _search(blocks, fmt, asymmetric=True)
+    amax = blocks.abs().amax(-1)  # [..., R, C]
+    if fmt.scale is E8M0:
+        exponent = torch.floor(torch.log2(amax * (8 / 7))) - float(int(torch.tensor(element.max).log2()))
+        power = torch.exp2(exponent.clamp(-127, 127))
+        return E8M0.encode(torch.where(amax > 0, power, 1.0)), None, None
+    if fmt.outer:
+        outer = outer_scale(x.abs().amax(), fmt) if outer is None else outer
+        smallest = min(v for v in E4M3.values if v > 0)
+        scale = (amax / element.max / outer).clamp(smallest, E4M3.max)
+        return store_scale(torch.where(amax > 0, scale, 1.0), fmt), outer, None
+    if element.integer and element.bits <= 4:
+        return _search(blocks, fmt, asymmetric=False)
+    # a symmetric integer range is one wider below than above: half a step is shared, as 127.5 does
+    top = (element.max - element.min) / 2 if element.integer else element.max
+    return store_scale(torch.where(amax > 0, amax / top, 1.0), fmt), None, None
+
+
+def outer_scale(amax: Tensor, fmt: Format) -> Tensor:
+    """The float32 scale over the block scales, [], for a largest magnitude of `amax`.
+
+    It is a number that survives taking its reciprocal twice, so dialects that store the reciprocal (compressed-tensors)
+    and those that store the scale itself (Model Optimizer) say exactly the same.
+    """
+    top = fmt.element.max * (fmt.scale.max if isinstance(fmt.scale, Element) else 1.0)
+    amax = amax.float().reshape(())
+    return torch.where(amax > 0, ((amax / top).reciprocal()).reciprocal(), torch.ones_like(amax))
+
+
+def store_scale(scale: Tensor, fmt: Format) -> Tensor:
+    """Float32 scales as the format stores them."""
+    if isinstance(fmt.scale, Element):
+        return fmt.scale.encode(scale)
+    # smaller than the storage can say is the smallest it can say: a scale of zero would divide by zero
+    return scale.to(fmt.scale).clamp_min(torch.finfo(fmt.scale).tiny)
+
+
+def _search(blocks: Tensor, fmt: Format, asymmetric: bool) -> tuple[Tensor, None, Tensor | None]:
+    """The scale (and zero) of least squared error of each block [..., R, C, n], over a grid of shrunken ranges."""
+    element = fmt.element
+    steps = element.max - element.min
+    if asymmetric:
+        low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
+    else:
+        high = blocks.abs().amax(-1)
+        low = -high
+    best: tuple[Tensor, Tensor, Tensor] | None = None  # error, scale, zero
+    for shrink in range(_SHRINKS):
+        factor = 1 - shrink / (2 * _SHRINKS)
+        width = (high - low) * factor
+        stored = store_scale(torch.where(width > 0, width / steps, 1.0), fmt)
+        scale = stored.float()
+        zero = (element.min - low * factor / scale).round() if asymmetric else torch.zeros_like(scale)
+        zero = zero.clamp(element.min, element.max)
+        code = (blocks / scale[..., None] + zero[..., None]).round().clamp(element.min, element.max)
+        error = ((code - zero[..., None]) * scale[..., None] - blocks).square().sum(-1)
+        if best is None:
+            best = error, stored, zero
+        else:
+            better = error < best[0]
+            best = (
+                torch.where(better, error, best[0]),
+                torch.where(better, stored, best[1]),
+                torch.where(better, zero, best[2]),
+            )
+    assert best is not None
+    return best[1], None, best[2].to(torch.int8) if asymmetric else None
+
+
+def _blocks(x: Tensor, fmt: Format) -> Tensor:
+    """[..., out, in] as [..., R, C, elements of a block]; a ragged edge is filled up with zeros."""
+    rows, cols = block_size(fmt, x.shape)
+    x = F.pad(x, (0, -x.shape[-1] % cols, 0, -x.shape[-2] % rows))
+    x = x.unflatten(-1, (-1, cols)).unflatten(-3, (-1, rows))  # [..., R, rows, C, cols]
+    return x.transpose(-3, -2).flatten(-2)
+
+
+def fake_quantize(x: Tensor, fmt: Format, *, scale: Tensor | None = None, outer: Tensor | None = None) -> Tensor:
+    """`x` as it comes back from `fmt`: what a linear's input looks like to the product. Float32, same shape.
+
+    Unlike `quantize` it does not look for NaN: this is the hot path of a forward pass.
+    """
+    x = x.float()
+    flat = x.reshape(-1, x.shape[-1])  # tokens as rows
+    zero = None
+    if scale is None:
+        scale, outer, zero = choose_scale(flat, fmt, outer)
+    like = QTensor(fmt, torch.empty(0, dtype=torch.uint8), scale, outer, zero)
+    return round_to(flat, like).dequantize().view_as(x)
