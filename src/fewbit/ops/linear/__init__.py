@@ -1,0 +1,48 @@
+"""Linear layers: the ordered list of kernels, and how one is chosen.
+
+The order is a decision, so it stands here: best first, the reference last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fewbit.errors import UnsupportedError, nearest_name
+from fewbit.ops.linear.dense import Dense
+from fewbit.ops.linear.problem import LinearKernel, LinearProblem, LinearWeights, round_input
+from fewbit.ops.linear.reference import Reference
+
+KERNELS: tuple[LinearKernel, ...] = (Dense(), Reference())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel chosen, and why each better one declined."""
+
+    kernel: LinearKernel
+    declined: tuple[tuple[str, str], ...] = ()
+
+
+def choose(problem: LinearProblem, backend: str = "auto") -> Choice:
+    """The first kernel of the list that can do `problem`, or the one named by `backend`.
+
+    Raises:
+        UnsupportedError: `backend` names no kernel, or one that cannot do the problem.
+    """
+    if backend != "auto":
+        named = {kernel.name: kernel for kernel in KERNELS}
+        if backend not in named:
+            raise UnsupportedError(f"unknown backend '{backend}'; {nearest_name(backend, [*named, 'auto'])}")
+        if reason := named[backend].why_not(problem):
+            raise UnsupportedError(f"backend '{backend}' cannot run {problem.quant}: {reason}; use --backend auto")
+        return Choice(named[backend])
+    declined: list[tuple[str, str]] = []
+    for kernel in KERNELS:
+        reason = kernel.why_not(problem)
+        if reason is None:
+            return Choice(kernel, tuple(declined))
+        declined.append((kernel.name, reason))
+    raise AssertionError("the reference does everything")
+
+
+__all__ = ["KERNELS", "Choice", "LinearKernel", "LinearProblem", "LinearWeights", "choose", "round_input"]

@@ -1,0 +1,58 @@
+"""Families: one file each, found by looking into this folder.
+
+A family's module holds ``ARCHITECTURES`` (names in config.json), ``read`` (config.json to `DecoderSpec`), ``write`` (the
+way back), ``NAMES`` (canonical module to the checkpoint's, ``{i}`` for the layer), ``DROPPED`` (patterns of tensors it
+knowingly does not use) and ``TINY`` (a config.json for tests).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
+
+from fewbit.errors import CheckpointError, UnsupportedError, nearest_name
+from fewbit.spec.decoder import DecoderSpec
+from fewbit.spec.hfconfig import HFConfig
+
+
+class Family(Protocol):
+    """What a module of this folder offers."""
+
+    ARCHITECTURES: tuple[str, ...]
+    NAMES: Mapping[str, str]
+    DROPPED: tuple[str, ...]
+    TINY: Mapping[str, Any]
+
+    def read(self, config: HFConfig) -> DecoderSpec:
+        """What the config.json describes."""
+        ...
+
+    def write(self, spec: DecoderSpec) -> dict[str, Any]:
+        """A config.json that `read` turns into `spec` again."""
+        ...
+
+
+@functools.cache
+def families() -> dict[str, Family]:
+    """Every family by its file's name."""
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    return {name: cast("Family", importlib.import_module(f"{__name__}.{name}")) for name in names}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family whose architecture a config.json names.
+
+    Raises:
+        CheckpointError: it names none.
+        UnsupportedError: none of ours.
+    """
+    given = config.get("architectures")
+    if not isinstance(given, list) or not given or not isinstance(given[0], str):
+        raise CheckpointError(f"config.json: 'architectures' is {given!r}, expected a list with one name")
+    known = {name: family for family in families().values() for name in family.ARCHITECTURES}
+    if given[0] not in known:
+        raise UnsupportedError(f"architecture '{given[0]}' is not supported; {nearest_name(given[0], known)}")
+    return known[given[0]]

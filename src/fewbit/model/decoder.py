@@ -1,0 +1,118 @@
+"""The one forward. It reads a `DecoderSpec`; it never asks which family it is, nor who is calling.
+
+Legend: T tokens of one or more sequences laid end to end, d = hidden, h = heads, kv = key/value heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewbit.model import rope
+from fewbit.model.attend import Attend, KVCodec
+from fewbit.spec.decoder import DecoderSpec, Layer, Norm
+
+LinearOp = Callable[[Tensor], Tensor]
+"""[T, in] to [T, out]: a kernel with its weights, or whatever a compressor puts in its place."""
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def rms_norm(x: Tensor, norm: Norm, weight: Tensor) -> Tensor:
+    """Normalize over the last axis, in float32 whatever the dtype of `x`."""
+    wide = x.float()
+    normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
+    return normal.to(x.dtype) * weight
+
+
+class DecoderLayer:
+    """One layer: attention and MLP around the residual stream.
+
+    Args:
+        index: its place in the model.
+        layer: its shape.
+        linears: the linears by their last name: q, k, v, o, gate, up, down.
+        norms: norm weights by name: pre_attn, pre_mlp, and q_norm, k_norm where the layer has them.
+    """
+
+    def __init__(
+        self, index: int, layer: Layer, linears: Mapping[str, LinearOp], norms: Mapping[str, Tensor]
+    ) -> None:
+        self.index, self.layer = index, layer
+        self.linears, self.norms = dict(linears), dict(norms)
+
+    def __call__(self, x: Tensor, rotary: rope.Rotary, attend: Attend) -> Tensor:
+        """[T, d] to [T, d]."""
+        layer = self.layer
+        cos, sin = rotary(layer.attention.position, layer.attention.head_dim)
+        x = x + self.attention(rms_norm(x, layer.pre_attn, self.norms["pre_attn"]), cos, sin, attend)
+        return x + self.mlp(rms_norm(x, layer.pre_mlp, self.norms["pre_mlp"]))
+
+    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """Attention over a normalized [T, d]."""
+        a = self.layer.attention
+        q, k, v = (self.linears[n](x).unflatten(-1, (-1, a.head_dim)) for n in "qkv")  # [T, h or kv, head_dim]
+        if a.qk_norm:
+            q, k = rms_norm(q, a.qk_norm, self.norms["q_norm"]), rms_norm(k, a.qk_norm, self.norms["k_norm"])
+        q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+        return self.linears["o"](attend(self.index, q, k, v, a).flatten(-2))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """Gated MLP over a normalized [T, d]."""
+        act = ACTIVATIONS[self.layer.mlp.act]
+        return self.linears["down"](act(self.linears["gate"](x)) * self.linears["up"](x))
+
+
+class Decoder:
+    """A whole model on one device.
+
+    Attributes:
+        spec: its shape.
+        device: where it lives.
+        dtype: dtype of activations.
+        codecs: how each layer's K and V are stored.
+    """
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        embed: Tensor,
+        layers: Sequence[DecoderLayer],
+        final_norm: Tensor,
+        head: LinearOp,
+        codecs: Sequence[KVCodec],
+        dtype: torch.dtype,
+    ) -> None:
+        self.spec, self.layers, self.codecs, self.dtype = spec, tuple(layers), tuple(codecs), dtype
+        self.embed_weight, self.final_norm, self.head = embed, final_norm, head
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed_weight.device
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Int64 [T] to [T, d]."""
+        return self.embed_weight[tokens].to(self.dtype)
+
+    @torch.inference_mode()
+    def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """The state after the final norm, [T, d], for int64 tokens and positions [T]."""
+        x = self.embed(tokens)
+        rotary = rope.Rotary(positions, x.dtype)
+        for layer in self.layers:
+            x = layer(x, rotary, attend)
+        return rms_norm(x, self.spec.final_norm, self.final_norm)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, d] to float32 [n, vocab]."""
+        return self.head(hidden).float()

@@ -1,0 +1,85 @@
+"""What the machine is: asked once, passed around as plain facts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from fewbit.errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """Facts about one device.
+
+    Attributes:
+        kind: ``cpu`` or ``cuda``.
+        name: as the vendor calls it.
+        capability: compute capability of a GPU, (0, 0) for a CPU.
+        memory_bytes: memory in all.
+        free_bytes: memory not in use now.
+    """
+
+    kind: str
+    name: str
+    capability: tuple[int, int]
+    memory_bytes: int
+    free_bytes: int
+
+    def __str__(self) -> str:
+        return self.name if self.kind == "cpu" else f"{self.name} (sm_{self.capability[0]}{self.capability[1]})"
+
+
+def device_named(text: str) -> torch.device:
+    """The device a user means by ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        UnsupportedError: no such device here.
+    """
+    if text == "cpu":
+        return torch.device("cpu")
+    kind, _, index = text.partition(":")
+    if kind != "cuda" or (index and not index.isdigit()):
+        raise UnsupportedError(f"unknown device '{text}'; expected cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    number = int(index or 0)
+    if number >= count:
+        raise UnsupportedError(f"no device '{text}' here: PyTorch sees {count} CUDA devices; use --device cpu")
+    return torch.device("cuda", number)
+
+
+def arithmetic_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """The dtype of activations: float32 on a CPU whatever is stored (bfloat16 there is slower, and its sums depend on
+    how a prompt was cut into chunks), else the checkpoint's own."""
+    return torch.float32 if device.type == "cpu" else stored
+
+
+def device_info(device: torch.device) -> DeviceInfo:
+    """The facts about `device`, read now."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return DeviceInfo(
+            "cuda", torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), total, free
+        )
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = page * os.sysconf("SC_PHYS_PAGES")
+    return DeviceInfo("cpu", _cpu_name(), (0, 0), total, _available_bytes() or page * os.sysconf("SC_AVPHYS_PAGES"))
+
+
+def _cpu_name() -> str:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"CPU, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _available_bytes() -> int:
+    """Linux's own estimate of what can be had without swapping; 0 where there is none."""
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0

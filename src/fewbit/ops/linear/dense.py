@@ -1,0 +1,45 @@
+"""Dequantized once, multiplied by the device's own dense GEMM: the numbers of the format at the speed of its dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewbit.numerics.qtensor import QTensor
+from fewbit.ops.linear.problem import LinearProblem, LinearWeights
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    weights: LinearWeights  # `weight` and `bias` in the dtype of activations
+
+
+class Dense:
+    """Holds the dequantized weight in the dtype of activations: on a CPU float32, four bytes a weight."""
+
+    name = "dense"
+
+    def why_not(self, problem: LinearProblem) -> str | None:
+        """Declines where dequantizing ahead would round once more than the format does."""
+        if problem.dtype != torch.float32 and problem.quant.input is not None:
+            return f"the dequantized weight does not fit {_short(problem.dtype)} exactly"
+        return None
+
+    def prepare(self, weights: LinearWeights, dtype: torch.dtype) -> _Prepared:
+        """Dequantize."""
+        w = weights.weight
+        dense = w.dequantize(dtype) if isinstance(w, QTensor) else w.to(dtype)
+        return _Prepared(replace(weights, weight=dense, bias=None if weights.bias is None else weights.bias.to(dtype)))
+
+    def run(self, x: Tensor, prepared: _Prepared) -> Tensor:
+        """See `LinearKernel.run`."""
+        w = prepared.weights
+        assert isinstance(w.weight, Tensor)
+        return F.linear(w.round_input(x), w.weight, w.bias)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

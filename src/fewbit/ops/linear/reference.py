@@ -1,0 +1,30 @@
+"""The definition: dequantize on every call, multiply in float32. Always right, on any device, and slow."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewbit.numerics.qtensor import QTensor
+from fewbit.ops.linear.problem import LinearProblem, LinearWeights
+
+
+class Reference:
+    """Holds the weights as the checkpoint has them."""
+
+    name = "reference"
+
+    def why_not(self, problem: LinearProblem) -> str | None:
+        """It can do everything."""
+        return None
+
+    def prepare(self, weights: LinearWeights, dtype: torch.dtype) -> LinearWeights:
+        """As they are."""
+        return weights
+
+    def run(self, x: Tensor, prepared: LinearWeights) -> Tensor:
+        """See `LinearKernel.run`."""
+        weight = prepared.weight.dequantize() if isinstance(prepared.weight, QTensor) else prepared.weight.float()
+        bias = None if prepared.bias is None else prepared.bias.float()
+        return F.linear(prepared.round_input(x).float(), weight, bias).to(x.dtype)

@@ -1,0 +1,63 @@
+"""Qwen2 and Qwen2.5: Llama with biases on q, k and v, and a window in the upper layers of some checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from fewbit.errors import CheckpointError
+from fewbit.spec.decoder import DecoderSpec
+from fewbit.spec.families import llama
+from fewbit.spec.hfconfig import HFConfig, common_fields
+
+ARCHITECTURES = ("Qwen2ForCausalLM",)
+NAMES = llama.NAMES
+DROPPED = llama.DROPPED
+TINY = {k: v for k, v in llama.TINY.items() if k not in ("rope_scaling", "attention_bias", "mlp_bias")} | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "use_sliding_window": True,
+    "sliding_window": 6,
+    "max_window_layers": 1,
+    "tie_word_embeddings": True,
+}
+
+
+def windows(config: HFConfig) -> tuple[int | None, ...]:
+    """The window of each layer: from `layer_types`, else layers from `max_window_layers` on."""
+    count = config.need("num_hidden_layers")
+    if not config.flag("use_sliding_window"):
+        return (None,) * count
+    window = config.optional("sliding_window")
+    kinds = config.raw.get("layer_types")
+    if kinds is None:
+        full = config.raw.get("max_window_layers", count)
+        return tuple(None if i < full else window for i in range(count))
+    if len(kinds) != count or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        raise CheckpointError(f"config.json: 'layer_types' is {kinds!r}, expected {count} of full or sliding_attention")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def window_fields(spec: DecoderSpec) -> tuple[DecoderSpec, dict[str, Any]]:
+    """The spec without its windows, and the config.json fields that say them."""
+    found = [layer.attention.window for layer in spec.layers]
+    widest = next((w for w in found if w), None)
+    plain = replace(
+        spec, layers=tuple(replace(lay, attention=replace(lay.attention, window=None)) for lay in spec.layers)
+    )
+    return plain, {
+        "use_sliding_window": widest is not None,
+        "sliding_window": widest,
+        "layer_types": ["sliding_attention" if w else "full_attention" for w in found],
+    }
+
+
+def read(config: HFConfig) -> DecoderSpec:
+    """config.json to spec."""
+    return llama.llama_like(config, windows=windows(config), qkv_bias=True)
+
+
+def write(spec: DecoderSpec) -> dict[str, Any]:
+    """Spec to config.json."""
+    plain, own = window_fields(spec)
+    return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **common_fields(plain), **own}
