@@ -1,0 +1,71 @@
+# fewbit in one word each: `make help` lists them. Everything happens in .venv; nothing outside the checkout is touched.
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+# The one place where the version of torch is pinned; pyproject.toml only says which versions will do.
+TORCH ?= torch==2.13.0
+# Where torch comes from; empty: where everything else does. On Linux without a GPU a much smaller build does as well:
+#   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
+# The first Python that is new enough; `make PYTHON=/path/to/python3.12 ...` picks another.
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
+	$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
+
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+FAST := not slow and not gpu and not multi_gpu
+SLOW := slow and not gpu and not multi_gpu
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-all check clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.all ## make .venv with everything for work on fewbit
+
+demo: $(VENV)/.demo ## compress the bundled model, compare the formats, serve one and ask it
+	@$(BIN)/fewbit demo
+
+test: check ## what must always hold: check, then the fast tests on the CPU
+	@$(BIN)/pytest -q -m "$(FAST)"
+
+test-all: $(VENV)/.all ## the slow tests that `make test` leaves out
+	@$(BIN)/pytest -q -m "$(SLOW)"
+
+check: $(VENV)/.all ## format, lint, types, import floors, house rules
+	@$(BIN)/ruff format --check --quiet . || { echo "not formatted; run: $(BIN)/ruff format ." >&2; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy --no-error-summary
+	@floors=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$floors" >&2; exit 1; }
+	@$(BIN)/python tools/house_lint.py
+
+clean: ## remove .venv, caches and whatever was built
+	@rm -rf $(VENV) build dist demo-out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each stamp says that its step is done; a step is done again when what it was made from changes.
+# The later steps name torch once more, so that no other package can move it to another version in silence.
+
+$(VENV)/.python:
+	@test -n "$(PYTHON)" || { echo "fewbit needs Python 3.11 or newer; say where: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "making $(VENV) with $$($(PYTHON) --version)" >&2
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.python Makefile
+	@echo "installing $(TORCH)" >&2
+	@$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	@echo "installing fewbit for the demo" >&2
+	@$(PIP) install -e '.[demo]' "$(TORCH)"
+	@touch $@
+
+$(VENV)/.all: $(VENV)/.torch pyproject.toml
+	@echo "installing fewbit with its tests and tools" >&2
+	@$(PIP) install -e '.[demo,test,dev]' "$(TORCH)" || { echo "if triton is what they disagree about: the tests' \
+	triton goes with the CPU build of torch; make clean, then add TORCH_INDEX=https://download.pytorch.org/whl/cpu" >&2; exit 1; }
+	@touch $@ $(VENV)/.demo
