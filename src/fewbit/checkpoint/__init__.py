@@ -1,0 +1,17 @@
+"""Files in, files out: canonical names and quantized tensors on one side, each format's names and packings on the other."""
+
+from fewbit.checkpoint.checkpoint import Checkpoint, Tensors, open_checkpoint
+from fewbit.checkpoint.formats import format_named, formats
+from fewbit.checkpoint.locate import locate
+from fewbit.checkpoint.writer import CheckpointWriter, check_target
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointWriter",
+    "Tensors",
+    "check_target",
+    "format_named",
+    "formats",
+    "locate",
+    "open_checkpoint",
+]

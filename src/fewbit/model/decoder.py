@@ -43,9 +43,7 @@ class DecoderLayer:
         norms: norm weights by name: pre_attn, pre_mlp, and q_norm, k_norm where the layer has them.
     """
 
-    def __init__(
-        self, index: int, layer: Layer, linears: Mapping[str, LinearOp], norms: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, index: int, layer: Layer, linears: Mapping[str, LinearOp], norms: Mapping[str, Tensor]) -> None:
         self.index, self.layer = index, layer
         self.linears, self.norms = dict(linears), dict(norms)
 

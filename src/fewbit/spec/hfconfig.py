@@ -1,5 +1,7 @@
-"""Reading and writing what Hugging Face `config.json` files have in common. A field we do not understand but that
-would change the result is refused, not skipped."""
+"""Reading and writing what Hugging Face `config.json` files have in common.
+
+A field we do not understand but that would change the result is refused, not skipped.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ class HFConfig:
         """The activation of the MLP."""
         given = self.raw.get("hidden_act", self.raw.get("hidden_activation"))
         if given not in ACTIVATIONS:
-            raise UnsupportedError(f"config.json: hidden_act {given!r} is not supported; known: {', '.join(ACTIVATIONS)}")
+            raise UnsupportedError(
+                f"config.json: hidden_act {given!r} is not supported; known: {', '.join(ACTIVATIONS)}"
+            )
         return ACTIVATIONS[given]
 
     def rope(self) -> Rope:
@@ -77,7 +81,9 @@ class HFConfig:
             attention = s.number("attention_factor") if "attention_factor" in scaling else None
             fast, slow = s.number("beta_fast", 32.0), s.number("beta_slow", 1.0)
             return Rope(theta, YarnScaling(factor, context, fast, slow, attention))
-        raise UnsupportedError(f"config.json: rope scaling {dict(scaling)} is not supported; known: linear, llama3, yarn")
+        raise UnsupportedError(
+            f"config.json: rope scaling {dict(scaling)} is not supported; known: linear, llama3, yarn"
+        )
 
 
 def rope_fields(rope: Rope) -> dict[str, Any]:

@@ -1,0 +1,242 @@
+"""A checkpoint: the one meeting point of readers and writers. Opening one reads headers; weights come when asked for."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.checkpoint.files import DTYPES, ModelFiles
+from fewbit.checkpoint.formats import FileFormat, format_of
+from fewbit.checkpoint.layout import Packing, Quantization, Stored
+from fewbit.checkpoint.names import Names
+from fewbit.errors import CheckpointError
+from fewbit.numerics.qtensor import QTensor
+from fewbit.numerics.quantspec import KVSpec, QuantSpec
+from fewbit.spec.decoder import DecoderSpec, LinearShape
+from fewbit.spec.families import Family, family_of
+from fewbit.spec.hfconfig import HFConfig
+
+CARRIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "LICENSE",
+)
+"""Files beside the weights that every checkpoint made from this one needs too."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk, in our words.
+
+    Attributes:
+        path: its directory.
+        format: the name of the format it is in.
+        family: the family its architecture belongs to.
+        spec: the decoder.
+        config: config.json as read.
+        dtype: dtype of what is not quantized.
+        quant: QuantSpec by canonical linear; a linear not named is dense.
+        kv: KVSpec by layer.
+        tensors: every tensor by canonical name, read when asked for.
+        files: tokenizer, generation config, chat template, by file name.
+    """
+
+    path: Path
+    format: str
+    family: Family
+    spec: DecoderSpec
+    config: Mapping[str, Any]
+    dtype: torch.dtype
+    quant: Mapping[str, QuantSpec]
+    kv: Mapping[int, KVSpec]
+    tensors: Tensors
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+
+class Tensors(Mapping[str, "Tensor | QTensor"]):
+    """Canonical names to tensors, read anew on every access: hold on to what you need again."""
+
+    def __init__(self) -> None:
+        self._load: dict[str, Callable[[], Tensor | QTensor]] = {}
+        self._dtype: dict[str, torch.dtype] = {}
+        self._bytes: dict[str, int] = {}
+
+    def add(self, name: str, load: Callable[[], Tensor | QTensor], dtype: torch.dtype, nbytes: int) -> None:
+        """One more tensor."""
+        self._load[name], self._dtype[name], self._bytes[name] = load, dtype, nbytes
+
+    def __getitem__(self, name: str) -> Tensor | QTensor:
+        return self._load[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._load)
+
+    def __len__(self) -> int:
+        return len(self._load)
+
+    def dense(self, name: str) -> Tensor:
+        """A tensor that is not quantized."""
+        tensor = self[name]
+        assert isinstance(tensor, Tensor), name
+        return tensor
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored dtype of a tensor that is not quantized."""
+        return self._dtype[name]
+
+    def nbytes(self, name: str) -> int:
+        """Bytes in the file: for a quantized weight codes, scales and zeros."""
+        return self._bytes[name]
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a model directory: Hugging Face (plain or Model Optimizer) or compressed-tensors.
+
+    Raises:
+        CheckpointError: something is missing, extra, misshapen or damaged; the message names it.
+        UnsupportedError: an architecture or a quantization that fewbit does not know.
+    """
+    files = ModelFiles(Path(path))
+    family = family_of(files.config)
+    spec = family.read(HFConfig(files.config))
+    names = Names(family, spec)
+    fmt = format_of(files)
+    quantization = fmt.read(files, spec, names)
+    tensors = _Opener(files, spec, names, fmt, quantization).tensors()
+    carried = {name: files.path / name for name in CARRIED if (files.path / name).is_file()}
+    return Checkpoint(
+        path=files.path,
+        format=fmt.NAME,
+        family=family,
+        spec=spec,
+        config=files.config,
+        dtype=_dtype(files, tensors),
+        quant=quantization.quant,
+        kv=quantization.kv,
+        tensors=tensors,
+        files=carried,
+    )
+
+
+def stored_linear(fmt: FileFormat, linear: LinearShape, quant: QuantSpec) -> tuple[Packing, dict[str, Stored]]:
+    """How a quantized linear lies in a file of this format, without what goes with its input."""
+    assert quant.weight is not None
+    packing = fmt.packing(quant)
+    return packing, packing.stored(quant.weight, (linear.out_features, linear.in_features))
+
+
+class _Opener:
+    """Matches the tensors a model needs with those a directory has."""
+
+    def __init__(
+        self, files: ModelFiles, spec: DecoderSpec, names: Names, fmt: FileFormat, quantization: Quantization
+    ) -> None:
+        self.files, self.spec, self.names, self.fmt, self.quantization = files, spec, names, fmt, quantization
+        self.found = Tensors()
+        self.used: set[str] = set()
+
+    def tensors(self) -> Tensors:
+        linears = {f"{linear.name}.weight": linear for linear in self.spec.linears()}
+        for name, shape in self.spec.tensors().items():
+            linear = linears.get(name)
+            quant = self.quantization.quant.get(linear.name) if linear else None
+            if linear and quant:
+                self._quantized(linear, quant)
+            else:
+                self._dense(name, self.names.tensor(name), shape)
+        for layer, kv in self.quantization.kv.items():
+            for which, source in zip("kv", self.fmt.kv_scale_names(layer, self.names), strict=True):
+                name = f"layers.{layer}.attn.{which}_scale"
+                self._take(source, self.fmt.kv_scale_shape(kv))
+                self._add(name, lambda source=source: self.files.read(source).float().reshape(()), [source])
+        self._refuse_extra()
+        return self.found
+
+    def _dense(self, name: str, source: str, shape: tuple[int, ...]) -> None:
+        entry = self._take(source, shape)
+        if not entry.is_floating_point or entry.itemsize < 2:
+            raise CheckpointError(f"tensor '{source}' is {entry}, though the config does not call it quantized")
+        self._add(name, lambda: self.files.read(source), [source], entry)
+
+    def _quantized(self, linear: LinearShape, quant: QuantSpec) -> None:
+        module = self.names.module(linear.name)
+        packing, stored = stored_linear(self.fmt, linear, quant)
+        for suffix, want in stored.items():
+            self._take(f"{module}.{suffix}", want.shape, want.dtype)
+        weight, shape = quant.weight, (linear.out_features, linear.in_features)
+        assert weight is not None
+
+        def load() -> QTensor:
+            return packing.unpack({s: self.files.read(f"{module}.{s}") for s in stored}, weight, shape)
+
+        counted = [f"{module}.{s}" for s in stored if s != "weight_shape"]
+        self._add(f"{linear.name}.weight", load, counted)
+        if quant.calibrated:
+            form = self.fmt.input_scale(quant)
+            source = f"{module}.{form.suffix}"
+            self._take(source, form.shape)
+            self._add(f"{linear.name}.input_scale", lambda: form.unpack(self.files.read(source)), [source])
+        if quant.prescale:
+            self._dense(f"{linear.name}.prescale", f"{module}.pre_quant_scale", (linear.in_features,))
+
+    def _add(
+        self,
+        name: str,
+        load: Callable[[], Tensor | QTensor],
+        sources: list[str],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.found.add(name, load, dtype, sum(self.files.entries[source].nbytes for source in sources))
+
+    def _take(self, source: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> torch.dtype:
+        """Check that a tensor is there as it should be, and remember that it was asked for."""
+        entry = self.files.entries.get(source)
+        if entry is None:
+            raise CheckpointError(f"tensor '{source}' {list(shape)} is missing from {self.files.path}")
+        if entry.shape != shape:
+            raise CheckpointError(
+                f"tensor '{source}' has shape {list(entry.shape)}, expected {list(shape)} by config.json"
+            )
+        if dtype is not None and entry.dtype != dtype and not _both_float_scales(entry.dtype, dtype):
+            raise CheckpointError(f"tensor '{source}' is {entry.dtype}, expected {dtype}")
+        self.used.add(source)
+        return entry.dtype
+
+    def _refuse_extra(self) -> None:
+        extra = self.files.entries.keys() - self.used
+        extra = {name for name in extra if not any(fnmatch.fnmatchcase(name, p) for p in self.names.dropped)}
+        if extra:
+            first = min(extra)
+            more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+            raise CheckpointError(f"tensor '{first}'{more} in {self.files.path} belongs to nothing in config.json")
+
+
+def _both_float_scales(a: torch.dtype, b: torch.dtype) -> bool:
+    """Scales come as float32, bfloat16 or float16; the format says what they count as."""
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    return a in floats and b in floats
+
+
+def _dtype(files: ModelFiles, tensors: Tensors) -> torch.dtype:
+    """The dtype config.json names, else that of the embedding."""
+    named = files.config.get("dtype") or files.config.get("torch_dtype")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        if str(dtype) in (named, f"torch.{named}"):
+            return dtype
+    if named not in (None, "auto"):
+        known = ", ".join(str(DTYPES[d]).removeprefix("torch.") for d in ("F32", "F16", "BF16"))
+        raise CheckpointError(f"config.json: dtype {named!r} is not supported; known: {known}")
+    return tensors.dtype("embed.weight")

@@ -1,0 +1,164 @@
+"""Tensors in safetensors files, read one at a time.
+
+Nothing is mapped into memory: a tensor is read into a buffer of its own and is gone when its last user lets go, so
+walking through a model costs the memory of what is held, not of the whole file.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from fewbit.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+"""Names in a safetensors header to torch dtypes."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: bytes `start` to `stop` of `file`."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.stop - self.start
+
+
+class ModelFiles:
+    """A model directory's config.json and the table of its tensors. Opening reads headers only.
+
+    Raises:
+        CheckpointError: the directory, its config.json, its index or a shard is missing or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is not a directory; expected a Hugging Face model directory")
+        self.config = read_json(path / "config.json")
+        self.entries: dict[str, Entry] = {}
+        for file, promised in self._shards().items():
+            found = _entries(file)
+            if missing := sorted(promised - found.keys()):
+                raise CheckpointError(f"{file.name} lacks tensor '{missing[0]}' that {INDEX} promises")
+            if twice := sorted(found.keys() & self.entries.keys()):
+                raise CheckpointError(
+                    f"tensor '{twice[0]}' is in {file.name} and in {self.entries[twice[0]].file.name}"
+                )
+            self.entries |= found
+
+    def _shards(self) -> dict[Path, set[str]]:
+        """Every safetensors file of the model, with the tensors that the index promises in it."""
+        if (self.path / INDEX).exists():
+            weight_map = read_json(self.path / INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CheckpointError(f"{self.path / INDEX}: expected an object 'weight_map'")
+            shards: dict[Path, set[str]] = {}
+            for tensor, name in weight_map.items():
+                # a name with a folder in it could point anywhere on this machine
+                if not isinstance(name, str) or Path(name).name != name or "\\" in name or name.startswith("."):
+                    raise CheckpointError(f"{INDEX} places '{tensor}' in {name!r}, outside of the model directory")
+                shards.setdefault(self.path / name, set()).add(tensor)
+            for file in shards:
+                if not file.is_file():
+                    raise CheckpointError(f"{file.name} is missing from {self.path}, though {INDEX} names it")
+            return shards
+        if (self.path / SINGLE).is_file():
+            return {self.path / SINGLE: set()}
+        loose = sorted(self.path.glob("*.safetensors"))
+        if len(loose) == 1:
+            return {loose[0]: set()}
+        if loose:
+            raise CheckpointError(f"{self.path} holds {len(loose)} safetensors files but no {INDEX} that orders them")
+        pickles = sorted(p.name for p in self.path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickles:
+            raise CheckpointError(
+                f"{self.path} holds its weights as pickle ({pickles[0]}), which can run code when opened; convert it "
+                "once with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)"
+            )
+        raise CheckpointError(f"{self.path} holds no weights; expected {SINGLE} or {INDEX}")
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own.
+
+        Raises:
+            CheckpointError: the file ends early.
+        """
+        entry = self.entries[name]
+        buffer = bytearray(entry.nbytes)
+        with entry.file.open("rb") as file:
+            file.seek(entry.start)
+            if file.readinto(buffer) != entry.nbytes:
+                raise CheckpointError(f"{entry.file.name} ends inside tensor '{name}': the file is truncated")
+        if not buffer:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        return torch.frombuffer(buffer, dtype=entry.dtype).view(entry.shape)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: no such file, or no JSON object in it.
+    """
+    try:
+        value = json.loads(path.read_text("utf8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}; expected a Hugging Face model directory") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def _entries(file: Path) -> dict[str, Entry]:
+    """The header of a safetensors file. The library checks that offsets fit the file and each other."""
+    try:
+        with safetensors.safe_open(file, framework="pt"):
+            pass
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header: Mapping[str, Any] = json.loads(stream.read(length))
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{file.name} is damaged or truncated ({error}); copy or download it again") from None
+    entries = {}
+    for name, facts in header.items():
+        if name == "__metadata__":
+            continue
+        if facts["dtype"] not in DTYPES:
+            raise CheckpointError(
+                f"{file.name}: tensor '{name}' has dtype {facts['dtype']}, which fewbit does not read"
+            )
+        start, stop = (8 + length + offset for offset in facts["data_offsets"])
+        entries[name] = Entry(file, DTYPES[facts["dtype"]], tuple(facts["shape"]), start, stop)
+    return entries

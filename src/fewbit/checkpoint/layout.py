@@ -1,0 +1,80 @@
+"""How a quantized weight lies in a file: the types between `Checkpoint` and the formats.
+
+Each numeric format a file format can say has one `Packing`: the tensors it makes of a weight, with dtypes and shapes
+known before any weight is read (so a writer can plan a file and a reader can check one), and the way there and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbit.numerics.format import ALL, Format
+from fewbit.numerics.qtensor import QTensor
+from fewbit.numerics.quantspec import KVSpec, QuantSpec
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file: dtype and shape."""
+
+    dtype: torch.dtype
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Packing:
+    """One way to lay a weight [out, in] into tensors named by suffixes (``weight``, ``weight_scale``, ...).
+
+    Attributes:
+        stored: format and shape of the weight to the tensors.
+        pack: a QTensor to the tensors.
+        unpack: the tensors, the format and the shape of the weight to the QTensor.
+    """
+
+    stored: Callable[[Format, Shape], dict[str, Stored]]
+    pack: Callable[[QTensor], dict[str, Tensor]]
+    unpack: Callable[[Mapping[str, Tensor], Format, Shape], QTensor]
+
+
+@dataclass(frozen=True)
+class InputScale:
+    """How the calibrated scale of an input is stored: suffix, shape, and whether as its reciprocal."""
+
+    suffix: str
+    shape: Shape
+    reciprocal: bool = False
+
+    def pack(self, scale: Tensor) -> Tensor:
+        """Ours ([]) to the file's."""
+        scale = scale.float().reciprocal() if self.reciprocal else scale.float()
+        return scale.reshape(self.shape)
+
+    def unpack(self, stored: Tensor) -> Tensor:
+        """The file's to ours."""
+        scale = stored.float().reshape(())
+        return scale.reciprocal() if self.reciprocal else scale
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What a file format's config says about a model, in our words.
+
+    Attributes:
+        quant: QuantSpec by canonical linear; a linear not named is dense.
+        kv: KVSpec by layer.
+    """
+
+    quant: Mapping[str, QuantSpec]
+    kv: Mapping[int, KVSpec]
+
+
+def scale_grid(fmt: Format, shape: Shape) -> Shape:
+    """Rows and columns of blocks of a weight of `shape`."""
+    rows, cols = (1 if block == ALL else -(-size // block) for block, size in zip(fmt.block, shape, strict=True))
+    return rows, cols

@@ -1,0 +1,27 @@
+"""Canonical names to a checkpoint's own, by the family's table."""
+
+from __future__ import annotations
+
+from fewbit.spec.decoder import DecoderSpec
+from fewbit.spec.families import Family
+
+
+class Names:
+    """The names of one model's modules."""
+
+    def __init__(self, family: Family, spec: DecoderSpec) -> None:
+        self._table = dict(family.NAMES)
+        self.dropped = family.DROPPED + (("lm_head.weight",) if spec.tied else ())
+
+    def module(self, canonical: str) -> str:
+        """``layers.3.attn.q`` to ``model.layers.3.self_attn.q_proj``."""
+        first, _, rest = canonical.partition(".")
+        if first != "layers":
+            return self._table[canonical]
+        index, _, rest = rest.partition(".")
+        return self._table[f"layers.{{i}}.{rest}"].format(i=index)
+
+    def tensor(self, canonical: str) -> str:
+        """``layers.3.attn.q.weight`` to ``model.layers.3.self_attn.q_proj.weight``."""
+        module, _, leaf = canonical.rpartition(".")
+        return f"{self.module(module)}.{leaf}"

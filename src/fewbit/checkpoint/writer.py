@@ -1,0 +1,269 @@
+"""Writing a checkpoint: planned from shapes alone, filled in any order, never seen half done.
+
+Every tensor's dtype and shape is known before the first weight is, so headers are written first and each tensor goes
+straight to its place: memory is one tensor, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.checkpoint.checkpoint import stored_linear
+from fewbit.checkpoint.files import DTYPES, INDEX, SINGLE
+from fewbit.checkpoint.formats import FileFormat
+from fewbit.checkpoint.layout import Quantization, Stored
+from fewbit.checkpoint.names import Names
+from fewbit.errors import CheckpointError
+from fewbit.numerics.qtensor import QTensor
+from fewbit.spec.decoder import DecoderSpec
+from fewbit.spec.families import Family
+from fewbit.version import __version__
+
+SHARD_BYTES = 5 * 10**9
+_HEADER_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def check_target(path: Path, force: bool) -> None:
+    """Raise if something lies where a checkpoint is to be written.
+
+    Raises:
+        CheckpointError: `path` is a file, or a folder that is not empty and `force` is not given.
+    """
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file; expected a folder to write to")
+    if path.is_dir() and any(path.iterdir()) and not force:
+        raise CheckpointError(f"{path} is not empty; choose another folder or pass --force to replace it")
+
+
+class CheckpointWriter:
+    """Writes one checkpoint into a temporary folder beside `target` and renames it when all is well.
+
+    Use as a context manager: `add` every tensor by its canonical name, `finish`, look at `folder`, `commit`. Leaving
+    without `commit`, by an error or Ctrl-C, removes the temporary folder and touches nothing else.
+
+    Args:
+        target: the folder to make.
+        fmt: the file format.
+        family: whose names are used.
+        spec: the decoder as it will be on disk.
+        quantization: what is quantized and how.
+        dtypes: dtype of each tensor that stays dense, by canonical name.
+        config: the source's config.json; only what must change is changed.
+        files: files to carry along, by name.
+        meta: strings for the metadata of the weights' files.
+        force: replace a folder that is not empty.
+
+    Raises:
+        UnsupportedError, CheckpointError: the format cannot say this, or the target is in the way.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        fmt: FileFormat,
+        family: Family,
+        spec: DecoderSpec,
+        quantization: Quantization,
+        dtypes: Mapping[str, torch.dtype],
+        config: Mapping[str, Any],
+        files: Mapping[str, Path],
+        meta: Mapping[str, str],
+        force: bool = False,
+    ) -> None:
+        self.target, self.fmt, self.spec, self.quantization = target, fmt, spec, quantization
+        self.names, self.config, self.files = Names(family, spec), dict(config), files
+        check_target(target, force)
+        self.dense_dtypes = dtypes
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
+        self.folder.chmod(0o755)
+        self._shards = _Shards(self.folder, dict(self._plan()), {"format": "pt", "fewbit": __version__, **meta})
+
+    def _plan(self) -> Iterator[tuple[str, Stored]]:
+        """Every tensor of the files, in the order of the forward pass."""
+        linears = {f"{linear.name}.weight": linear for linear in self.spec.linears()}
+        for name, shape in self.spec.tensors().items():
+            linear = linears.get(name)
+            quant = self.quantization.quant.get(linear.name) if linear else None
+            if not linear or not quant:
+                yield self.names.tensor(name), Stored(self.dense_dtypes[name], shape)
+                continue
+            module = self.names.module(linear.name)
+            for suffix, stored in stored_linear(self.fmt, linear, quant)[1].items():
+                yield f"{module}.{suffix}", stored
+            if quant.calibrated:
+                form = self.fmt.input_scale(quant)
+                yield f"{module}.{form.suffix}", Stored(torch.float32, form.shape)
+            if quant.prescale or self.fmt.prescale(linear, quant):
+                yield f"{module}.pre_quant_scale", Stored(self.dense_dtypes["embed.weight"], (linear.in_features,))
+        for layer, kv in self.quantization.kv.items():
+            for source in self.fmt.kv_scale_names(layer, self.names):
+                yield source, Stored(torch.float32, self.fmt.kv_scale_shape(kv))
+
+    def add(self, name: str, tensor: Tensor | QTensor) -> None:
+        """Write one tensor by its canonical name: ``layers.3.attn.q.weight``, ``….input_scale``, ``….k_scale``."""
+        owner, _, leaf = name.rpartition(".")
+        if leaf in ("k_scale", "v_scale"):
+            layer = int(owner.split(".")[1])
+            assert isinstance(tensor, Tensor)
+            kv_name = self.fmt.kv_scale_names(layer, self.names)["kv".index(leaf[0])]
+            shape = self.fmt.kv_scale_shape(self.quantization.kv[layer])
+            return self._shards.write(kv_name, tensor.float().reshape(shape))
+        quant = self.quantization.quant.get(owner)
+        if quant is None or leaf == "bias":
+            assert isinstance(tensor, Tensor)
+            return self._shards.write(self.names.tensor(name), tensor)
+        module = self.names.module(owner)
+        if leaf == "input_scale":
+            form = self.fmt.input_scale(quant)
+            assert isinstance(tensor, Tensor)
+            return self._shards.write(f"{module}.{form.suffix}", form.pack(tensor))
+        if leaf == "prescale":
+            assert isinstance(tensor, Tensor)
+            return self._shards.write(f"{module}.pre_quant_scale", tensor.to(self.dense_dtypes["embed.weight"]))
+        assert isinstance(tensor, QTensor), name
+        for suffix, part in self.fmt.packing(quant).pack(tensor).items():
+            self._shards.write(f"{module}.{suffix}", part)
+        linear = next(linear for linear in self.spec.linears() if linear.name == owner)
+        if self.fmt.prescale(linear, quant) and not quant.prescale:
+            ones = torch.ones(linear.in_features, dtype=self.dense_dtypes["embed.weight"])
+            self._shards.write(f"{module}.pre_quant_scale", ones)
+
+    def finish(self) -> Path:
+        """Complete the temporary folder and return it: it can be opened like any other.
+
+        Raises:
+            CheckpointError: a tensor was never added.
+        """
+        self._shards.finish()
+        for name, path in self.files.items():
+            shutil.copyfile(path, self.folder / name)
+        config = {k: v for k, v in self.config.items() if k != "quantization_config"}
+        config["tie_word_embeddings"] = self.spec.tied
+        for name, value in self.fmt.configs(self.spec, self.quantization, self.names).items():
+            if name == "quantization_config":
+                config[name] = value
+            else:
+                _write_json(self.folder / name, value)
+        _write_json(self.folder / "config.json", config)
+        return self.folder
+
+    def commit(self) -> None:
+        """Put the folder in its place: after this it is there whole, before it was not there at all."""
+        for file in self.folder.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        if self.target.is_dir():
+            old = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.old.", dir=self.folder.parent))
+            self.target.rename(old / "replaced")
+            self.folder.rename(self.target)
+            shutil.rmtree(old)
+        else:
+            self.folder.rename(self.target)
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._shards.close()
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+
+
+class _Shards:
+    """Safetensors files whose headers are written before their tensors."""
+
+    def __init__(self, folder: Path, plan: Mapping[str, Stored], metadata: Mapping[str, str]) -> None:
+        self.folder, self.missing = folder, set(plan)
+        self._places: dict[str, tuple[int, int, Stored]] = {}  # file descriptor, offset
+        self._files: list[int] = []
+        groups = _cut(plan)
+        self.weight_map: dict[str, str] = {}
+        for number, group in enumerate(groups, 1):
+            name = SINGLE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
+            header, offset = {"__metadata__": dict(metadata)}, 0
+            offsets = {}
+            for tensor, stored in group.items():
+                size = _nbytes(stored)
+                header[tensor] = {
+                    "dtype": _HEADER_NAMES[stored.dtype],
+                    "shape": list(stored.shape),
+                    "data_offsets": [offset, offset + size],
+                }
+                offsets[tensor] = offset
+                offset += size
+                self.weight_map[tensor] = name
+            text = json.dumps(header).encode()
+            text += b" " * (-len(text) % 8)  # data starts aligned
+            file = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+            self._files.append(file)
+            os.write(file, struct.pack("<Q", len(text)) + text)
+            os.truncate(file, 8 + len(text) + offset)
+            for tensor, start in offsets.items():
+                self._places[tensor] = file, 8 + len(text) + start, group[tensor]
+        self.total = sum(map(_nbytes, plan.values()))
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put one tensor in its place."""
+        file, offset, stored = self._places[name]
+        if tensor.dtype != stored.dtype or tuple(tensor.shape) != stored.shape:
+            raise AssertionError(f"{name}: planned {stored}, given {tensor.dtype} {tuple(tensor.shape)}")
+        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        while data:
+            done = os.pwrite(file, data, offset)
+            data, offset = data[done:], offset + done
+        self.missing.discard(name)
+
+    def finish(self) -> None:
+        """Check that nothing is missing and write the index of several files."""
+        if self.missing:
+            raise CheckpointError(f"tensor '{min(self.missing)}' was never written")
+        if len(set(self.weight_map.values())) > 1:
+            index = {"metadata": {"total_size": self.total}, "weight_map": self.weight_map}
+            _write_json(self.folder / INDEX, index)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for file in self._files:
+            with contextlib.suppress(OSError):
+                os.close(file)
+        self._files = []
+
+
+def _cut(plan: Mapping[str, Stored]) -> list[dict[str, Stored]]:
+    """The plan in groups of at most `SHARD_BYTES`."""
+    groups: list[dict[str, Stored]] = [{}]
+    room = SHARD_BYTES
+    for name, stored in plan.items():
+        size = _nbytes(stored)
+        if size > room and groups[-1]:
+            groups.append({})
+            room = SHARD_BYTES
+        groups[-1][name] = stored
+        room -= size
+    return groups
+
+
+def _nbytes(stored: Stored) -> int:
+    count = 1
+    for size in stored.shape:
+        count *= size
+    return count * stored.dtype.itemsize
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", "utf8")
