@@ -14,10 +14,14 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+# The folder's limit is the deadline; in CI the same examples every time, elsewhere new ones.
+hypothesis.settings.register_profile("fewbit", deadline=None, derandomize="CI" in os.environ, print_blob=True)
+hypothesis.settings.load_profile("fewbit")
 
 TESTS = Path(__file__).parent
 LIMITS_S = {"unit": 60, "laws": 120, "parity": 180, "e2e": 600, "gpu": 600, "multi_gpu": 900}

@@ -1,0 +1,1 @@
+"""What bits mean: element sets, formats, the reference rounding, quantized tensors, bit packing."""

@@ -64,7 +64,7 @@ class Element:
             return rounded if self.bits == 8 else rounded.bitwise_and_((1 << self.bits) - 1)
         if self.native is not None and self.native != torch.float8_e8m0fnu:
             return x.clamp(self.min, self.max).to(self.native).view(torch.uint8)
-        values, codes, middles = _rounding(self, x.device)
+        codes, middles = _rounding(self, x.device)
         magnitude = x if self.min > 0 else x.abs()
         index = torch.bucketize(magnitude, middles)  # a tie lands on the lower neighbour
         tie = magnitude == middles[index.clamp(max=len(middles) - 1)]
@@ -81,13 +81,13 @@ def _table(element: Element, device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _rounding(element: Element, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The finite non-negative values in order, their codes, and the points half way between neighbours."""
+def _rounding(element: Element, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The codes of the finite non-negative values in order of value, and the points half way between neighbours."""
     pairs = sorted((v, c) for c, v in enumerate(element.values) if math.isfinite(v) and math.copysign(1, v) > 0)
     values = torch.tensor([v for v, _ in pairs], dtype=torch.float64)
     codes = torch.tensor([c for _, c in pairs], dtype=torch.uint8, device=device)
     middles = ((values[1:] + values[:-1]) / 2).float().to(device)
-    return values.float().to(device), codes, middles
+    return codes, middles
 
 
 def integer(bits: int) -> Element:
@@ -97,9 +97,7 @@ def integer(bits: int) -> Element:
     return Element(f"int{bits}", bits, values, torch.int8 if bits == 8 else None)
 
 
-def minifloat(
-    exponent: int, mantissa: int, special: str | None = None, native: torch.dtype | None = None
-) -> Element:
+def minifloat(exponent: int, mantissa: int, special: str | None = None, native: torch.dtype | None = None) -> Element:
     """A small float with sign, `exponent` and `mantissa` bits, bias ``2**(exponent-1) - 1`` and subnormals.
 
     `special` says what the top codes mean: ``"nan"``: only the very last is NaN (OCP E4M3); ``"ieee"``: the whole top

@@ -101,15 +101,20 @@ def cat(pieces: Sequence[QTensor]) -> QTensor:
     """Join along the rows, exactly.
 
     Raises:
-        ValueError: the formats differ, or a scale that spans all rows differs between the pieces.
+        ValueError: the formats differ, a scale that spans all rows differs between the pieces, or a piece that
+            is not the last one ends inside a block.
     """
     first = pieces[0]
     if any(p.format != first.format for p in pieces):
         raise ValueError(f"cannot join formats {', '.join(str(p.format) for p in pieces)}")
+    rows = first.format.block[0]
+    if rows != ALL and any(p.shape[-2] % rows for p in pieces[:-1]):
+        sizes = " + ".join(str(p.shape[-2]) for p in pieces)
+        raise ValueError(f"cannot join {sizes} rows: a piece ends inside a block of {rows} ({first.format})")
     joined = {"codes": torch.cat([p.codes for p in pieces], -2)}
     for name in first.parts().keys() - {"codes"}:
         tensors = [p.parts()[name] for p in pieces]
-        if name == "outer" or first.format.block[0] == ALL:
+        if name == "outer" or rows == ALL:
             if not all(torch.equal(t, tensors[0]) for t in tensors):
                 raise ValueError(f"cannot join: the {name} of the whole tensor differs ({first.format})")
             joined[name] = tensors[0]

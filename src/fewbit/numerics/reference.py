@@ -1,6 +1,8 @@
-"""The reference rounding of every format, in plain torch, on any device. Kernels, packers and exporters are held to it."""
+"""The reference rounding of every format, in plain torch, on any device: what kernels and exporters are held to."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,8 @@ def quantize(
         x: [..., out, in], any float dtype.
         fmt: the format.
         scale: stored scales to use, as `QTensor.scale`; None: chosen by `choose_scale`.
-        outer, zero: those that belong to a given `scale`; `outer` alone fixes the outer scale of chosen ones.
+        outer: the outer scale that belongs to a given `scale`; alone it fixes the outer scale of chosen ones.
+        zero: the zeros that belong to a given `scale`.
 
     Raises:
         UnsupportedError: the width does not divide by the block.
@@ -71,9 +74,10 @@ def choose_scale(x: Tensor, fmt: Format, outer: Tensor | None = None) -> tuple[T
         return _search(blocks, fmt, asymmetric=True)
     amax = blocks.abs().amax(-1)  # [..., R, C]
     if fmt.scale is E8M0:
-        exponent = torch.floor(torch.log2(amax * (8 / 7))) - float(int(torch.tensor(element.max).log2()))
-        power = torch.exp2(exponent.clamp(-127, 127))
-        return E8M0.encode(torch.where(amax > 0, power, 1.0)), None, None
+        mantissa, exponent = torch.frexp(amax)  # amax = mantissa * 2**exponent, the mantissa in [1/2, 1)
+        exponent = exponent - 1 + (mantissa >= 0.875).int() - (math.frexp(element.max)[1] - 1)
+        code = torch.where(amax > 0, exponent, 0).clamp(-127, 127) + 127
+        return code.to(torch.uint8), None, None
     if fmt.outer:
         outer = outer_scale(x.abs().amax(), fmt) if outer is None else outer
         smallest = min(v for v in E4M3.values if v > 0)
@@ -89,12 +93,14 @@ def choose_scale(x: Tensor, fmt: Format, outer: Tensor | None = None) -> tuple[T
 def outer_scale(amax: Tensor, fmt: Format) -> Tensor:
     """The float32 scale over the block scales, [], for a largest magnitude of `amax`.
 
-    It is a number that survives taking its reciprocal twice, so dialects that store the reciprocal (compressed-tensors)
-    and those that store the scale itself (Model Optimizer) say exactly the same.
+    It is a power of two: dialects that store the reciprocal and divide by it (compressed-tensors) and those that store
+    the scale and multiply (Model Optimizer) then compute the same products to the last bit. A block scale is a float of
+    its own, so up to one binary digit of range is all that it costs.
     """
     top = fmt.element.max * (fmt.scale.max if isinstance(fmt.scale, Element) else 1.0)
-    amax = amax.float().reshape(())
-    return torch.where(amax > 0, ((amax / top).reciprocal()).reciprocal(), torch.ones_like(amax))
+    mantissa, exponent = torch.frexp(amax.double().reshape(()) / top)
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(-126, 126)  # of the power at or above
+    return torch.where(amax > 0, torch.ldexp(torch.ones_like(mantissa), exponent), 1.0).float()
 
 
 def store_scale(scale: Tensor, fmt: Format) -> Tensor:
@@ -106,7 +112,10 @@ def store_scale(scale: Tensor, fmt: Format) -> Tensor:
 
 
 def _search(blocks: Tensor, fmt: Format, asymmetric: bool) -> tuple[Tensor, None, Tensor | None]:
-    """The scale (and zero) of least squared error of each block [..., R, C, n], over a grid of shrunken ranges."""
+    """The scale (and zero) of least squared error of each block [..., R, C, n], over a grid of shrunken ranges.
+
+    A symmetric grid also holds the range at which the largest magnitude itself is met whichever its sign (amax / 7).
+    """
     element = fmt.element
     steps = element.max - element.min
     if asymmetric:
@@ -115,10 +124,10 @@ def _search(blocks: Tensor, fmt: Format, asymmetric: bool) -> tuple[Tensor, None
         high = blocks.abs().amax(-1)
         low = -high
     best: tuple[Tensor, Tensor, Tensor] | None = None  # error, scale, zero
-    for shrink in range(_SHRINKS):
-        factor = 1 - shrink / (2 * _SHRINKS)
-        width = (high - low) * factor
-        stored = store_scale(torch.where(width > 0, width / steps, 1.0), fmt)
+    factors = [1 - shrink / (2 * _SHRINKS) for shrink in range(_SHRINKS)]
+    for factor in factors if asymmetric else [steps / (2 * element.max), *factors]:
+        half = high / 2 - low / 2  # of the width, which itself may overflow
+        stored = store_scale(torch.where(half > 0, half / (steps / (2 * factor)), 1.0), fmt)
         scale = stored.float()
         zero = (element.min - low * factor / scale).round() if asymmetric else torch.zeros_like(scale)
         zero = zero.clamp(element.min, element.max)

@@ -1,0 +1,118 @@
+"""Cutting, joining and counting quantized tensors."""
+
+import pytest
+import torch
+
+from fewbit.numerics.format import FORMATS
+from fewbit.numerics.qtensor import cat
+from fewbit.numerics.reference import quantize
+
+
+def gauss(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_slice_is_the_slice_of_the_weight(name):
+    q = quantize(gauss(256, 512), FORMATS[name])
+    w = q.dequantize()
+    for dim in (0, -2):
+        assert torch.equal(q.slice(dim, 128, 256).dequantize(), w[128:256])
+    for dim in (1, -1):
+        assert torch.equal(q.slice(dim, 256, 512).dequantize(), w[:, 256:512])
+    assert torch.equal(q.slice(0, 128, 256).slice(1, 0, 128).dequantize(), w[128:, :128])
+
+
+@pytest.mark.parametrize("name", ["int4_g128", "int4_g32_asym", "nvfp4", "mxfp4", "mxfp8", "fp8_block", "int8_g64"])
+def test_a_cut_through_a_block_is_refused_with_the_numbers(name):
+    fmt = FORMATS[name]
+    q = quantize(gauss(256, 256), fmt)
+    block = fmt.block[1]
+    for start, stop in ((0, block + 1), (1, block), (block // 2, 256)):
+        with pytest.raises(ValueError, match=rf"cut {start}:{stop} of axis -1 .* block of {block} \({name}\)"):
+            q.slice(-1, start, stop)
+
+
+def test_a_cut_through_rows_of_a_square_block_is_refused_but_the_ragged_end_is_not():
+    q = quantize(gauss(300, 256), FORMATS["fp8_block"])
+    with pytest.raises(ValueError, match="cut 0:200 of axis -2 goes through a block of 128"):
+        q.slice(0, 0, 200)
+    assert torch.equal(q.slice(0, 128, 300).dequantize(), q.dequantize()[128:])
+
+
+@pytest.mark.parametrize("name", [n for n in FORMATS if FORMATS[n].block[0] != -1 and not FORMATS[n].outer])
+def test_joining_is_joining_the_weights(name):
+    fmt = FORMATS[name]
+    pieces = [quantize(gauss(rows, 256, seed=rows), fmt) for rows in (256, 128, 64)]
+    joined = cat(pieces)
+    assert torch.equal(joined.dequantize(), torch.cat([p.dequantize() for p in pieces]))
+    assert joined.slice(0, 0, 256).equal(pieces[0])
+
+
+def test_scales_of_the_whole_tensor_must_agree_to_be_joined():
+    x, y = gauss(32, 64), 3 * gauss(32, 64, seed=1)
+    for name, part in (("fp8", "scale"), ("int8", "scale"), ("nvfp4", "outer")):
+        fmt = FORMATS[name]
+        q = quantize(x, fmt)
+        with pytest.raises(ValueError, match=f"cannot join: the {part} of the whole tensor differs"):
+            cat([q, quantize(1000 * y, fmt)])
+        same = {"outer": q.outer} if part == "outer" else {"scale": q.scale}
+        r = quantize(x[:16], fmt, **same)
+        assert torch.equal(cat([q, r]).dequantize(), torch.cat([q.dequantize(), r.dequantize()]))
+
+
+def test_different_formats_cannot_be_joined():
+    x = gauss(32, 64)
+    with pytest.raises(ValueError, match="cannot join formats mxfp4, mxfp8"):
+        cat([quantize(x, FORMATS["mxfp4"]), quantize(x, FORMATS["mxfp8"])])
+
+
+def test_a_piece_that_ends_inside_a_block_can_only_come_last():
+    fmt = FORMATS["fp8_block"]
+    ragged, whole = quantize(gauss(100, 128), fmt), quantize(5 * gauss(128, 128), fmt)
+    with pytest.raises(ValueError, match=r"cannot join 100 \+ 128 rows: a piece ends inside a block of 128"):
+        cat([ragged, whole])
+    assert torch.equal(cat([whole, ragged]).dequantize(), torch.cat([whole.dequantize(), ragged.dequantize()]))
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("fp8", 8 * 64 * 256 + 32),
+        ("int8_row", 8 * 64 * 256 + 64 * 32),
+        ("int4_g128", 4 * 64 * 256 + 64 * 2 * 16),
+        ("int4_g128_asym", 4 * 64 * 256 + 64 * 2 * (16 + 4)),
+        ("nvfp4", 4 * 64 * 256 + 64 * 16 * 8 + 32),
+        ("mxfp4", 4 * 64 * 256 + 64 * 8 * 8),
+        ("fp8_block", 8 * 64 * 256 + 2 * 32),
+    ],
+)
+def test_bits_count_codes_scales_and_zeros(name, bits):
+    assert quantize(gauss(64, 256), FORMATS[name]).bits == bits
+
+
+def test_equal_looks_at_every_bit():
+    q = quantize(gauss(32, 64), FORMATS["int4_g32_asym"])
+    assert q.equal(quantize(gauss(32, 64), FORMATS["int4_g32_asym"]))
+    assert not q.equal(quantize(gauss(32, 64), FORMATS["int4_g32"]))
+    for part in ("codes", "scale", "zero"):
+        other = quantize(gauss(32, 64), FORMATS["int4_g32_asym"])
+        other.parts()[part].view(torch.uint8)[0, 0] ^= 1
+        assert not q.equal(other), part
+
+
+def test_dequantizes_to_the_dtype_asked_for_and_moves_as_a_whole():
+    q = quantize(gauss(32, 64), FORMATS["nvfp4"])
+    assert q.dequantize(torch.bfloat16).dtype == torch.bfloat16
+    assert torch.equal(q.dequantize(torch.bfloat16), q.dequantize().bfloat16())
+    assert {t.device.type for t in q.to("meta").parts().values()} == {"meta"}
+    assert q.shape == (32, 64)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_axes_before_the_last_two_are_a_batch(name):
+    fmt = FORMATS[name]
+    x = gauss(3, 128, 256)
+    outer = None if not fmt.outer else torch.tensor(2.0**-8)
+    batch = quantize(x, fmt, outer=outer)
+    assert torch.equal(batch.dequantize(), torch.stack([quantize(m, fmt, outer=outer).dequantize() for m in x]))
