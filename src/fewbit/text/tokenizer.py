@@ -1,0 +1,201 @@
+"""A model's tokenizer, and text that grows token by token. What the tokens mean to a model is left to others."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from fewbit.errors import CheckpointError, RequestError
+from fewbit.text.chat import ChatTemplate
+from fewbit.text.settings import TokenizerSettings, read_json, read_settings
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how byte-fallback vocabularies spell one byte
+_UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are no character (yet)
+
+
+class Tokenizer:
+    """Text to token ids and back, as the model's directory says.
+
+    Attributes:
+        bos_id: The id that opens a text, if the model knows one.
+        eos_id: The tokenizer's own end-of-sequence id, if it has one.
+        eos_ids: Every id that ends a text: the tokenizer's, and those of the model's configuration.
+        special_ids: Ids that `decode` leaves out by default.
+        vocab_size: Number of tokens, added ones included.
+        chat_template: The template for messages; None for a model that only completes text.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, settings: TokenizerSettings, layout: dict[str, Any]) -> None:
+        self._backend = backend
+        backend.no_truncation()
+        backend.no_padding()
+        self._add_missing(settings)
+        roles = {role: backend.token_to_id(text) for role, text in settings.roles.items()}
+        self.bos_id: int | None = roles.get("bos_token", settings.bos_id)
+        self.eos_id: int | None = roles.get("eos_token")
+        self.eos_ids = settings.eos_ids | ({self.eos_id} if self.eos_id is not None else set())
+        if self.eos_id is None and self.eos_ids:
+            self.eos_id = min(self.eos_ids)
+        self._added = dict(backend.get_added_tokens_decoder())
+        self.special_ids = frozenset(i for i, t in self._added.items() if t.special)
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.chat_template = ChatTemplate(settings.template, settings.roles) if settings.template else None
+        self._byte_level = '"ByteLevel"' in json.dumps(layout.get("decoder"))
+
+    @classmethod
+    def load(cls, model_dir: Path) -> Tokenizer:
+        """Open the tokenizer of a model directory.
+
+        Args:
+            model_dir: A directory with a tokenizer.json; the JSON files beside it are read where they exist.
+
+        Raises:
+            CheckpointError: tokenizer.json is missing or broken, or a file beside it is.
+        """
+        file = Path(model_dir) / "tokenizer.json"
+        if not file.is_file():
+            others = [
+                n for n in ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json") if (file.parent / n).exists()
+            ]
+            found = (
+                f"it holds {others[0]}, which fewbit does not read" if others else "no other tokenizer file is there"
+            )
+            raise CheckpointError(
+                f"{file.parent}: no tokenizer.json ({found}). Convert it once with transformers: "
+                f"AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+            )
+        layout = read_json(file)
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as e:  # the library raises a plain Exception
+            raise CheckpointError(f"{file}: not a tokenizer that the tokenizers library can open ({e})") from e
+        return cls(backend, read_settings(file.parent), layout)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`; special tokens spelled out in the text count as such.
+
+        Args:
+            text: Any text that UTF-8 can say.
+            add_special_tokens: Whether to open (and end) the ids as tokenizer.json's post-processor does
+                (`add_bos_token` beside it is history); not for rendered chats, which spell them out.
+
+        Raises:
+            RequestError: `text` holds half of a surrogate pair.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise RequestError(
+                f"the text holds a lone surrogate (U+{ord(text[e.start]):04X}) at character {e.start}, which no "
+                "encoding can express; send whole characters"
+            ) from e
+        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids; ids that no token has add nothing."""
+        known = [i for i in ids if 0 <= i < 1 << 32]
+        return str(self._backend.decode(known, skip_special_tokens=skip_special_tokens))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for inside a text: a piece of a character is a piece of its bytes."""
+        piece = self._backend.id_to_token(token_id)
+        if piece is None:
+            return b""
+        if token_id in self._added:
+            return str(piece).encode()
+        if self._byte_level:
+            return bytes(b for c in piece for b in _BYTE_OF.get(c, c.encode()))
+        if byte := _BYTE_PIECE.fullmatch(piece):
+            return bytes.fromhex(byte[1])
+        return str(piece).replace("▁", " ").encode()
+
+    @cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """Ids of byte-fallback tokens: several together make one character."""
+        if self._byte_level:
+            return frozenset()
+        pieces = ((f"<0x{b:02X}>", self._backend.token_to_id(f"<0x{b:02X}>")) for b in range(256))
+        return frozenset(i for _, i in pieces if i is not None)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters in the longest token: a text of n characters has at least n / longest_token tokens."""
+        return max((len(piece) for piece in self._backend.get_vocab(with_added_tokens=True)), default=1)
+
+    def _add_missing(self, settings: TokenizerSettings) -> None:
+        """Tokens that only the JSON files beside tokenizer.json know."""
+        present = {t.content for t in self._backend.get_added_tokens_decoder().values()}
+        for text, flags in settings.added.items():
+            if text not in present:
+                names = ("single_word", "lstrip", "rstrip", "normalized", "special")
+                token = tokenizers.AddedToken(text, **{n: bool(flags[n]) for n in names if n in flags})
+                self._backend.add_tokens([token])
+
+
+class Detokenizer:
+    """Text of tokens that arrive one by one. Law: all that is given out, joined, is `decode` of all ids.
+
+    A window of ids is decoded again with each token: the text that it added is new. The window starts at a token
+    that has text of its own, since many decoders treat the first space of a text differently.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._window: list[int] = []
+        self._sent = 0  # characters of the window's text that were given out
+
+    def push(self, token_id: int) -> str:
+        """Take a token; return the text that is certain now, never half a character."""
+        if token_id in self._hidden:
+            return ""
+        self._window.append(token_id)
+        if token_id in self._tokenizer.byte_ids:  # a later byte may still spoil the whole run
+            return ""
+        text = self._decode(self._window)
+        whole = not text.endswith(_UNFINISHED)
+        new = self._take(text if whole else text[:-1])
+        if whole:
+            self._shorten()
+        return new
+
+    def peek(self) -> str:
+        """What `finish` would return now."""
+        return self._decode(self._window)[self._sent :]
+
+    def finish(self) -> str:
+        """The text that was held back; the stream is over."""
+        return self._take(self._decode(self._window))
+
+    def _take(self, text: str) -> str:
+        new = text[self._sent :]
+        self._sent = max(self._sent, len(text))
+        return new
+
+    def _shorten(self) -> None:
+        """Forget ids that cannot matter any more; all text up to here is given out."""
+        for n in range(1, min(4, len(self._window))):
+            tail = self._window[-n:]
+            if text := self._decode(tail):
+                self._window, self._sent = tail, len(text)
+                return
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _byte_alphabet() -> Iterable[tuple[str, bytes]]:
+    """The printable stand-in of each byte in byte-level vocabularies: itself where printable, else from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [b for b in range(256) if b not in printable]
+    yield from ((chr(b), bytes([b])) for b in printable)
+    yield from ((chr(0x100 + i), bytes([b])) for i, b in enumerate(rest))
+
+
+_BYTE_OF = dict(_byte_alphabet())
