@@ -1,4 +1,4 @@
-"""Files in, files out: canonical names and quantized tensors on one side, each format's names and packings on the other."""
+"""Files in, files out: canonical names and QTensors on one side, each format's names and packings on the other."""
 
 from fewbit.checkpoint.checkpoint import Checkpoint, Tensors, open_checkpoint
 from fewbit.checkpoint.formats import format_named, formats

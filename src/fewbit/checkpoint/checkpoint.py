@@ -1,8 +1,12 @@
-"""A checkpoint: the one meeting point of readers and writers. Opening one reads headers; weights come when asked for."""
+"""A checkpoint: the one meeting point of readers and writers.
+
+Opening one reads headers; weights come when asked for.
+"""
 
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,9 +165,12 @@ class _Opener:
             for which, source in zip("kv", self.fmt.kv_scale_names(layer, self.names), strict=True):
                 name = f"layers.{layer}.attn.{which}_scale"
                 self._take(source, self.fmt.kv_scale_shape(kv))
-                self._add(name, lambda source=source: self.files.read(source).float().reshape(()), [source])
+                self._add(name, functools.partial(self._scalar, source), [source])
         self._refuse_extra()
         return self.found
+
+    def _scalar(self, source: str) -> Tensor:
+        return self.files.read(source).float().reshape(())
 
     def _dense(self, name: str, source: str, shape: tuple[int, ...]) -> None:
         entry = self._take(source, shape)

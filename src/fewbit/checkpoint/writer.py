@@ -195,7 +195,8 @@ class _Shards:
         self.weight_map: dict[str, str] = {}
         for number, group in enumerate(groups, 1):
             name = SINGLE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
-            header, offset = {"__metadata__": dict(metadata)}, 0
+            header: dict[str, Any] = {"__metadata__": dict(metadata)}
+            offset = 0
             offsets = {}
             for tensor, stored in group.items():
                 size = _nbytes(stored)
@@ -222,7 +223,8 @@ class _Shards:
         file, offset, stored = self._places[name]
         if tensor.dtype != stored.dtype or tuple(tensor.shape) != stored.shape:
             raise AssertionError(f"{name}: planned {stored}, given {tensor.dtype} {tuple(tensor.shape)}")
-        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        raw: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        data = memoryview(raw)
         while data:
             done = os.pwrite(file, data, offset)
             data, offset = data[done:], offset + done

@@ -52,14 +52,16 @@ class KVCodec:
         """K and V [tokens, kv_heads, head_dim] as the cache keeps them."""
         if self.spec is None:
             return k.to(self.dtype), v.to(self.dtype)
-        assert self.k_scale is not None and self.v_scale is not None
+        assert self.k_scale is not None
+        assert self.v_scale is not None
         return _encode(k, self.spec.k, self.k_scale), _encode(v, self.spec.v, self.v_scale)
 
     def load(self, k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Stored K and V as numbers of `dtype`."""
         if self.spec is None:
             return k.to(dtype), v.to(dtype)
-        assert self.k_scale is not None and self.v_scale is not None
+        assert self.k_scale is not None
+        assert self.v_scale is not None
         return _decode(k, self.spec.k, self.k_scale, dtype), _decode(v, self.spec.v, self.v_scale, dtype)
 
 

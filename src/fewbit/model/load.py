@@ -109,7 +109,10 @@ class Loader:
 
     def choose(self, shape: LinearShape) -> Choice:
         """The kernel for one linear."""
-        quant = self.checkpoint.quant.get(shape.name, QuantSpec())
+        return self.choose_for(self.checkpoint.quant.get(shape.name, QuantSpec()), shape)
+
+    def choose_for(self, quant: QuantSpec, shape: LinearShape) -> Choice:
+        """The kernel for one linear, were it quantized so."""
         return choose(LinearProblem(quant, shape.out_features, shape.in_features, self.dtype, self._info), self.backend)
 
     def linear(self, shape: LinearShape) -> Linear:

@@ -112,7 +112,7 @@ def minifloat(exponent: int, mantissa: int, special: str | None = None, native: 
         if special == "ieee" and e == 2**exponent - 1:
             return math.inf if m == 0 else math.nan
         fraction = m / 2**mantissa
-        return fraction * 2.0 ** (1 - bias) if e == 0 else (1 + fraction) * 2.0 ** (e - bias)
+        return math.ldexp(fraction, 1 - bias) if e == 0 else math.ldexp(1 + fraction, e - bias)
 
     positive = [magnitude(code) for code in range(2 ** (exponent + mantissa))]
     values = tuple(positive + [-v for v in positive])

@@ -15,7 +15,8 @@ def pack_nibbles(codes: Tensor, dim: int = -1) -> Tensor:
     """Uint8 4-bit codes to half as many bytes along `dim`, whose size is even."""
     dim = dim % codes.ndim
     low, high = codes.unflatten(dim, (-1, 2)).unbind(dim + 1)
-    return low | (high << 4)
+    packed: Tensor = low | (high << 4)
+    return packed
 
 
 def unpack_nibbles(packed: Tensor, dim: int = -1) -> Tensor:

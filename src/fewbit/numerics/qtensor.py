@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -60,12 +60,16 @@ class QTensor:
 
     def to(self, device: torch.device | str) -> QTensor:
         """The same tensor on another device."""
-        return replace(self, **{n: t.to(device) for n, t in self.parts().items()})
+        return self._with({n: t.to(device) for n, t in self.parts().items()})
 
     def parts(self) -> dict[str, Tensor]:
         """The tensors it is made of, by field name."""
         named = {"codes": self.codes, "scale": self.scale, "outer": self.outer, "zero": self.zero}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def _with(self, parts: Mapping[str, Tensor]) -> QTensor:
+        """The same format with some tensors replaced."""
+        return QTensor(self.format, **{**self.parts(), **parts})
 
     def slice(self, dim: int, start: int, stop: int) -> QTensor:
         """Rows (`dim` -2) or columns (-1) from `start` to `stop`: a shard, exact.
@@ -85,7 +89,7 @@ class QTensor:
                 tensor: Tensor | None = getattr(self, name)
                 if tensor is not None:
                     parts[name] = tensor.narrow(dim, first, last - first)
-        return replace(self, **parts)
+        return self._with(parts)
 
     def equal(self, other: QTensor) -> bool:
         """Whether format, codes and scales are the same bits."""
@@ -120,7 +124,7 @@ def cat(pieces: Sequence[QTensor]) -> QTensor:
             joined[name] = tensors[0]
         else:
             joined[name] = torch.cat(tensors, -2)
-    return replace(first, **joined)
+    return first._with(joined)
 
 
 def block_size(fmt: Format, shape: Sequence[int]) -> tuple[int, int]:

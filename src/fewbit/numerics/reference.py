@@ -11,8 +11,9 @@ from torch import Tensor
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.numerics.element import E4M3, E8M0, Element
 from fewbit.numerics.format import ALL, Format
-from fewbit.numerics.qtensor import QTensor, block_size, spread
+from fewbit.numerics.qtensor import QTensor, block_size, cat, spread
 
+_PIECE = 1 << 18  # weights rounded at a time
 _SHRINKS = 16  # candidates of the scale search: from the whole range down to about half of it
 
 
@@ -36,8 +37,19 @@ def quantize(
     x = x.float()
     if not torch.isfinite(x).all():
         raise CheckpointError("holds NaN or infinity, which no format can round; repair the weights first")
-    if scale is None:
-        scale, outer, zero = choose_scale(x, fmt, outer)
+    if scale is not None:
+        return round_to(x, QTensor(fmt, torch.empty(0, dtype=torch.uint8), scale, outer, zero))
+    if fmt.outer and outer is None:
+        outer = outer_scale(x.abs().amax(), fmt)
+    if fmt.block[0] != 1 or x.ndim != 2:
+        return _quantize(x, fmt, outer)
+    # rows know nothing of each other: pieces that fit a cache are faster, and the search needs little memory
+    rows = max(1, _PIECE // x.shape[1])
+    return cat([_quantize(piece, fmt, outer) for piece in x.split(rows)])
+
+
+def _quantize(x: Tensor, fmt: Format, outer: Tensor | None) -> QTensor:
+    scale, outer, zero = choose_scale(x, fmt, outer)
     return round_to(x, QTensor(fmt, torch.empty(0, dtype=torch.uint8), scale, outer, zero))
 
 

@@ -51,8 +51,10 @@ def device_named(text: str) -> torch.device:
 
 
 def arithmetic_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """The dtype of activations: float32 on a CPU whatever is stored (bfloat16 there is slower, and its sums depend on
-    how a prompt was cut into chunks), else the checkpoint's own."""
+    """The dtype of activations: float32 on a CPU whatever is stored, else the checkpoint's own.
+
+    Bfloat16 on a CPU is slower, and its sums depend on how a prompt was cut into chunks.
+    """
     return torch.float32 if device.type == "cpu" else stored
 
 

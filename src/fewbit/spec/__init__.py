@@ -1,0 +1,1 @@
+"""What a decoder is, as data: no torch, no weights."""

@@ -251,8 +251,8 @@ def _group(quant: QuantSpec, targets: list[str]) -> dict[str, Any]:
     assert quant.weight is not None
     inputs = None
     if quant.input is not None:
-        dynamic: bool | str = {"dynamic": True, "static": False, "outer": "local"}[quant.input_scale]
-        inputs = _args(quant.input, dynamic, per_token=True)
+        dynamic: dict[str, bool | str] = {"dynamic": True, "static": False, "outer": "local"}
+        inputs = _args(quant.input, dynamic[quant.input_scale], per_token=True)
     return {
         "targets": targets,
         "weights": _args(quant.weight, False),

@@ -168,8 +168,9 @@ def why_not(spec: DecoderSpec, quantization: Quantization) -> str | None:
                 return f"{name}: this layout packs INT4 along the rows and {rows} is odd; {other}"
     if len({replace(kind, prescale=False) for kind in kinds}) > 1:
         return f"one format for all layers is written in this layout, not {len(kinds)}; {other}"
-    if quantization.kv and set(quantization.kv.values()) != {KVSpec(_FP8, _FP8)}:
-        return f"Model Optimizer's layout has no word for a K and V cache in {next(iter(quantization.kv.values()))}; {other}"
+    for kv in quantization.kv.values():
+        if kv != KVSpec(_FP8, _FP8):
+            return f"Model Optimizer's layout has no word for K and V in {kv}; {other}"
     if quantization.kv and len(quantization.kv) != len(spec.layers):
         return f"one K and V format for all layers is written in this layout; {other}"
     return None

@@ -14,7 +14,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, a: Attention, first: int = 0) -> 
 
     Args:
         q: [t, heads, head_dim], the queries of positions `first` .. `first + t - 1`.
-        k, v: [s, kv_heads, head_dim], keys and values of positions 0 .. s - 1, with s = first + t.
+        k: [s, kv_heads, head_dim], the keys of positions 0 .. s - 1, with s = first + t.
+        v: the values, likewise.
         a: the shape, scale and window.
         first: position of the first query.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fewbit.errors import CheckpointError
@@ -68,19 +69,17 @@ def llama_like(
     if heads % kv_heads:
         raise CheckpointError(f"config.json: {heads} attention heads are no multiple of {kv_heads} key/value heads")
     norm = Norm(c.number("rms_norm_eps", 1e-6))
-    attention = {
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": c.optional("head_dim") or hidden // heads,
-        "position": c.rope(),
-        "qk_norm": norm if qk_norm else None,
-        "qkv_bias": qkv_bias,
-        "o_bias": o_bias,
-    }
-    mlp = MLP(c.need("intermediate_size"), c.activation(), mlp_bias)
-    layers = tuple(
-        Layer(Attention(**attention, window=window), mlp, norm, norm) for window in windows or (None,) * count
+    attention = Attention(
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=c.optional("head_dim") or hidden // heads,
+        position=c.rope(),
+        qk_norm=norm if qk_norm else None,
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
     )
+    mlp = MLP(c.need("intermediate_size"), c.activation(), mlp_bias)
+    layers = tuple(Layer(replace(attention, window=window), mlp, norm, norm) for window in windows or (None,) * count)
     context = c.optional("max_position_embeddings") or 2048
     return DecoderSpec(c.need("vocab_size"), hidden, layers, norm, c.flag("tie_word_embeddings"), context)
 

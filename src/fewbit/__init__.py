@@ -1,0 +1,45 @@
+"""fewbit makes language models small and runs them fast.
+
+The names most people need; each is imported when first used, so that ``import fewbit`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fewbit.version import __version__
+
+if TYPE_CHECKING:
+    from fewbit.checkpoint import Checkpoint, open_checkpoint
+    from fewbit.compress import Recipe, read_recipe
+    from fewbit.demo import demo_model
+    from fewbit.engine.engine import Engine
+    from fewbit.errors import FewbitError
+
+_HOMES = {
+    "Checkpoint": "fewbit.checkpoint",
+    "open_checkpoint": "fewbit.checkpoint",
+    "Recipe": "fewbit.compress",
+    "read_recipe": "fewbit.compress",
+    "Engine": "fewbit.engine.engine",
+    "FewbitError": "fewbit.errors",
+    "demo_model": "fewbit.demo",
+}
+
+__all__ = [
+    "Checkpoint",
+    "Engine",
+    "FewbitError",
+    "Recipe",
+    "__version__",
+    "demo_model",
+    "open_checkpoint",
+    "read_recipe",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fewbit' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)

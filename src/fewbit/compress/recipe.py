@@ -1,0 +1,267 @@
+"""Recipes: what to do to a model, as a YAML file.
+
+Read strictly, and resolved to one QuantSpec a layer before any weight is read.
+
+A recipe file::
+
+    rules:                        # the first that matches a linear's canonical name decides
+      - {match: "layers.*.mlp.down", weight: int8_row}
+      - {match: "layers.*", weight: int4_g128, input: none, input_scale: dynamic}
+    kv: {format: fp8, scale: static}
+    techniques:                   # in order; none: rounding to nearest
+      - round_to_nearest: {}
+    calib: {samples: 32, length: 512, data: texts.jsonl}
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.resources
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from fewbit.compress.techniques import Technique, technique_named
+from fewbit.errors import RecipeError, UnsupportedError, nearest_name
+from fewbit.numerics.format import ALL, FORMATS, Format, format_named
+from fewbit.numerics.quantspec import InputScale, KVSpec, QuantSpec
+from fewbit.numerics.reference import check_fits
+from fewbit.spec.decoder import DecoderSpec, LinearShape
+
+KV_FORMATS = {"fp8": FORMATS["fp8"], "int8": FORMATS["int8"]}
+_BUILT_IN = importlib.resources.files("fewbit.compress") / "recipes"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Linears whose canonical name matches a shell pattern (``*`` also crosses dots) get these numerics."""
+
+    match: str
+    quant: QuantSpec
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which data, and how much of it: `samples` windows of `length` tokens."""
+
+    samples: int = 32
+    length: int = 512
+    data: Path | None = None  # None: the text shipped with fewbit
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as read; `name` is the built-in's or the file's, `text` what was read."""
+
+    name: str
+    text: str
+    rules: tuple[Rule, ...]
+    kv: KVSpec | None = None
+    techniques: tuple[Technique, ...] = ()
+    calibration: Calibration = field(default_factory=Calibration)
+
+    def with_kv(self, name: str | None) -> Recipe:
+        """The same recipe with another format for K and V; None keeps its own."""
+        return self if name is None else replace(self, kv=_kv({"format": name}, "--kv"))
+
+    def resolve(self, spec: DecoderSpec) -> dict[str, QuantSpec]:
+        """QuantSpec by linear; linears that stay as they are are absent.
+
+        Raises:
+            RecipeError: a rule decides nothing.
+            UnsupportedError: a layer does not divide into the blocks of its format.
+        """
+        decided: dict[str, QuantSpec] = {}
+        used: set[int] = set()
+        for linear in spec.linears():
+            for number, rule in enumerate(self.rules):
+                if fnmatch.fnmatchcase(linear.name, rule.match):
+                    used.add(number)
+                    if rule.quant.weight is not None:
+                        _check_fits(linear, rule.quant)
+                        decided[linear.name] = rule.quant
+                    break
+        for number, rule in enumerate(self.rules):
+            if number not in used:
+                _refuse_idle(rule, number, spec)
+        return decided
+
+
+def built_in() -> dict[str, str]:
+    """Every built-in recipe with its first comment line."""
+    found = sorted((f for f in _BUILT_IN.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    return {f.name.removesuffix(".yaml"): f.read_text("utf8").splitlines()[0].lstrip("# ") for f in found}
+
+
+def read_recipe(name: str) -> Recipe:
+    """A built-in recipe by its name, or a YAML file by its path.
+
+    Raises:
+        RecipeError: no such recipe, or something wrong in it; the message names the place.
+    """
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        path = Path(name)
+        try:
+            return parse_recipe(path.stem, path.read_text("utf8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe {name} cannot be read: {error}") from None
+    if name not in (known := built_in()):
+        raise RecipeError(f"unknown recipe '{name}'; {nearest_name(name, known)} A file's name ends in .yaml")
+    return parse_recipe(name, (_BUILT_IN / f"{name}.yaml").read_text("utf8"))
+
+
+def parse_recipe(name: str, text: str) -> Recipe:
+    """A recipe from YAML.
+
+    Raises:
+        RecipeError: see `read_recipe`.
+    """
+    try:
+        raw = yaml.load(text, _StrictLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"recipe {name} is not YAML: {' '.join(str(error).split())}") from None
+    top = _object(raw, name, ("rules", "kv", "techniques", "calib"))
+    rules = _list(top.get("rules"), f"{name}: rules")
+    if not rules and "kv" not in top:
+        raise RecipeError(f"recipe {name} has neither rules nor kv: it would change nothing")
+    return Recipe(
+        name=name,
+        text=text,
+        rules=tuple(_rule(rule, f"{name}: rules[{number}]") for number, rule in enumerate(rules)),
+        kv=_kv(top["kv"], f"{name}: kv") if top.get("kv") is not None else None,
+        techniques=tuple(
+            _technique(t, f"{name}: techniques[{n}]") for n, t in enumerate(_list(top.get("techniques"), name))
+        ),
+        calibration=_calibration(top.get("calib") or {}, f"{name}: calib"),
+    )
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Plain YAML in which a key may stand only once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys are checked."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key {key!r} stands twice, line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
+def _object(raw: Any, where: str, known: tuple[str, ...]) -> dict[str, Any]:
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{where}: expected keys ({', '.join(known)}), got {raw!r}")
+    for key in raw:
+        if key not in known:
+            raise RecipeError(f"{where}: unknown key {key!r}; {nearest_name(str(key), known)}")
+    return raw
+
+
+def _list(raw: Any, where: str) -> list[Any]:
+    if raw is None:
+        return []
+    if not isinstance(raw, list):
+        raise RecipeError(f"{where}: expected a list, got {raw!r}")
+    return raw
+
+
+def _format(raw: Any, where: str) -> Format | None:
+    if raw is None or raw == "none":
+        return None
+    if not isinstance(raw, str):
+        raise RecipeError(f"{where}: expected the name of a format or none, got {raw!r}")
+    try:
+        return format_named(raw)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
+
+
+def _rule(raw: Any, where: str) -> Rule:
+    fields = _object(raw, where, ("match", "weight", "input", "input_scale"))
+    if not isinstance(fields.get("match"), str) or "weight" not in fields:
+        raise RecipeError(f"{where}: needs 'match' (a pattern) and 'weight' (a format, or none)")
+    weight, given = _format(fields["weight"], f"{where}: weight"), _format(fields.get("input"), f"{where}: input")
+    scale = fields.get("input_scale", "dynamic")
+    if scale not in get_args(InputScale):
+        raise RecipeError(f"{where}: input_scale is {scale!r}; known: {', '.join(get_args(InputScale))}")
+    if given is None:
+        if fields.get("input_scale") not in (None, "dynamic"):
+            raise RecipeError(f"{where}: input_scale {scale} without an input format")
+        return Rule(fields["match"], QuantSpec(weight))
+    if weight is None:
+        raise RecipeError(f"{where}: an input format needs a weight format")
+    if problem := _input_problem(given, scale):
+        raise RecipeError(f"{where}: {problem}")
+    return Rule(fields["match"], QuantSpec(weight, given, scale))
+
+
+def _input_problem(fmt: Format, scale: str) -> str | None:
+    """Why an input cannot be rounded so, if it cannot: a token's numbers must not depend on its neighbours."""
+    if fmt.zero or fmt.block[0] not in (1, ALL):
+        return f"inputs cannot be {fmt}"
+    if fmt.outer != (scale == "outer"):
+        return f"{fmt} inputs need input_scale: {'outer' if fmt.outer else 'static or dynamic'}"
+    if (fmt.block == (ALL, ALL)) != (scale == "static"):
+        need = "static (one scale for all tokens)" if fmt.block == (ALL, ALL) else "dynamic (a scale for each token)"
+        return f"{fmt} inputs need input_scale: {need}"
+    return None
+
+
+def _kv(raw: Any, where: str) -> KVSpec:
+    fields = _object(raw, where, ("format", "scale"))
+    name = fields.get("format")
+    if name not in KV_FORMATS:
+        raise RecipeError(f"{where}: K and V format {name!r} is unknown; known: {', '.join(KV_FORMATS)}")
+    if fields.get("scale", "static") != "static":
+        raise RecipeError(f"{where}: scale {fields['scale']!r} is unknown; known: static")
+    return KVSpec(KV_FORMATS[name], KV_FORMATS[name])
+
+
+def _technique(raw: Any, where: str) -> Technique:
+    if not isinstance(raw, dict) or len(raw) != 1:
+        raise RecipeError(f"{where}: expected one name with its settings, such as round_to_nearest: {{}}")
+    ((name, settings),) = raw.items()
+    try:
+        return technique_named(str(name), settings or {})
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
+
+
+def _calibration(raw: Any, where: str) -> Calibration:
+    fields = dict(_object(raw, where, ("samples", "length", "data")))
+    for key in ("samples", "length"):
+        value = fields.get(key, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise RecipeError(f"{where}: {key} is {value!r}, expected a whole number of at least 1")
+    if (data := fields.get("data")) is not None:
+        fields["data"] = Path(str(data))
+    return Calibration(**fields)
+
+
+def _check_fits(linear: LinearShape, quant: QuantSpec) -> None:
+    for fmt in (quant.weight, quant.input):
+        try:
+            if fmt is not None:
+                check_fits(fmt, (linear.out_features, linear.in_features))
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{linear.name}: {error}") from None
+
+
+def _refuse_idle(rule: Rule, number: int, spec: DecoderSpec) -> None:
+    names = [linear.name for linear in spec.linears()]
+    if any(fnmatch.fnmatchcase(name, rule.match) for name in names):
+        raise RecipeError(f"rules[{number}] '{rule.match}' decides nothing: earlier rules match all of its layers")
+    raise RecipeError(f"rules[{number}] '{rule.match}' matches no layer; {nearest_name(rule.match, names[:8])}")
+
+
+def summary(decided: Mapping[str, QuantSpec], spec: DecoderSpec) -> list[tuple[str, str]]:
+    """Groups of linears with the same numerics, layer numbers left out: (``layers.*.attn.q …``, what they get)."""
+    groups: dict[str, dict[str, None]] = {}
+    for linear in spec.linears():
+        parts = linear.name.split(".")
+        name = linear.name if len(parts) == 1 else ".".join(["layers.*", *parts[2:]])
+        groups.setdefault(str(decided.get(linear.name, QuantSpec())), {})[name] = None
+    return [(", ".join(names), kind) for kind, names in groups.items()]

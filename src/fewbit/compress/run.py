@@ -1,0 +1,388 @@
+"""The block loop: one decoder layer after another is read, calibrated, quantized and written, and then let go.
+
+Beside the calibration data, a little held-out text runs through the model twice, once in float and once as quantized
+so far. The second ends in the logits that the finished files must reproduce bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fewbit.checkpoint import Checkpoint, CheckpointWriter, check_target, format_named, open_checkpoint
+from fewbit.checkpoint.formats import FileFormat
+from fewbit.checkpoint.layout import Quantization
+from fewbit.compress.data import calibration_windows, check_windows, shipped_text
+from fewbit.compress.recipe import Recipe
+from fewbit.compress.stats import Block, Recorder, Stats
+from fewbit.compress.stream import Stream
+from fewbit.compress.techniques import BlockTechnique, LayerTechnique, round_to_nearest
+from fewbit.compress.verify import Verified, verify
+from fewbit.errors import CheckpointError, FewbitError, RecipeError, UnsupportedError
+from fewbit.model import DecoderLayer, KVCodec, Linear, Loader
+from fewbit.model.decoder import rms_norm
+from fewbit.numerics.element import Element
+from fewbit.numerics.format import Format
+from fewbit.numerics.qtensor import QTensor
+from fewbit.numerics.quantspec import KVSpec, QuantSpec
+from fewbit.numerics.reference import outer_scale
+from fewbit.ops.linear import LinearWeights
+from fewbit.ops.linear.dense import Dense
+from fewbit.spec.decoder import DecoderSpec, LinearShape
+from fewbit.text.tokenizer import Tokenizer
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, how much is done, and of how much."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done, settled before any weight is read.
+
+    Attributes:
+        recipe: what was asked for.
+        spec: the decoder as it will be written (a quantized head of a tied model is untied).
+        quant: QuantSpec by linear.
+        kv: KVSpec by layer.
+        export: the file format.
+        calibrated: whether data are needed.
+    """
+
+    recipe: Recipe
+    spec: DecoderSpec
+    quant: Mapping[str, QuantSpec]
+    kv: Mapping[int, KVSpec]
+    export: str
+    calibrated: bool
+
+
+@dataclass
+class Report:
+    """What was done.
+
+    Attributes:
+        seconds: time by stage.
+        weight_error: relative error of each quantized weight, ``|W - Q| / |W|`` in the Frobenius norm, by linear.
+        output_error: relative error of each layer's output on held-out text, by layer, errors of earlier ones included.
+        kl: mean KL divergence of the next-token distribution on that text, in nats.
+        peak_bytes: largest resident memory of the process.
+        grown_bytes: how much of that is growth since the start.
+        calibration: which data were used, in words.
+        verified: what the finished files were found to hold.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    weight_error: dict[str, float] = field(default_factory=dict)
+    output_error: dict[int, float] = field(default_factory=dict)
+    kl: float = 0.0
+    peak_bytes: int = 0
+    grown_bytes: int = 0
+    calibration: str = "none needed"
+    verified: Verified | None = None
+
+
+def plan(checkpoint: Checkpoint, recipe: Recipe, export: str = "compressed-tensors") -> Plan:
+    """Settle what a recipe means for a model, and that the file format can say it.
+
+    Raises:
+        RecipeError, UnsupportedError: a rule, a layer or the file format does not fit.
+    """
+    if checkpoint.quant or checkpoint.kv:
+        raise UnsupportedError(
+            f"{checkpoint.path} is already quantized ({checkpoint.format}); start from the original weights"
+        )
+    quant = recipe.resolve(checkpoint.spec)
+    kv = dict.fromkeys(range(len(checkpoint.spec.layers)), recipe.kv) if recipe.kv else {}
+    spec = replace(checkpoint.spec, tied=checkpoint.spec.tied and "lm_head" not in quant)
+    if reason := format_named(export).why_not(spec, Quantization(quant, kv)):
+        raise UnsupportedError(reason)
+    layered = [t for t in recipe.techniques if hasattr(t, "layer")]
+    if len(layered) > 1:
+        raise RecipeError("a recipe can hold one technique that rounds weights, not several")
+    needy = any(t.needs != "none" for t in recipe.techniques)
+    calibrated = bool(kv) or needy or any(q.calibrated for q in quant.values())
+    return Plan(recipe, spec, quant, kv, export, calibrated)
+
+
+def compress(
+    checkpoint: Checkpoint,
+    planned: Plan,
+    target: Path,
+    *,
+    device: str = "cpu",
+    force: bool = False,
+    progress: Progress = lambda stage, done, total: None,
+) -> Report:
+    """Carry out a plan and write the result to `target`, which appears whole or not at all.
+
+    Raises:
+        FewbitError: the data, the weights or the target are not as they must be; or what was written, opened again,
+            does not hold what was meant.
+    """
+    check_target(target, force)
+    with torch.inference_mode():
+        return _Run(checkpoint, planned, target, torch.device(device), force, progress).run()
+
+
+class _Run:
+    """One compression under way."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, planned: Plan, target: Path, device: torch.device, force: bool, progress: Progress
+    ) -> None:
+        self.checkpoint, self.plan, self.target, self.force = checkpoint, planned, target, force
+        self.progress, self.device = progress, device
+        self.loader = Loader(checkpoint, device)
+        self.report = Report()
+        self.start_bytes = _resident_bytes()
+        self.codecs: list[KVCodec] = []
+        techniques = planned.recipe.techniques
+        self.block_techniques = [cast("BlockTechnique", t) for t in techniques if hasattr(t, "block")]
+        layered = [cast("LayerTechnique", t) for t in techniques if hasattr(t, "layer")]
+        self.rounding: LayerTechnique = layered[0] if layered else round_to_nearest.Settings()
+        self.needs = {t.needs for t in techniques}
+
+    def run(self) -> Report:
+        calibration, held_out = self._data()
+        spec, embed = self.checkpoint.spec, self.loader.embed()
+        data = Stream(calibration, embed, self.loader.dtype)
+        exact, rounded = Stream(held_out, embed, self.loader.dtype), Stream(held_out, embed, self.loader.dtype)
+        with self._writer() as writer:
+            self._write(writer, "embed.weight", embed.cpu())
+            del embed
+            for index in range(len(spec.layers)):
+                self.progress("compress", index, len(spec.layers))
+                self._block(index, writer, data, exact, rounded)
+            logits = self._head(writer, data, exact, rounded)
+            self.progress("compress", len(spec.layers), len(spec.layers))
+            with self._stage("write"):
+                folder = writer.finish()
+                (folder / "recipe.yaml").write_text(self.plan.recipe.text, "utf8")
+            with self._stage("check"):
+                self.report.verified = verify(open_checkpoint(folder), held_out, logits, self.device, self.progress)
+            with self._stage("write"):
+                writer.commit()
+        self.report.peak_bytes = _resident_bytes()
+        self.report.grown_bytes = self.report.peak_bytes - self.start_bytes
+        return self.report
+
+    # --- the parts ----------------------------------------------------------------------------------------------------
+
+    def _data(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Windows to calibrate on (none where none are needed) and windows to check on."""
+        tokenizer = None
+        if "tokenizer.json" in self.checkpoint.files or self.plan.calibrated:
+            tokenizer = Tokenizer.load(self.checkpoint.path)
+        vocab = self.checkpoint.spec.vocab
+        held_out = check_windows(tokenizer, vocab)
+        if not self.plan.calibrated:
+            return [], held_out
+        assert tokenizer is not None
+        c = self.plan.recipe.calibration
+        found = calibration_windows(c.data, tokenizer, c.samples, c.length)
+        if (largest := max(max(w) for w in (*found, *held_out))) >= vocab:
+            raise CheckpointError(f"the tokenizer gives token {largest}, the model's vocabulary has {vocab}")
+        if (longest := max(map(len, found))) > self.checkpoint.spec.context:
+            raise RecipeError(
+                f"windows of {longest} tokens exceed the model's {self.checkpoint.spec.context}; see --length"
+            )
+        source = c.data or "public-domain stories shipped with fewbit"
+        self.report.calibration = f"{len(found)} windows of {c.length} tokens of {source}"
+        return found, held_out
+
+    def _writer(self) -> CheckpointWriter:
+        c, p = self.checkpoint, self.plan
+        data = p.recipe.calibration.data or shipped_text()
+        meta = {"recipe": p.recipe.name, "torch": torch.__version__}
+        if p.calibrated:
+            meta["calibration_sha256"] = hashlib.sha256(data.read_bytes()).hexdigest()
+            meta["calibration"] = self.report.calibration
+        names = [n for n in c.tensors if not n.endswith("_scale")]
+        return CheckpointWriter(
+            self.target,
+            format_named(p.export),
+            c.family,
+            p.spec,
+            Quantization(p.quant, p.kv),
+            {name: c.tensors.dtype(name) for name in names},
+            c.config,
+            c.files,
+            meta,
+            self.force,
+        )
+
+    def _block(self, index: int, writer: CheckpointWriter, data: Stream, exact: Stream, rounded: Stream) -> None:
+        """Everything about one layer."""
+        with self._stage("load"):
+            block, weights = self._read(index)
+        layer = self._float_layer(block, weights)
+        plain = [*self.codecs, KVCodec(self.checkpoint.dtype)]
+        with self._stage("calibrate"):
+            exact.through(layer, plain)
+            scales = self._calibrate(block, layer, data, plain) if data else {}
+        with self._stage("quantize"):
+            for technique in self.block_techniques:
+                technique.block(block)
+            layer.norms = block.norms
+        for shape in self.checkpoint.spec.layer_linears(index):
+            linear = self._linear(shape, block, weights[shape.name], writer)
+            layer.linears[shape.name.rpartition(".")[2]] = linear
+            del block.weights[shape.name], weights[shape.name]  # from here on only its quantized form is held
+        for name, weight in self._norm_names(index).items():
+            self._write(
+                writer, f"{weight}.weight", layer.norms[name].to(self.checkpoint.tensors.dtype(f"{weight}.weight"))
+            )
+        self.codecs.append(self._codec(index, scales))
+        for which, scale in scales.items():
+            self._write(writer, f"layers.{index}.attn.{which}_scale", scale)
+        with self._stage("calibrate"):
+            rounded.through(layer, self.codecs)
+            data.through(layer, self.codecs)
+        self.report.output_error[index] = rounded.error(exact)
+
+    def _read(self, index: int) -> tuple[Block, dict[str, LinearWeights]]:
+        """The layer in float: one copy of each weight, shared by the forward pass and the techniques."""
+        shapes = self.checkpoint.spec.layer_linears(index)
+        weights = {}
+        for shape in shapes:
+            w = self.loader.weights(shape)
+            assert isinstance(w.weight, Tensor)
+            if not torch.isfinite(w.weight).all():
+                raise CheckpointError(f"tensor '{shape.name}.weight' holds NaN or infinity; repair the weights first")
+            weights[shape.name] = replace(w, weight=w.weight.to(self.loader.dtype))
+        quant = {shape.name: self.plan.quant[shape.name] for shape in shapes if shape.name in self.plan.quant}
+        floats = {name: cast("Tensor", w.weight) for name, w in weights.items()}
+        return Block(index, self.checkpoint.spec.layers[index], quant, floats, self.loader.norms(index)), weights
+
+    def _float_layer(self, block: Block, weights: Mapping[str, LinearWeights]) -> DecoderLayer:
+        linears = {n.rpartition(".")[2]: Linear(Dense(), w, self.loader.dtype) for n, w in weights.items()}
+        return DecoderLayer(block.index, block.layer, linears, block.norms)
+
+    def _calibrate(self, block: Block, layer: DecoderLayer, data: Stream, codecs: list[KVCodec]) -> dict[str, Tensor]:
+        """One pass of the data over the float layer: fills `block.stats`; returns the scales of K and V."""
+        plain = dict(layer.linears)
+        for name, quant in block.quant.items():
+            if quant.calibrated or self.needs - {"none"}:
+                stats = Stats.empty(block.weights[name].shape[1], self.device, "hessian" in self.needs)
+                block.stats[name] = stats
+                leaf = name.rpartition(".")[2]
+                layer.linears[leaf] = Recorder(plain[leaf], stats)
+        attend = data.watch(layer, codecs)
+        layer.linears = plain
+        kv = self.plan.kv.get(block.index)
+        if kv is None:
+            return {}
+        return {
+            "k": _input_scale(attend.k_amax[block.index], kv.k),
+            "v": _input_scale(attend.v_amax[block.index], kv.v),
+        }
+
+    def _linear(self, shape: LinearShape, block: Block, weights: LinearWeights, writer: CheckpointWriter) -> Linear:
+        """Quantize one linear, write it, and return it as it will be served."""
+        quant, weight = block.quant.get(shape.name), block.weights[shape.name]
+        if quant is None:
+            self._write(
+                writer, f"{shape.name}.weight", weight.to(self.checkpoint.tensors.dtype(f"{shape.name}.weight"))
+            )
+            served = replace(weights, weight=weight)
+        else:
+            stats = block.stats.get(shape.name)
+            with self._stage("quantize"):
+                q = self._round(shape.name, weight.float(), quant, stats)
+            self._write(writer, f"{shape.name}.weight", q)
+            scale = None
+            if quant.calibrated:
+                assert quant.input is not None
+                assert stats is not None
+                scale = _input_scale(stats.amax.max(), quant.input)
+                self._write(writer, f"{shape.name}.input_scale", scale)
+            served = LinearWeights(quant, q, weights.bias, scale)
+        if weights.bias is not None:
+            self._write(writer, f"{shape.name}.bias", self.checkpoint.tensors.dense(f"{shape.name}.bias"))
+        return Linear(self.loader.choose_for(served.quant, shape).kernel, served, self.loader.dtype)
+
+    def _round(self, name: str, weight: Tensor, quant: QuantSpec, stats: Stats | None) -> QTensor:
+        try:
+            q = self.rounding.layer(weight, quant, stats)
+        except FewbitError as error:
+            raise type(error)(f"{name}.weight: {error}") from None
+        self.report.weight_error[name] = ((q.dequantize() - weight).norm() / weight.norm().clamp_min(1e-30)).item()
+        return q
+
+    def _codec(self, index: int, scales: Mapping[str, Tensor]) -> KVCodec:
+        kv = self.plan.kv.get(index)
+        return KVCodec(self.checkpoint.dtype, kv, scales["k"], scales["v"]) if kv else KVCodec(self.checkpoint.dtype)
+
+    def _head(self, writer: CheckpointWriter, data: Stream, exact: Stream, rounded: Stream) -> Tensor:
+        """The final norm and the head; returns the held-out logits of the quantized model."""
+        spec = self.checkpoint.spec
+        shape = LinearShape("lm_head", spec.vocab, spec.hidden)
+        final = self.loader.norm("final_norm")
+        self._write(writer, "final_norm.weight", self.checkpoint.tensors.dense("final_norm.weight"))
+        head = self.loader.head()
+        states = [rms_norm(s.states(), spec.final_norm, final) for s in (exact, rounded)]
+        reference = head(states[0])
+        if (quant := self.plan.quant.get("lm_head")) is not None:
+            w = self.loader.weights(shape)
+            assert isinstance(w.weight, Tensor)
+            floats = {"lm_head": w.weight.to(self.loader.dtype)}
+            block = Block(len(spec.layers), spec.layers[-1], {"lm_head": quant}, floats, {})
+            if data and (quant.calibrated or self.needs - {"none"}):
+                block.stats["lm_head"] = Stats.empty(spec.hidden, self.device, "hessian" in self.needs)
+                for states_of in data.pieces():
+                    block.stats["lm_head"].see(rms_norm(states_of, spec.final_norm, final))
+            head = self._linear(shape, block, w, writer)
+        elif not spec.tied:
+            self._write(writer, "lm_head.weight", self.checkpoint.tensors.dense("lm_head.weight"))
+        logits = head(states[1]).float()
+        log_p, log_q = reference.float().log_softmax(-1), logits.log_softmax(-1)
+        self.report.kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+        return logits
+
+    def _norm_names(self, index: int) -> dict[str, str]:
+        """Canonical norm modules of a layer by their last name."""
+        shapes = self.checkpoint.spec.layer_tensors(index)
+        linears = {shape.name for shape in self.checkpoint.spec.layer_linears(index)}
+        modules = {name.rpartition(".")[0] for name in shapes} - linears
+        return {module.rpartition(".")[2]: module for module in modules}
+
+    def _write(self, writer: CheckpointWriter, name: str, tensor: Tensor | QTensor) -> None:
+        with self._stage("write"):
+            writer.add(name, tensor)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.report.seconds[name] = self.report.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _input_scale(amax: Tensor, fmt: Format) -> Tensor:
+    """The calibrated scale of an input (or of K or V) whose largest magnitude was `amax`: float32 []."""
+    if fmt.outer:
+        return outer_scale(amax, fmt)
+    element: Element = fmt.element
+    top = (element.max - element.min) / 2 if element.integer else element.max
+    amax = amax.float().reshape(())
+    return torch.where(amax > 0, amax / top, torch.ones_like(amax))
+
+
+def _resident_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+__all__ = ["FileFormat", "Plan", "Progress", "Report", "compress", "plan"]

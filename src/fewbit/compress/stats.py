@@ -1,0 +1,91 @@
+"""What calibration remembers about the inputs of a linear, and about K and V."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fewbit.model import DenseAttend, KVCodec
+from fewbit.numerics.quantspec import QuantSpec
+from fewbit.spec.decoder import Attention, Layer
+
+
+@dataclass
+class Stats:
+    """Statistics of one linear's input.
+
+    Attributes:
+        tokens: how many were seen.
+        amax: float32 [in], the largest magnitude of each channel.
+        hessian: float32 [in, in], the sum of x xᵀ over tokens, where a technique needs it.
+    """
+
+    tokens: int
+    amax: Tensor
+    hessian: Tensor | None = None
+
+    @classmethod
+    def empty(cls, width: int, device: torch.device, hessian: bool) -> Stats:
+        """Nothing seen yet."""
+        square = torch.zeros(width, width, device=device) if hessian else None
+        return cls(0, torch.zeros(width, device=device), square)
+
+    def see(self, x: Tensor) -> None:
+        """Count the tokens of x [..., in]."""
+        x = x.reshape(-1, x.shape[-1]).float()
+        self.tokens += x.shape[0]
+        self.amax = torch.maximum(self.amax, x.abs().amax(0))
+        if self.hessian is not None:
+            self.hessian.addmm_(x.T, x)
+
+
+@dataclass
+class Block:
+    """One decoder layer in float, as block techniques see and change it.
+
+    Attributes:
+        index: its place in the model.
+        layer: its shape.
+        quant: QuantSpec by canonical linear, of those that will be quantized.
+        weights: float weights [out, in] by canonical linear.
+        norms: norm weights by last name (``pre_attn``, ``pre_mlp``, ...).
+        stats: statistics by canonical linear; empty where no technique needs any.
+    """
+
+    index: int
+    layer: Layer
+    quant: Mapping[str, QuantSpec]
+    weights: dict[str, Tensor]
+    norms: dict[str, Tensor]
+    stats: dict[str, Stats] = field(default_factory=dict)
+
+
+class Recorder:
+    """Stands in for a linear: notes its input, then does what the linear does."""
+
+    def __init__(self, linear: Callable[[Tensor], Tensor], stats: Stats) -> None:
+        self.linear, self.stats = linear, stats
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        self.stats.see(x)
+        return self.linear(x)
+
+
+class RecordingAttend(DenseAttend):
+    """Attention that notes the largest magnitudes of K and V before they are stored."""
+
+    def __init__(self, codecs: Sequence[KVCodec], length: int) -> None:
+        super().__init__(codecs, length)
+        self.k_amax: dict[int, Tensor] = {}
+        self.v_amax: dict[int, Tensor] = {}
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
+        """See `Attend`."""
+        for seen, x in ((self.k_amax, k), (self.v_amax, v)):
+            amax = x.abs().amax().float()
+            seen[layer] = torch.maximum(seen[layer], amax) if layer in seen else amax
+        return super().__call__(layer, q, k, v, a)

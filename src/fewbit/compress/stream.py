@@ -1,0 +1,68 @@
+"""Hidden states of many windows, carried from layer to layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from fewbit.compress.stats import RecordingAttend
+from fewbit.model import DecoderLayer, DenseAttend, KVCodec
+from fewbit.model.rope import Rotary
+
+_TOKENS = 2048  # run through a layer at a time
+
+
+class Stream:
+    """The states of windows of token ids, [T, hidden] for runs of windows of equal length.
+
+    Args:
+        windows: token ids.
+        embed: the embedding, [vocab, hidden].
+        dtype: dtype of the states.
+    """
+
+    def __init__(self, windows: Sequence[Sequence[int]], embed: Tensor, dtype: torch.dtype) -> None:
+        self._pieces: list[tuple[int, Tensor]] = []  # (length of a window, states of some windows of that length)
+        for length, same in groupby(windows, len):
+            run, step = list(same), max(1, _TOKENS // length)
+            for i in range(0, len(run), step):
+                ids = torch.tensor([t for window in run[i : i + step] for t in window], device=embed.device)
+                self._pieces.append((length, embed[ids].to(dtype)))
+
+    def __bool__(self) -> bool:
+        return bool(self._pieces)
+
+    def pieces(self) -> Iterator[Tensor]:
+        """The states, some windows at a time."""
+        return (states for _, states in self._pieces)
+
+    def states(self) -> Tensor:
+        """All states, [T, hidden]."""
+        return torch.cat(list(self.pieces()))
+
+    def through(self, layer: DecoderLayer, codecs: Sequence[KVCodec]) -> None:
+        """Replace the states by what the layer makes of them."""
+        for i, (length, states) in enumerate(self._pieces):
+            attend = DenseAttend(codecs, length)
+            self._pieces[i] = length, layer(states, _rotary(states, length), attend)
+
+    def watch(self, layer: DecoderLayer, codecs: Sequence[KVCodec]) -> RecordingAttend:
+        """Run the layer for what its recorders see, and keep the states."""
+        attend = RecordingAttend(codecs, 1)
+        for length, states in self._pieces:
+            attend.length = length
+            layer(states, _rotary(states, length), attend)
+        return attend
+
+    def error(self, exact: Stream) -> float:
+        """Relative distance to another stream of the same windows."""
+        mine, theirs = self.states(), exact.states()
+        return float((mine - theirs).norm() / theirs.norm().clamp_min(1e-30))
+
+
+def _rotary(states: Tensor, length: int) -> Rotary:
+    positions = torch.arange(length, device=states.device).repeat(len(states) // length)
+    return Rotary(positions, states.dtype)

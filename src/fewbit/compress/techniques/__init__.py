@@ -1,0 +1,66 @@
+"""Techniques: what is done to a block's weights before and while they become codes. One file each, found by its name.
+
+A technique's file holds a frozen dataclass ``Settings``: its fields are what a recipe may set, its docstring names the
+paper, its class attribute ``needs`` says what it wants to know about the inputs of a linear, and it has exactly one of
+``layer`` and ``block`` (see `LayerTechnique` and `BlockTechnique`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Protocol, cast
+
+from torch import Tensor
+
+from fewbit.compress.stats import Block, Stats
+from fewbit.errors import RecipeError, nearest_name
+from fewbit.numerics.qtensor import QTensor
+from fewbit.numerics.quantspec import QuantSpec
+
+Needs = Literal["none", "inputs", "hessian"]
+"""``inputs``: the largest magnitude of each channel; ``hessian``: the sum of x xᵀ over tokens as well."""
+
+
+class Technique(Protocol):
+    """Any technique."""
+
+    needs: ClassVar[Needs]
+
+
+class LayerTechnique(Technique, Protocol):
+    """Turns one weight into codes."""
+
+    def layer(self, weight: Tensor, quant: QuantSpec, stats: Stats | None) -> QTensor:
+        """Float32 weight [out, in] to its quantized form; `stats` is None where nothing was needed."""
+        ...
+
+
+class BlockTechnique(Technique, Protocol):
+    """Changes a block's float weights before they are rounded: folds scales, rotates, clips."""
+
+    def block(self, block: Block) -> None:
+        """Change weights and norms of `block`, and the statistics that this makes untrue, in place."""
+        ...
+
+
+def technique_named(name: str, settings: Mapping[str, Any]) -> Technique:
+    """A technique with its settings.
+
+    Raises:
+        RecipeError: no such technique or setting; names the nearest one.
+    """
+    known = [module.name for module in pkgutil.iter_modules(__path__)]
+    if name not in known:
+        raise RecipeError(f"unknown technique '{name}'; {nearest_name(name, known)}")
+    kind = importlib.import_module(f"{__name__}.{name}").Settings
+    if not isinstance(settings, Mapping):
+        raise RecipeError(f"{name}: expected settings as keys, got {settings!r}")
+    fields = [field.name for field in dataclasses.fields(kind)]
+    for key in settings:
+        if key not in fields:
+            hint = nearest_name(str(key), fields) if fields else "it has none"
+            raise RecipeError(f"{name}: unknown setting {key!r}; {hint}")
+    return cast("Technique", kind(**settings))

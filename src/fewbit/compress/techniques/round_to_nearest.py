@@ -1,0 +1,26 @@
+"""Rounding to nearest: every weight to the closest number its block can say. Looks at no data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from fewbit.compress.stats import Stats
+from fewbit.compress.techniques import Needs
+from fewbit.numerics.qtensor import QTensor
+from fewbit.numerics.quantspec import QuantSpec
+from fewbit.numerics.reference import quantize
+
+
+@dataclass(frozen=True)
+class Settings:
+    """No settings: scales are chosen by `numerics.reference.choose_scale`."""
+
+    needs: ClassVar[Needs] = "none"
+
+    def layer(self, weight: Tensor, quant: QuantSpec, stats: Stats | None) -> QTensor:
+        """See `Technique.layer`."""
+        assert quant.weight is not None
+        return quantize(weight, quant.weight)

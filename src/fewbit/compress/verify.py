@@ -1,0 +1,98 @@
+"""Opening what was written and looking at it: the proof that a compression ended well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbit.checkpoint import Checkpoint
+from fewbit.compress.stream import Stream
+from fewbit.errors import CheckpointError
+from fewbit.model import KVCodec, Loader
+from fewbit.model.decoder import rms_norm
+from fewbit.numerics.qtensor import QTensor
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What the files were found to hold.
+
+    Attributes:
+        scales: how many scales were looked at, all of them finite and not zero.
+        tokens: on how many held-out tokens the logits were equal bit for bit.
+        bits_per_weight: bits of codes, scales, zeros and prescales of the quantized linears, for each of their weights.
+        weight_bytes: all tensors together.
+    """
+
+    scales: int
+    tokens: int
+    bits_per_weight: float
+    weight_bytes: int
+
+
+def verify(
+    written: Checkpoint,
+    windows: Sequence[Sequence[int]],
+    logits: Tensor,
+    device: torch.device,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Verified:
+    """Check a written checkpoint against the model it was made from, one layer at a time.
+
+    Args:
+        written: the files, opened.
+        windows: held-out token ids.
+        logits: what the model in memory made of them, float32 [tokens, vocab].
+        device: where to run it.
+        progress: see `fewbit.compress.run.Progress`.
+
+    Raises:
+        CheckpointError: a scale is zero or not finite, or a logit differs.
+    """
+    loader = Loader(written, device)
+    spec = written.spec
+    scales = _check_scales(written)
+    stream = Stream(windows, loader.embed(), loader.dtype)
+    codecs: list[KVCodec] = []
+    for index in range(len(spec.layers)):
+        progress("check", index, len(spec.layers))
+        codecs.append(loader.codec(index))
+        stream.through(loader.layer(index), codecs)
+    found = loader.head()(rms_norm(stream.states(), spec.final_norm, loader.norm("final_norm"))).float()
+    if not torch.equal(found, logits):
+        different = (found != logits).any(-1).sum().item()
+        raise CheckpointError(
+            f"the written files do not give back the model: logits of {different} of {len(logits)} held-out tokens "
+            f"differ, by up to {(found - logits).abs().max().item():.3g}; nothing was kept"
+        )
+    return Verified(scales, len(logits), bits_per_weight(written), sum(map(written.tensors.nbytes, written.tensors)))
+
+
+def bits_per_weight(checkpoint: Checkpoint) -> float:
+    """True bits per weight of the quantized linears, by the bytes in the files; of all linears where none is."""
+    bits = weights = 0
+    names = checkpoint.quant or {linear.name for linear in checkpoint.spec.linears()}
+    for linear in checkpoint.spec.linears():
+        if linear.name in names and f"{linear.name}.weight" in checkpoint.tensors:
+            weights += linear.out_features * linear.in_features
+            for leaf in ("weight", "prescale"):
+                if f"{linear.name}.{leaf}" in checkpoint.tensors:
+                    bits += 8 * checkpoint.tensors.nbytes(f"{linear.name}.{leaf}")
+    return bits / weights
+
+
+def _check_scales(written: Checkpoint) -> int:
+    """Look at every scale of the files; returns how many there are."""
+    seen = 0
+    for name in written.tensors:
+        if not name.endswith("_scale") and name.removesuffix(".weight") not in written.quant:
+            continue
+        tensor = written.tensors[name]
+        scale = tensor.scales() if isinstance(tensor, QTensor) else tensor
+        if not (torch.isfinite(scale).all() and (scale != 0).all()):
+            raise CheckpointError(f"a scale of '{name}' is zero or not finite in the written files; nothing was kept")
+        seen += scale.numel()
+    return seen
