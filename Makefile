@@ -13,7 +13,9 @@ TORCH_INDEX ?=
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
 	$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
 
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+TRITON_HINT := echo "if it is triton they disagree about: the tests' triton goes with the CPU build of torch;" \
+	"make clean, then add TORCH_INDEX=https://download.pytorch.org/whl/cpu" >&2
 FAST := not slow and not gpu and not multi_gpu
 SLOW := slow and not gpu and not multi_gpu
 
@@ -49,7 +51,8 @@ clean: ## remove .venv, caches and whatever was built
 # The later steps name torch once more, so that no other package can move it to another version in silence.
 
 $(VENV)/.python:
-	@test -n "$(PYTHON)" || { echo "fewbit needs Python 3.11 or newer; say where: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -n "$(PYTHON)" || \
+		{ echo "fewbit needs Python 3.11 or newer; say where: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@echo "making $(VENV) with $$($(PYTHON) --version)" >&2
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
@@ -66,6 +69,5 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.all: $(VENV)/.torch pyproject.toml
 	@echo "installing fewbit with its tests and tools" >&2
-	@$(PIP) install -e '.[demo,test,dev]' "$(TORCH)" || { echo "if triton is what they disagree about: the tests' \
-	triton goes with the CPU build of torch; make clean, then add TORCH_INDEX=https://download.pytorch.org/whl/cpu" >&2; exit 1; }
+	@$(PIP) install -e '.[demo,test,dev]' "$(TORCH)" || { $(TRITON_HINT); exit 1; }
 	@touch $@ $(VENV)/.demo
