@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from fewbit.errors import FewbitError, RequestError
+
 EndReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -61,3 +63,43 @@ class Event(msgspec.Struct, frozen=True):
     token: int | None = None
     logprobs: TokenLogprobs | None = None
     ending: Ending | None = None
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine is doing (gauges) and has done since it started (counters, named `..._total`)."""
+
+    running: int = 0
+    waiting: int = 0
+    blocks: int = 0  # K/V blocks in all
+    blocks_used: int = 0
+    blocks_free: int = 0  # blocks_used + blocks_free == blocks
+    blocks_cached: int = 0  # of the free ones: still findable as a prefix
+    kv_bytes: int = 0  # really allocated
+    steps_total: int = 0
+    computed_tokens_total: int = 0  # tokens that went through the model
+    prompt_tokens_total: int = 0  # of requests that were begun
+    output_tokens_total: int = 0
+    prefix_queries_total: int = 0  # prompt tokens looked up in the prefix cache
+    prefix_hits_total: int = 0  # of these, found
+    preemptions_total: int = 0
+    endings_total: dict[str, int] = {}  # by EndReason
+    busy_s: float = 0.0  # how long the step in progress has been running
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client may want to know about an engine; it does not change while the engine lives."""
+
+    vocab: int
+    max_model_len: int
+    max_batch: int
+    block_size: int
+    eos_token_ids: tuple[int, ...] = ()
+    device: str = "cpu"
+
+
+class OverloadedError(RequestError):
+    """The queue is full, or the engine is shutting down: the same request may succeed later or elsewhere."""
+
+
+class EngineDownError(FewbitError):
+    """The engine is dead, hung or unreachable: no request can be answered."""

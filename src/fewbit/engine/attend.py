@@ -1,0 +1,108 @@
+"""K and V in blocks: the device memory of the cache, and the `Attend` that writes to it and reads from it.
+
+K and V pass through the cache also within the chunk that is being computed: what attention sees of a token is what
+the cache stores of it, whichever step it came in. That is what makes the answer independent of chunk sizes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbit.engine.batch import Batch
+from fewbit.model.attend import KVCodec
+from fewbit.ops.attention import attention
+from fewbit.spec.decoder import Attention, DecoderSpec
+
+
+class KVCache:
+    """K and V of every layer: [num_blocks * block_size, kv_heads, head_dim], in what the layer's codec stores."""
+
+    def __init__(
+        self, spec: DecoderSpec, codecs: Sequence[KVCodec], num_blocks: int, block_size: int, device: torch.device
+    ) -> None:
+        self.codecs, self.block_size = codecs, block_size
+        self.k: list[Tensor] = []
+        self.v: list[Tensor] = []
+        for layer, codec in zip(spec.layers, codecs, strict=True):
+            shape = (num_blocks * block_size, layer.attention.kv_heads, layer.attention.head_dim)
+            # never filled: a slot is read only after it was written, and a CPU gives pages only when they are touched
+            self.k.append(torch.empty(shape, dtype=codec.stored_dtype, device=device))
+            self.v.append(torch.empty(shape, dtype=codec.stored_dtype, device=device))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that are really allocated."""
+        return sum(t.numel() * t.element_size() for t in self.k + self.v)
+
+
+def token_bytes(spec: DecoderSpec, codecs: Sequence[KVCodec]) -> int:
+    """Bytes of K and V of one token in a `KVCache`, all layers together."""
+    return sum(
+        2 * layer.attention.kv_heads * layer.attention.head_dim * codec.stored_dtype.itemsize
+        for layer, codec in zip(spec.layers, codecs, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class _Span:
+    """One sequence of the step: its rows of q, and where its K and V are."""
+
+    rows: slice
+    first: int  # position of the first row
+    end: int  # tokens stored once this step's are
+    blocks: Tensor  # its table, int64 on the device
+    start: int | None  # first slot, if its blocks are neighbours: a view does then, nothing is copied
+
+
+class PagedAttend:
+    """The `Attend` of one step."""
+
+    def __init__(self, cache: KVCache, batch: Batch, slots: Tensor, tables: Tensor) -> None:
+        """Prepare a step.
+
+        Args:
+            cache: where K and V are.
+            batch: the step.
+            slots: int64 [batch.tokens], where the K and V of each token go; on the device.
+            tables: int64, the block tables of all pieces end to end; on the device.
+        """
+        self.cache, self.slots = cache, slots
+        self.spans: list[_Span] = []
+        row = at = 0
+        for piece in batch.pieces:
+            count, blocks = len(piece.tokens), piece.blocks
+            neighbours = all(b - a == 1 for a, b in itertools.pairwise(blocks))
+            start = blocks[0] * cache.block_size if neighbours else None
+            table = tables[at : at + len(blocks)]
+            self.spans.append(_Span(slice(row, row + count), piece.first, piece.end, table, start))
+            row += count
+            at += len(blocks)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
+        """See `fewbit.model.attend.Attend`."""
+        codec, cache_k, cache_v = self.cache.codecs[layer], self.cache.k[layer], self.cache.v[layer]
+        stored_k, stored_v = codec.store(k, v)
+        cache_k.index_copy_(0, self.slots, stored_k)
+        cache_v.index_copy_(0, self.slots, stored_v)
+        out = torch.empty_like(q)
+        for span in self.spans:
+            # a window lets go of whole blocks: what lies before it is not even read
+            block = max(0, span.first - a.window + 1) // self.cache.block_size if a.window else 0
+            past = self._read(cache_k, span, block), self._read(cache_v, span, block)
+            keys, values = codec.load(*past, q.dtype)
+            first = span.first - block * self.cache.block_size
+            out[span.rows] = attention(q[span.rows], keys, values, a, first)
+        return out
+
+    def _read(self, cache: Tensor, span: _Span, block: int) -> Tensor:
+        """K or V of a sequence from block `block` of its table on: [tokens, kv_heads, head_dim]."""
+        size = self.cache.block_size
+        if span.start is not None:
+            return cache[span.start + block * size : span.start + span.end]
+        gathered = cache.view(-1, size, *cache.shape[1:]).index_select(0, span.blocks[block:]).flatten(0, 1)
+        return gathered[: span.end - block * size]

@@ -1,0 +1,65 @@
+"""One step as plain integers: what the scheduler hands to the runner, and what comes back. No torch.
+
+A step can be sent to another process as it is: nothing else is needed to run it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from fewbit.engine.types import SamplingParams, TokenLogprobs
+
+
+class Draw(msgspec.Struct, frozen=True):
+    """How the next token of a request is chosen."""
+
+    params: SamplingParams
+    seed: int  # with the position it gives the random number, so neighbours and preemption cannot change a draw
+    tokens: Sequence[int]  # prompt and output so far: the request's own list, read when the step is launched
+    prompt_tokens: int  # how many of `tokens` are the prompt
+    forbidden: tuple[int, ...] = ()  # ids that may not come now: those that would end a request below its min_tokens
+
+    @property
+    def output(self) -> Sequence[int]:
+        """The tokens generated so far."""
+        return self.tokens[self.prompt_tokens :]
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """The part of one request that runs in this step.
+
+    ``tokens`` have the positions ``first .. first + len(tokens) - 1``; K and V of position p live in slot
+    ``blocks[p // block_size] * block_size + p % block_size``.
+    """
+
+    id: str
+    tokens: list[int]
+    first: int
+    blocks: list[int]
+    draw: Draw | None = None  # None: a prefill chunk that stops short of the end, whose logits nobody needs
+
+    @property
+    def end(self) -> int:
+        """Number of tokens whose K and V are stored after this step."""
+        return self.first + len(self.tokens)
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """One step."""
+
+    pieces: list[Piece]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that are computed."""
+        return sum(len(piece.tokens) for piece in self.pieces)
+
+
+class Drawn(msgspec.Struct, frozen=True):
+    """The outcome of one `Draw`: a token, or why there is none."""
+
+    token: int = -1
+    logprobs: TokenLogprobs | None = None
+    fault: str = ""

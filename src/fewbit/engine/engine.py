@@ -1,0 +1,169 @@
+"""The engine: one loop over schedule, run, commit. Tokens in, tokens out; no text, no sockets, no threads."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import msgspec
+import torch
+
+from fewbit.checkpoint import open_checkpoint
+from fewbit.engine.attend import token_bytes
+from fewbit.engine.batch import Batch, Drawn
+from fewbit.engine.config import EngineConfig, EngineOptions, resolve
+from fewbit.engine.eos import eos_token_ids
+from fewbit.engine.runner import DecoderLike, Runner, free_bytes
+from fewbit.engine.scheduler import Scheduler
+from fewbit.engine.types import Ending, EngineInfo, Event, GenerateRequest, Stats, TokenLogprobs
+from fewbit.errors import RequestError
+from fewbit.model.load import load
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Runs requests on one decoder. Everything is called from one thread."""
+
+    def __init__(self, decoder: DecoderLike, config: EngineConfig) -> None:
+        self.config = config
+        self.scheduler = Scheduler(config)
+        self.runner = Runner(decoder, config)
+
+    @property
+    def info(self) -> EngineInfo:
+        """What a client may want to know."""
+        c = self.config
+        return EngineInfo(
+            vocab=c.vocab,
+            max_model_len=c.max_model_len,
+            max_batch=c.max_batch,
+            block_size=c.block_size,
+            eos_token_ids=c.eos_token_ids,
+            device=c.device,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a `step` would do anything."""
+        return bool(self.scheduler.waiting or self.scheduler.running)
+
+    def submit(self, request: GenerateRequest) -> None:
+        """Queue a request; its events come out of `step` or `abort`.
+
+        Raises:
+            OverloadedError: the queue is full.
+            RequestError: it cannot be honoured; nothing was queued and no event will come.
+        """
+        self.scheduler.submit(request)
+
+    def abort(self, request_id: str) -> list[Event]:
+        """End a request now; its blocks are free in the next step. No event if it has ended already."""
+        return self.scheduler.abort(request_id)
+
+    def step(self) -> list[Event]:
+        """One step: at most `max_batch_tokens` tokens through the model, and what came of it."""
+        batch = self.scheduler.schedule()
+        if not batch.pieces:
+            return []
+        try:
+            drawn = self._run(batch)
+        # Out of memory, a kernel that failed: the end of the requests of this step and of nobody else. They are told,
+        # the others go on; what the step wrote into blocks was never published.
+        except Exception as fault:  # house: one bad step must not end every request
+            log.exception("a step of %d tokens failed", batch.tokens)
+            self._recover()
+            reason = str(fault).partition("\n")[0]
+            return self.scheduler.fail([p.id for p in batch.pieces], f"a step of the engine failed: {reason}")
+        return self.scheduler.commit(batch, drawn)
+
+    def _run(self, batch: Batch) -> dict[str, Drawn]:
+        return self.runner.collect(self.runner.launch(batch))
+
+    def _recover(self) -> None:
+        """Make sure that the device can go on; a device that cannot raises here and ends the engine."""
+        if self.runner.device.type == "cuda":
+            torch.cuda.synchronize(self.runner.device)
+            torch.cuda.empty_cache()
+
+    def stats(self) -> Stats:
+        """What the engine is doing and has done."""
+        return msgspec.structs.replace(self.scheduler.stats(), kv_bytes=self.runner.kv_bytes)
+
+
+def open_engine(
+    path: str | Path, options: EngineOptions | None = None, progress: Callable[[str], None] | None = None
+) -> Engine:
+    """An engine for the model in a directory.
+
+    Args:
+        path: the model directory.
+        options: see `EngineOptions`.
+        progress: told in words what is going on.
+
+    Raises:
+        FewbitError: the model cannot be opened or does not fit.
+    """
+    options, tell = options or EngineOptions(), progress or (lambda text: None)
+    tell(f"opening {path}")
+    checkpoint = open_checkpoint(path)
+    tell(f"loading weights onto {options.device}")
+    decoder = load(checkpoint, device=options.device, backend=options.backend)
+    config = resolve(
+        options,
+        spec=decoder.spec,
+        token_bytes=token_bytes(decoder.spec, decoder.codecs),
+        free_bytes=free_bytes(decoder.device),
+        eos_token_ids=eos_token_ids(checkpoint.config, checkpoint.files.get("generation_config.json")),
+    )
+    if config.max_model_len < decoder.spec.context and options.max_model_len is None:
+        log.warning(
+            "sequences are limited to %d of the model's %d positions: the K/V cache holds %d tokens",
+            config.max_model_len, decoder.spec.context, config.capacity,
+        )  # fmt: skip
+    tell(f"K/V cache: {config.num_blocks} blocks of {config.block_size} tokens")
+    return Engine(decoder, config)
+
+
+class Output(msgspec.Struct, frozen=True, kw_only=True):
+    """All of one request's answer."""
+
+    id: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]  # one a token, if asked for
+    ending: Ending
+
+
+def generate(engine: Engine, requests: Iterable[GenerateRequest]) -> list[Output]:
+    """Run requests to their ends and return their outputs in the same order. Nothing else may use the engine.
+
+    Raises:
+        RequestError: one of them cannot be honoured; none is left running.
+    """
+    todo = list(requests)
+    tokens: dict[str, list[int]] = {r.id: [] for r in todo}
+    logprobs: dict[str, list[TokenLogprobs]] = {r.id: [] for r in todo}
+    endings: dict[str, Ending] = {}
+    if len(tokens) < len(todo):
+        raise RequestError("two requests have the same id; give each its own", "id")
+    queue = iter(todo)
+    following = next(queue, None)
+    try:
+        while following is not None or engine.has_work:
+            while following is not None and len(engine.scheduler.waiting) < engine.config.max_queued:
+                engine.submit(following)
+                following = next(queue, None)
+            for event in engine.step():
+                if event.token is not None:
+                    tokens[event.id].append(event.token)
+                if event.logprobs is not None:
+                    logprobs[event.id].append(event.logprobs)
+                if event.ending is not None:
+                    endings[event.id] = event.ending
+    finally:
+        for request in todo:
+            engine.abort(request.id)
+    return [
+        Output(id=r.id, tokens=tuple(tokens[r.id]), logprobs=tuple(logprobs[r.id]), ending=endings[r.id]) for r in todo
+    ]

@@ -1,0 +1,116 @@
+"""Device memory, and how a batch of integers becomes tensors and tokens.
+
+`launch` starts a step and returns at once; `collect` waits for its tokens. On a GPU the host is free in between.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fewbit.engine.attend import KVCache, PagedAttend
+from fewbit.engine.batch import Batch, Drawn
+from fewbit.engine.config import EngineConfig
+from fewbit.engine.sampler import Choice, choose
+from fewbit.model.attend import Attend, KVCodec
+from fewbit.spec.decoder import DecoderSpec
+
+
+class DecoderLike(Protocol):
+    """What the engine asks of a model; `fewbit.model.decoder.Decoder` is one."""
+
+    spec: DecoderSpec
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        ...
+
+    @property
+    def codecs(self) -> tuple[KVCodec, ...]:
+        """How each layer's K and V are stored."""
+        ...
+
+    def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Int64 [T], int64 [T] to [T, hidden], after the final norm."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, hidden] to float32 [n, vocab]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step under way."""
+
+    ids: list[str]  # of the pieces with a draw
+    choice: Choice | None  # None: only prefill chunks, nothing was chosen
+
+
+class Runner:
+    """Runs batches on one device.
+
+    Attributes:
+        computed_tokens: how many tokens went through the model since the start.
+    """
+
+    def __init__(self, decoder: DecoderLike, config: EngineConfig) -> None:
+        self.decoder, self.block_size, self.device = decoder, config.block_size, decoder.device
+        self.cache = KVCache(decoder.spec, decoder.codecs, config.num_blocks, config.block_size, decoder.device)
+        self.computed_tokens = 0
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of K and V that are really allocated."""
+        return self.cache.bytes
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> Launched:
+        """Start a step."""
+        pieces, size = batch.pieces, self.block_size
+        tokens = [token for p in pieces for token in p.tokens]
+        positions = [position for p in pieces for position in range(p.first, p.end)]
+        slots = [p.blocks[i // size] * size + i % size for p in pieces for i in range(p.first, p.end)]
+        tables = [block for p in pieces for block in p.blocks]
+        last, row = [], -1  # rows whose logits are wanted
+        for piece in pieces:
+            row += len(piece.tokens)
+            if piece.draw is not None:
+                last.append(row)
+        attend = PagedAttend(self.cache, batch, self._tensor(slots), self._tensor(tables))
+        hidden = self.decoder.hidden(self._tensor(tokens), self._tensor(positions), attend)
+        self.computed_tokens += len(tokens)
+        draws = [p.draw for p in pieces if p.draw is not None]
+        choice = choose(self.decoder.logits(hidden[self._tensor(last)]), draws) if draws else None
+        return Launched([p.id for p in pieces if p.draw is not None], choice)
+
+    @torch.inference_mode()
+    def collect(self, launched: Launched) -> dict[str, Drawn]:
+        """Wait for a step: what was drawn for each request that was due a token."""
+        if launched.choice is None:
+            return {}
+        return dict(zip(launched.ids, launched.choice.read(), strict=True))
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        """Integers on the device; through pinned memory, so that the copy does not hold up the host."""
+        if self.device.type == "cpu":
+            return torch.tensor(values, dtype=torch.int64)
+        return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(self.device, non_blocking=True)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of `device` that could be had now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + cached
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux: count on half of what the machine has
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,0 +1,156 @@
+"""From logits to tokens.
+
+In this order, each step exact:
+
+1. log probabilities to report: log softmax of the model's own logits, before anything below;
+2. repetition penalty r on every token of prompt and output: logit / r if positive, logit * r if not;
+3. frequency and presence penalty on every token of the output: logit - f * count - p;
+4. forbidden ids: those that would end the request below min_tokens, and the last token of a bad word whose other
+   tokens were just said (prompt and output are looked at);
+5. temperature 0: the largest logit, the lowest id of equals. Otherwise: divide by the temperature;
+6. min-p: drop what is less likely than min_p times the likeliest;
+7. top-k: keep the k likeliest, of equals the lower ids;
+8. top-p, of the distribution that is left: keep the likeliest tokens up to and including the one that reaches p;
+9. draw: the first token, in order of ids, at which the cumulative probability exceeds u.
+
+u comes from (seed, position) alone, so a draw depends on no neighbour, no chunk size and no preemption, and is the
+same on every device as far as the logits are. Steps 5 to 9 are computed in float64.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbit.engine.batch import Draw, Drawn
+from fewbit.engine.types import TokenLogprobs
+
+NO_TOKEN = "every token is forbidden by bad_words, min_tokens or both: nothing is left to choose from"
+NOT_FINITE = "the model's logits are not finite (NaN or infinity), so there is no token to choose"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The outcome of `choose`, still on the device; `read` waits for it."""
+
+    draws: Sequence[Draw]
+    tokens: Tensor  # int64 [n]
+    best: Tensor  # float32 [n], the largest logit after penalties and bans: not finite if something is wrong
+    logprobs: Tensor | None = None  # float64 [rows that report, 1 + most alternatives], the chosen one first
+    alternatives: Tensor | None = None  # int64, the ids of the others
+
+    def read(self) -> list[Drawn]:
+        """The chosen token of each row, with log probabilities where asked for."""
+        reports = self._reports()
+        drawn = []
+        for draw, token, best in zip(self.draws, self.tokens.tolist(), self.best.tolist(), strict=True):
+            report = next(reports) if draw.params.logprobs is not None else None
+            if best == float("-inf"):
+                drawn.append(Drawn(fault=NO_TOKEN))
+            elif not abs(best) < float("inf"):
+                drawn.append(Drawn(fault=NOT_FINITE))
+            else:
+                drawn.append(Drawn(token, report))
+        return drawn
+
+    def _reports(self) -> Iterator[TokenLogprobs]:
+        if self.logprobs is None or self.alternatives is None:
+            return
+        counts = [d.params.logprobs for d in self.draws if d.params.logprobs is not None]
+        for count, values, ids in zip(counts, self.logprobs.tolist(), self.alternatives.tolist(), strict=True):
+            yield TokenLogprobs(values[0], tuple(zip(ids[:count], values[1 : 1 + count], strict=True)))
+
+
+def choose(logits: Tensor, draws: Sequence[Draw]) -> Choice:
+    """Choose the next token of every row.
+
+    Args:
+        logits: float32 [n, vocab]. Not changed.
+        draws: how to choose in each row.
+    """
+    shaped = _shape(logits, draws)
+    best, tokens = shaped.max(-1)
+    rows = [i for i, draw in enumerate(draws) if draw.params.temperature > 0]
+    if rows:
+        index = torch.tensor(rows, device=logits.device)
+        tokens[index] = _sample(shaped[index].double(), [draws[i] for i in rows])
+    reporting = [i for i, draw in enumerate(draws) if draw.params.logprobs is not None]
+    if not reporting:
+        return Choice(draws, tokens, best)
+    index = torch.tensor(reporting, device=logits.device)
+    logprobs = logits[index].double().log_softmax(-1)
+    most = max(draws[i].params.logprobs or 0 for i in reporting)
+    chosen = logprobs.gather(-1, tokens[index, None])
+    # sorted, not topk: equals come in order of ids, so that the likeliest one is the greedy one
+    values, ids = logprobs.sort(stable=True, dim=-1, descending=True) if most else (logprobs, tokens[index, None])
+    return Choice(draws, tokens, best, torch.cat([chosen, values[:, :most]], -1), ids[:, :most])
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) with 53 random bits, the same for the same seed and position everywhere."""
+    digest = hashlib.blake2b(seed.to_bytes(8, "little") + position.to_bytes(8, "little"), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def _shape(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Steps 2 to 4: penalties and bans. A copy, if there is anything to do."""
+    shaped = logits
+    for row, draw in enumerate(draws):
+        p = draw.params
+        penalized = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+        banned = [*draw.forbidden, *_bad_endings(draw)]
+        if not penalized and not banned:
+            continue
+        if shaped is logits:
+            shaped = logits.clone()
+        x = shaped[row]
+        if p.repetition_penalty != 1:
+            said = torch.tensor(list(set(draw.tokens)), device=x.device)
+            values = x[said]
+            x[said] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
+        if (p.presence_penalty or p.frequency_penalty) and draw.output:
+            said, counts = torch.unique(torch.tensor(draw.output, device=x.device), return_counts=True)
+            x[said] -= p.frequency_penalty * counts.to(x.dtype) + p.presence_penalty
+        if banned:
+            x[torch.tensor(banned, device=x.device)] = float("-inf")
+    return shaped
+
+
+def _bad_endings(draw: Draw) -> list[int]:
+    """Tokens that would complete a bad word now."""
+    tokens = draw.tokens
+    return [w[-1] for w in draw.params.bad_words if len(w) == 1 or tuple(tokens[1 - len(w) :]) == w[:-1]]
+
+
+def _sample(x: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Steps 5 to 9 for rows with a temperature. x: float64 [n, vocab]; returns int64 [n]."""
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=x.device)[:, None]
+
+    params = [draw.params for draw in draws]
+    # the largest becomes 0 first: then neither a tiny nor a huge temperature can overflow to a NaN
+    x = (x - x.amax(-1, keepdim=True)) / column([p.temperature for p in params])
+    if any(p.min_p > 0 for p in params):
+        x = x.masked_fill(x < column([p.min_p for p in params]).log(), float("-inf"))
+    if any(p.top_k > 0 or p.top_p < 1 for p in params):
+        size = x.shape[-1]
+        values, order = x.sort(stable=True, dim=-1, descending=True)
+        kept = column([float(p.top_k if p.top_k > 0 else size) for p in params])
+        values = values.masked_fill(torch.arange(size, device=x.device) >= kept, float("-inf"))
+        probability = values.softmax(-1)
+        before = probability.cumsum(-1) - probability
+        limit = column([p.top_p if p.top_p < 1 else float("inf") for p in params])
+        values = values.masked_fill(before >= limit, float("-inf"))
+        x = torch.empty_like(x).scatter_(-1, order, values)
+    probability = x.softmax(-1)
+    cumulative = probability.cumsum(-1)
+    u = column([uniform(draw.seed, len(draw.tokens)) for draw in draws])
+    # a parallel cumulative sum need not be monotone to the last bit, hence the second condition: never pick a
+    # token that was cut
+    hit = (cumulative > u * cumulative[:, -1:]) & (probability > 0)
+    return hit.to(torch.uint8).argmax(-1)

@@ -1,0 +1,109 @@
+"""A random Llama-like model of some thousand weights, and engines around it. No checkpoint, no files."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from fewbit.engine.attend import token_bytes
+from fewbit.engine.config import EngineConfig, EngineOptions, resolve
+from fewbit.engine.engine import Engine
+from fewbit.engine.types import GenerateRequest, SamplingParams
+from fewbit.model.attend import KVCodec
+from fewbit.model.decoder import Decoder, DecoderLayer
+from fewbit.numerics.format import FORMATS
+from fewbit.numerics.quantspec import KVSpec
+from fewbit.spec.decoder import MLP, Attention, DecoderSpec, Layer, Norm, Rope
+
+VOCAB, EOS = 61, 3
+SPEC = DecoderSpec(
+    vocab=VOCAB,
+    hidden=32,
+    layers=tuple(
+        Layer(Attention(4, 2, 8, Rope(10_000.0), window=window), MLP(48), Norm(1e-6), Norm(1e-6))
+        for window in (None, 7)
+    ),
+    final_norm=Norm(1e-6),
+    context=128,
+)
+
+
+def codec(kv: str) -> KVCodec:
+    if kv in ("float32", "bfloat16"):
+        return KVCodec(getattr(torch, kv))
+    scale = torch.tensor([0.02, 0.03]) if kv == "int8" else torch.tensor(0.01)
+    return KVCodec(torch.bfloat16, KVSpec(FORMATS[kv], FORMATS[kv]), scale, scale)
+
+
+def decoder(kv: str = "float32", seed: int = 0) -> Decoder:
+    torch.manual_seed(seed)
+    weights = {name: torch.randn(shape) * shape[-1] ** -0.5 * 1.5 for name, shape in SPEC.tensors().items()}
+
+    def linear(name: str):
+        return lambda x: torch.nn.functional.linear(x, weights[f"{name}.weight"])
+
+    layers = []
+    for i, layer in enumerate(SPEC.layers):
+        linears = {shape.name.rsplit(".", 1)[1]: linear(shape.name) for shape in SPEC.layer_linears(i)}
+        layers.append(DecoderLayer(i, layer, linears, {"pre_attn": torch.ones(32), "pre_mlp": torch.ones(32)}))
+    codecs = [codec(kv)] * len(layers)
+    embed = weights["embed.weight"] * 4
+    return Decoder(SPEC, embed, layers, torch.ones(32), linear("lm_head"), codecs, torch.float32)
+
+
+def config(model: Decoder | None = None, **options) -> EngineConfig:
+    given = {"block_size": 4, "num_blocks": 64, "max_batch": 8, "max_batch_tokens": 16, "seed": 0} | options
+    size = token_bytes(SPEC, (model or decoder()).codecs)
+    return resolve(EngineOptions(**given), spec=SPEC, token_bytes=size, free_bytes=1 << 30, eos_token_ids=(EOS,))
+
+
+def engine(kv: str = "float32", **options) -> Engine:
+    model = decoder(kv)
+    return Engine(model, config(model, **options))
+
+
+_serial = itertools.count()
+
+
+def request(prompt, id: str | None = None, **params) -> GenerateRequest:
+    given = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True} | params
+    name = id or f"r{next(_serial)}"
+    return GenerateRequest(id=name, prompt=tuple(prompt), params=SamplingParams(**given))
+
+
+def run(machine: Engine, check: bool = True):
+    """Step until there is nothing to do; all events."""
+    events = []
+    while machine.has_work:
+        events += machine.step()
+        if check:
+            machine.scheduler.check()
+    return events
+
+
+def build(model: str, options: EngineOptions, progress):
+    """What the engine process of the tests opens: `model` says what should happen."""
+    progress("inventing weights")
+    if model == "missing":
+        from fewbit.errors import CheckpointError
+
+        raise CheckpointError("no such directory: missing")
+    if model == "crash":
+        raise ZeroDivisionError("on purpose")
+    torch.set_num_threads(1)
+    machine = engine(max_queued=options.max_queued)
+    if model == "slow":  # some 20 ms a step
+        import time
+
+        launch = machine.runner.launch
+        machine.runner.launch = lambda batch: (time.sleep(0.02), launch(batch))[1]
+    return machine
+
+
+if __name__ == "__main__":
+    import sys
+
+    from fewbit.engine.process import main
+
+    sys.exit(main(sys.argv[1:], build))
