@@ -30,12 +30,14 @@ def test_growing_takes_all_or_nothing():
     assert len(table) == 3
     other = []
     assert not pool.grow(other, 3)
-    assert other == [] and pool.free == 1
+    assert other == []
+    assert pool.free == 1
     assert pool.grow(table, 6)
     assert len(table) == 3, "there was room left in the last block"
     pool.check([table])
     pool.release(table)
-    assert table == [] and pool.free == 4
+    assert table == []
+    assert pool.free == 4
     pool.check([])
 
 
@@ -59,7 +61,8 @@ def test_held_prefixes_are_shared_and_outlive_their_first_holder():
     assert pool.free == 2
     pool.check([second])
     pool.release(second)
-    assert pool.free == 4 and pool.idle == 2
+    assert pool.free == 4
+    assert pool.idle == 2
 
 
 def test_idle_blocks_are_given_up_oldest_first_and_tails_before_heads():

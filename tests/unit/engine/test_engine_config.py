@@ -49,4 +49,5 @@ def test_a_small_cache_shortens_an_open_model_length_and_refuses_a_given_one():
 def test_settings_that_cannot_be_carried_out(options, words):
     with pytest.raises(RecipeError) as caught:
         resolved(**options)
-    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)

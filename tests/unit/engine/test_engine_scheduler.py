@@ -42,7 +42,8 @@ def test_a_chunk_that_stops_short_draws_nothing():
     s = Scheduler(config(max_batch_tokens=8))
     s.submit(request(range(1, 13), "a"))
     batch, events = step(s)
-    assert batch.pieces[0].draw is None and events == []
+    assert batch.pieces[0].draw is None
+    assert events == []
     assert step(s)[0].pieces[0].draw is not None
 
 
@@ -85,7 +86,8 @@ def test_no_evict_admits_only_what_fits_to_its_end():
         s.submit(request([1, 2, 3], f"r{i}", max_tokens=14))  # 16 stored tokens: 4 blocks
     batch, _ = step(s)
     assert [p.id for p in batch.pieces] == ["r0", "r1"]
-    assert s.stats().blocks_free == 0 and s.stats().waiting == 1
+    assert s.stats().blocks_free == 0
+    assert s.stats().waiting == 1
 
 
 def test_the_youngest_is_put_back_and_comes_first_again():
@@ -110,7 +112,8 @@ def test_a_repeated_prompt_computes_only_its_last_block():
     assert shape(batch) == [("b", 8, 4)]
     (event,) = [e for e in finish(s) if e.ending]
     assert event.ending.cached_tokens == 8
-    assert s.stats().prefix_hits_total == 8 and s.stats().prefix_queries_total == 24
+    assert s.stats().prefix_hits_total == 8
+    assert s.stats().prefix_queries_total == 24
 
 
 def test_endings():
@@ -122,12 +125,16 @@ def test_endings():
     batch = s.schedule()
     tokens = {"length": 9, "eos": EOS, "stop": 5, "ignore": EOS}
     events = {e.id: e for e in s.commit(batch, {i: Drawn(t) for i, t in tokens.items()})}
-    assert events["length"].token == 9 and events["length"].ending.reason == "length"
+    assert events["length"].token == 9
+    assert events["length"].ending.reason == "length"
     for name, token in (("eos", EOS), ("stop", 5)):
         assert events[name].token is None
-        assert events[name].ending.reason == "stop" and events[name].ending.stop_token == token
-        assert events[name].ending.output_tokens == 0 and events[name].ending.prompt_tokens == 1
-    assert events["ignore"].token == EOS and events["ignore"].ending is None
+        assert events[name].ending.reason == "stop"
+        assert events[name].ending.stop_token == token
+        assert events[name].ending.output_tokens == 0
+        assert events[name].ending.prompt_tokens == 1
+    assert events["ignore"].token == EOS
+    assert events["ignore"].ending is None
     assert s.stats().endings_total == {"length": 1, "stop": 2}
 
 
@@ -143,7 +150,8 @@ def test_a_fault_of_one_row_ends_that_request_only():
     s.submit(request([1], "bad"))
     s.submit(request([2], "good", max_tokens=1))
     events = {e.id: e for e in s.commit(s.schedule(), {"bad": Drawn(fault="NaN"), "good": Drawn(4)})}
-    assert events["bad"].ending.reason == "error" and events["bad"].ending.detail == "NaN"
+    assert events["bad"].ending.reason == "error"
+    assert events["bad"].ending.detail == "NaN"
     assert events["good"].ending.reason == "length"
     s.check()
 
@@ -194,7 +202,8 @@ def test_what_cannot_be_honoured_is_refused_in_one_line(prompt, params, param, w
     s = Scheduler(config())
     with pytest.raises(RequestError) as caught:
         s.submit(request(prompt, **params))
-    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert caught.value.param == param
     assert not s.requests
 
@@ -227,4 +236,5 @@ def test_seeds_are_kept_or_drawn_reproducibly():
         s.submit(request([1], "given", seed=77))
         s.submit(request([1], "drawn"))
         seeds.append([p.draw.seed for p in s.schedule().pieces])
-    assert seeds[0] == seeds[1] and seeds[0][0] == 77
+    assert seeds[0] == seeds[1]
+    assert seeds[0][0] == 77

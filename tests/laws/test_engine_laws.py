@@ -1,0 +1,134 @@
+"""Laws of the engine over random lives of requests: nothing leaks, everything ends once, schedules change no answer."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections import Counter
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "engine"))
+
+from tiny_engine import EOS, config, engine, request
+
+from fewbit.engine.batch import Drawn
+from fewbit.engine.blocks import BlockPool, chain
+from fewbit.engine.engine import generate
+from fewbit.engine.scheduler import Scheduler
+
+OPTIONS = st.fixed_dictionaries(
+    {
+        "block_size": st.sampled_from([1, 2, 4]),
+        "num_blocks": st.integers(24, 40),
+        "max_batch": st.integers(1, 6),
+        "max_batch_tokens": st.integers(6, 20),
+        "prefix_cache": st.booleans(),
+        "policy": st.sampled_from(["max_utilization", "guaranteed_no_evict"]),
+    }
+)
+# few different tokens, so that prefixes meet often
+PROMPT = st.lists(st.integers(1, 2), min_size=1, max_size=12)
+ACTION = st.one_of(
+    st.tuples(st.just("submit"), PROMPT, st.integers(1, 12)),
+    st.tuples(st.just("abort"), st.integers(0, 20)),
+    st.tuples(st.just("step"), st.sampled_from([1, 2, 5, EOS]), st.booleans()),
+    st.tuples(st.just("fail")),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(OPTIONS, st.lists(ACTION, max_size=60))
+def test_no_block_leaks_and_every_request_ends_exactly_once(options, actions):
+    scheduler = Scheduler(config(**options))
+    submitted, events = [], []
+    for action in [*actions, *[("step", 5, False)] * 1000]:
+        match action:
+            case ("submit", prompt, wanted):
+                submitted.append(f"r{len(submitted)}")
+                scheduler.submit(request(prompt, submitted[-1], max_tokens=wanted, ignore_eos=False))
+            case ("abort", which) if which < len(submitted):
+                events += scheduler.abort(submitted[which])
+            case ("step", token, aborts):
+                batch = scheduler.schedule()
+                assert batch.tokens <= scheduler.config.max_batch_tokens
+                assert len(batch.pieces) <= scheduler.config.max_batch
+                assert bool(batch.pieces) == bool(scheduler.requests), "whoever can go on does"
+                drawn = {p.id: Drawn(token) for p in batch.pieces if p.draw}
+                if aborts and batch.pieces:
+                    events += scheduler.abort(batch.pieces[0].id)  # while the step runs
+                events += scheduler.commit(batch, drawn)
+            case ("fail",):
+                batch = scheduler.schedule()
+                events += scheduler.fail([p.id for p in batch.pieces], "on purpose")
+        scheduler.check()
+        if action == ("step", 5, False) and not scheduler.requests:
+            break
+    assert Counter(e.id for e in events if e.ending) == dict.fromkeys(submitted, 1)
+    ended = set()
+    for event in events:
+        assert event.id not in ended, "nothing comes after an ending"
+        if event.ending:
+            ended.add(event.id)
+            outputs = sum(e.id == event.id and e.token is not None for e in events)
+            assert event.ending.output_tokens == outputs
+    assert scheduler.stats().blocks_free == options["num_blocks"]
+    if options["policy"] == "guaranteed_no_evict":
+        assert scheduler.stats().preemptions_total == 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 3), st.lists(st.tuples(st.integers(0, 5), PROMPT), max_size=40))
+def test_the_pool_shares_only_true_prefixes(num_blocks, size, actions):
+    pool = BlockPool(num_blocks, size)
+    tables: dict[int, list[int]] = {}
+    contents: dict[int, tuple[int, ...]] = {}  # block to all tokens up to its end, as its writer knew them
+    for slot, tokens in actions:
+        if slot in tables:
+            pool.release(tables.pop(slot))
+        digests = []
+        for i in range(len(tokens) // size):
+            digests.append(chain(digests[-1] if digests else b"", tokens[i * size : (i + 1) * size]))
+        found = pool.match(digests, tokens)
+        assert len(found) * size < len(tokens)
+        for i, block in enumerate(found):
+            assert contents[block] == tuple(tokens[: (i + 1) * size])
+        table = list(found)
+        pool.hold(table)
+        if not pool.grow(table, len(tokens)):
+            pool.release(table)
+            continue
+        tables[slot] = table
+        for i in range(len(found), len(tokens) // size):
+            contents[table[i]] = tuple(tokens[: (i + 1) * size])
+            pool.publish(table[i], digests[i], tokens[i * size : (i + 1) * size])
+        pool.check(tables.values())
+
+
+@functools.cache
+def alone(prompt: tuple[int, ...], wanted: int) -> tuple[int, ...]:
+    (output,) = generate(engine(max_batch_tokens=64), [request(prompt, max_tokens=wanted)])
+    return output.tokens
+
+
+@settings(max_examples=20, deadline=None)
+@given(OPTIONS, st.lists(st.tuples(PROMPT, st.integers(1, 10), st.integers(0, 3)), min_size=1, max_size=6))
+def test_greedy_answers_are_the_same_under_every_schedule(options, lives):
+    machine = engine(**options)
+    answers: dict[str, list[int]] = {}
+    events = []
+    for index, (prompt, wanted, steps) in enumerate(lives):
+        answers[f"r{index}"] = []
+        machine.submit(request(prompt, f"r{index}", max_tokens=wanted))
+        for _ in range(steps):
+            events += machine.step()
+    while machine.has_work:
+        events += machine.step()
+        machine.scheduler.check()
+    for event in events:
+        if event.token is not None:
+            answers[event.id].append(event.token)
+    for index, (prompt, wanted, _) in enumerate(lives):
+        assert tuple(answers[f"r{index}"]) == alone(tuple(prompt), wanted)
