@@ -1,7 +1,8 @@
 """Make it small: recipes, the block loop, techniques."""
 
-from fewbit.compress.recipe import Recipe, built_in, read_recipe, summary
-from fewbit.compress.run import Plan, Report, compress, plan
+from fewbit.compress.plan import Plan, Report, plan
+from fewbit.compress.recipe import Recipe, built_in, group_name, read_recipe, summary
+from fewbit.compress.run import compress
 from fewbit.compress.verify import Verified, bits_per_weight, verify
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "bits_per_weight",
     "built_in",
     "compress",
+    "group_name",
     "plan",
     "read_recipe",
     "summary",

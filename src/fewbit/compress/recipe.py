@@ -109,7 +109,7 @@ def read_recipe(name: str) -> Recipe:
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"recipe {name} cannot be read: {error}") from None
     if name not in (known := built_in()):
-        raise RecipeError(f"unknown recipe '{name}'; {nearest_name(name, known)} A file's name ends in .yaml")
+        raise RecipeError(f"unknown recipe '{name}'; {nearest_name(name, known)} (a file's name ends in .yaml)")
     return parse_recipe(name, (_BUILT_IN / f"{name}.yaml").read_text("utf8"))
 
 
@@ -261,7 +261,11 @@ def summary(decided: Mapping[str, QuantSpec], spec: DecoderSpec) -> list[tuple[s
     """Groups of linears with the same numerics, layer numbers left out: (``layers.*.attn.q …``, what they get)."""
     groups: dict[str, dict[str, None]] = {}
     for linear in spec.linears():
-        parts = linear.name.split(".")
-        name = linear.name if len(parts) == 1 else ".".join(["layers.*", *parts[2:]])
-        groups.setdefault(str(decided.get(linear.name, QuantSpec())), {})[name] = None
+        groups.setdefault(str(decided.get(linear.name, QuantSpec())), {})[group_name(linear.name)] = None
     return [(", ".join(names), kind) for kind, names in groups.items()]
+
+
+def group_name(linear: str) -> str:
+    """``layers.3.attn.q`` to ``layers.*.attn.q``."""
+    first, *rest = linear.split(".")
+    return ".".join([first, "*", *rest[1:]]) if rest else linear

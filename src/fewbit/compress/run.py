@@ -10,9 +10,9 @@ import hashlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -20,98 +20,28 @@ import torch
 from torch import Tensor
 
 from fewbit.checkpoint import Checkpoint, CheckpointWriter, check_target, format_named, open_checkpoint
-from fewbit.checkpoint.formats import FileFormat
 from fewbit.checkpoint.layout import Quantization
 from fewbit.compress.data import calibration_windows, check_windows, shipped_text
-from fewbit.compress.recipe import Recipe
+from fewbit.compress.plan import Plan, Report
 from fewbit.compress.stats import Block, Recorder, Stats
 from fewbit.compress.stream import Stream
 from fewbit.compress.techniques import BlockTechnique, LayerTechnique, round_to_nearest
-from fewbit.compress.verify import Verified, verify
-from fewbit.errors import CheckpointError, FewbitError, RecipeError, UnsupportedError
+from fewbit.compress.verify import verify
+from fewbit.errors import CheckpointError, FewbitError, RecipeError
 from fewbit.model import DecoderLayer, KVCodec, Linear, Loader
 from fewbit.model.decoder import rms_norm
 from fewbit.numerics.element import Element
 from fewbit.numerics.format import Format
 from fewbit.numerics.qtensor import QTensor
-from fewbit.numerics.quantspec import KVSpec, QuantSpec
+from fewbit.numerics.quantspec import QuantSpec
 from fewbit.numerics.reference import outer_scale
 from fewbit.ops.linear import LinearWeights
 from fewbit.ops.linear.dense import Dense
-from fewbit.spec.decoder import DecoderSpec, LinearShape
+from fewbit.spec.decoder import LinearShape
 from fewbit.text.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how much is done, and of how much."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What will be done, settled before any weight is read.
-
-    Attributes:
-        recipe: what was asked for.
-        spec: the decoder as it will be written (a quantized head of a tied model is untied).
-        quant: QuantSpec by linear.
-        kv: KVSpec by layer.
-        export: the file format.
-        calibrated: whether data are needed.
-    """
-
-    recipe: Recipe
-    spec: DecoderSpec
-    quant: Mapping[str, QuantSpec]
-    kv: Mapping[int, KVSpec]
-    export: str
-    calibrated: bool
-
-
-@dataclass
-class Report:
-    """What was done.
-
-    Attributes:
-        seconds: time by stage.
-        weight_error: relative error of each quantized weight, ``|W - Q| / |W|`` in the Frobenius norm, by linear.
-        output_error: relative error of each layer's output on held-out text, by layer, errors of earlier ones included.
-        kl: mean KL divergence of the next-token distribution on that text, in nats.
-        peak_bytes: largest resident memory of the process.
-        grown_bytes: how much of that is growth since the start.
-        calibration: which data were used, in words.
-        verified: what the finished files were found to hold.
-    """
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    weight_error: dict[str, float] = field(default_factory=dict)
-    output_error: dict[int, float] = field(default_factory=dict)
-    kl: float = 0.0
-    peak_bytes: int = 0
-    grown_bytes: int = 0
-    calibration: str = "none needed"
-    verified: Verified | None = None
-
-
-def plan(checkpoint: Checkpoint, recipe: Recipe, export: str = "compressed-tensors") -> Plan:
-    """Settle what a recipe means for a model, and that the file format can say it.
-
-    Raises:
-        RecipeError, UnsupportedError: a rule, a layer or the file format does not fit.
-    """
-    if checkpoint.quant or checkpoint.kv:
-        raise UnsupportedError(
-            f"{checkpoint.path} is already quantized ({checkpoint.format}); start from the original weights"
-        )
-    quant = recipe.resolve(checkpoint.spec)
-    kv = dict.fromkeys(range(len(checkpoint.spec.layers)), recipe.kv) if recipe.kv else {}
-    spec = replace(checkpoint.spec, tied=checkpoint.spec.tied and "lm_head" not in quant)
-    if reason := format_named(export).why_not(spec, Quantization(quant, kv)):
-        raise UnsupportedError(reason)
-    layered = [t for t in recipe.techniques if hasattr(t, "layer")]
-    if len(layered) > 1:
-        raise RecipeError("a recipe can hold one technique that rounds weights, not several")
-    needy = any(t.needs != "none" for t in recipe.techniques)
-    calibrated = bool(kv) or needy or any(q.calibrated for q in quant.values())
-    return Plan(recipe, spec, quant, kv, export, calibrated)
 
 
 def compress(
@@ -234,8 +164,9 @@ class _Run:
             for technique in self.block_techniques:
                 technique.block(block)
             layer.norms = block.norms
+        outers = _shared_outers(self.checkpoint.spec.layer_linears(index), block)
         for shape in self.checkpoint.spec.layer_linears(index):
-            linear = self._linear(shape, block, weights[shape.name], writer)
+            linear = self._linear(shape, block, weights[shape.name], writer, outers.get(shape.name))
             layer.linears[shape.name.rpartition(".")[2]] = linear
             del block.weights[shape.name], weights[shape.name]  # from here on only its quantized form is held
         for name, weight in self._norm_names(index).items():
@@ -287,7 +218,14 @@ class _Run:
             "v": _input_scale(attend.v_amax[block.index], kv.v),
         }
 
-    def _linear(self, shape: LinearShape, block: Block, weights: LinearWeights, writer: CheckpointWriter) -> Linear:
+    def _linear(
+        self,
+        shape: LinearShape,
+        block: Block,
+        weights: LinearWeights,
+        writer: CheckpointWriter,
+        outer: Tensor | None,
+    ) -> Linear:
         """Quantize one linear, write it, and return it as it will be served."""
         quant, weight = block.quant.get(shape.name), block.weights[shape.name]
         if quant is None:
@@ -298,7 +236,7 @@ class _Run:
         else:
             stats = block.stats.get(shape.name)
             with self._stage("quantize"):
-                q = self._round(shape.name, weight.float(), quant, stats)
+                q = self._round(shape.name, weight.float(), quant, stats, outer)
             self._write(writer, f"{shape.name}.weight", q)
             scale = None
             if quant.calibrated:
@@ -311,9 +249,9 @@ class _Run:
             self._write(writer, f"{shape.name}.bias", self.checkpoint.tensors.dense(f"{shape.name}.bias"))
         return Linear(self.loader.choose_for(served.quant, shape).kernel, served, self.loader.dtype)
 
-    def _round(self, name: str, weight: Tensor, quant: QuantSpec, stats: Stats | None) -> QTensor:
+    def _round(self, name: str, weight: Tensor, quant: QuantSpec, stats: Stats | None, outer: Tensor | None) -> QTensor:
         try:
-            q = self.rounding.layer(weight, quant, stats)
+            q = self.rounding.layer(weight, quant, stats, outer)
         except FewbitError as error:
             raise type(error)(f"{name}.weight: {error}") from None
         self.report.weight_error[name] = ((q.dequantize() - weight).norm() / weight.norm().clamp_min(1e-30)).item()
@@ -341,7 +279,7 @@ class _Run:
                 block.stats["lm_head"] = Stats.empty(spec.hidden, self.device, "hessian" in self.needs)
                 for states_of in data.pieces():
                     block.stats["lm_head"].see(rms_norm(states_of, spec.final_norm, final))
-            head = self._linear(shape, block, w, writer)
+            head = self._linear(shape, block, w, writer, _shared_outers([shape], block).get("lm_head"))
         elif not spec.tied:
             self._write(writer, "lm_head.weight", self.checkpoint.tensors.dense("lm_head.weight"))
         logits = head(states[1]).float()
@@ -369,6 +307,20 @@ class _Run:
             self.report.seconds[name] = self.report.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+def _shared_outers(shapes: Sequence[LinearShape], block: Block) -> dict[str, Tensor]:
+    """One outer scale for linears that read the same input, by linear: engines that join q, k and v need it equal."""
+    groups: dict[tuple[str, Format], list[str]] = {}
+    for shape in shapes:
+        quant = block.quant.get(shape.name)
+        if quant is not None and quant.weight is not None and quant.weight.outer:
+            groups.setdefault((shape.shares_input or shape.name, quant.weight), []).append(shape.name)
+    outers: dict[str, Tensor] = {}
+    for (_, fmt), names in groups.items():
+        amax = torch.stack([block.weights[name].abs().amax().float() for name in names]).amax()
+        outers |= dict.fromkeys(names, outer_scale(amax, fmt))
+    return outers
+
+
 def _input_scale(amax: Tensor, fmt: Format) -> Tensor:
     """The calibrated scale of an input (or of K or V) whose largest magnitude was `amax`: float32 []."""
     if fmt.outer:
@@ -383,6 +335,3 @@ def _resident_bytes() -> int:
     """Largest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-__all__ = ["FileFormat", "Plan", "Progress", "Report", "compress", "plan"]

@@ -43,7 +43,7 @@ def device_named(text: str) -> torch.device:
     kind, _, index = text.partition(":")
     if kind != "cuda" or (index and not index.isdigit()):
         raise UnsupportedError(f"unknown device '{text}'; expected cpu, cuda or cuda:N")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = gpu_count()
     number = int(index or 0)
     if number >= count:
         raise UnsupportedError(f"no device '{text}' here: PyTorch sees {count} CUDA devices; use --device cpu")
@@ -85,3 +85,8 @@ def _available_bytes() -> int:
     except OSError:
         pass
     return 0
+
+
+def gpu_count() -> int:
+    """How many CUDA devices PyTorch sees."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -33,8 +33,15 @@ class Technique(Protocol):
 class LayerTechnique(Technique, Protocol):
     """Turns one weight into codes."""
 
-    def layer(self, weight: Tensor, quant: QuantSpec, stats: Stats | None) -> QTensor:
-        """Float32 weight [out, in] to its quantized form; `stats` is None where nothing was needed."""
+    def layer(self, weight: Tensor, quant: QuantSpec, stats: Stats | None, outer: Tensor | None) -> QTensor:
+        """A weight to its quantized form.
+
+        Args:
+            weight: float32 [out, in].
+            quant: the numerics wanted.
+            stats: what is known of the input; None where nothing was needed.
+            outer: the outer scale to use, shared with the linears that read the same input; None: the format has none.
+        """
         ...
 
 

@@ -20,7 +20,7 @@ class Settings:
 
     needs: ClassVar[Needs] = "none"
 
-    def layer(self, weight: Tensor, quant: QuantSpec, stats: Stats | None) -> QTensor:
+    def layer(self, weight: Tensor, quant: QuantSpec, stats: Stats | None, outer: Tensor | None) -> QTensor:
         """See `Technique.layer`."""
         assert quant.weight is not None
-        return quantize(weight, quant.weight)
+        return quantize(weight, quant.weight, outer=outer)

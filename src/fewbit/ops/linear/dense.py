@@ -28,6 +28,10 @@ class Dense:
             return f"the dequantized weight does not fit {_short(problem.dtype)} exactly"
         return None
 
+    def weight_bytes(self, problem: LinearProblem) -> int:
+        """See `LinearKernel.weight_bytes`."""
+        return problem.n * problem.k * problem.dtype.itemsize
+
     def prepare(self, weights: LinearWeights, dtype: torch.dtype) -> _Prepared:
         """Dequantize."""
         w = weights.weight

@@ -71,6 +71,10 @@ class LinearKernel(Protocol):
         """None: can do it; else the reason, for a user to read."""
         ...
 
+    def weight_bytes(self, problem: LinearProblem) -> int:
+        """Memory of the prepared weight."""
+        ...
+
     def prepare(self, weights: LinearWeights, dtype: torch.dtype) -> Any:
         """The weights in this kernel's own layout, made once."""
         ...

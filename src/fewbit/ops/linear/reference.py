@@ -19,6 +19,10 @@ class Reference:
         """It can do everything."""
         return None
 
+    def weight_bytes(self, problem: LinearProblem) -> int:
+        """A byte a code, or the stored dtype (at most two bytes, as far as this can know)."""
+        return problem.n * problem.k * (1 if problem.quant.weight else 2)
+
     def prepare(self, weights: LinearWeights, dtype: torch.dtype) -> LinearWeights:
         """As they are."""
         return weights

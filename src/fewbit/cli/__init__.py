@@ -1,0 +1,96 @@
+"""The command line: ``fewbit``. Results on stdout, everything else on stderr.
+
+Exit status: 0 done; 2 for what a user, a file or a recipe caused; 1 for a fault of fewbit's own; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import typer
+
+from fewbit.cli import demo, look, make, serve
+from fewbit.cli.common import settings
+from fewbit.errors import FewbitError
+from fewbit.version import __version__
+
+app = typer.Typer(
+    name="fewbit",
+    help="Make language models small and run them fast.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+for command in (
+    look.inspect,
+    look.plan,
+    make.compress,
+    serve.run,
+    serve.serve,
+    make.evaluate,
+    look.explain,
+    look.doctor,
+    demo.demo,
+):
+    app.command("eval" if command is make.evaluate else command.__name__)(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fewbit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Make language models small and run them fast."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit status."""
+    settings.reset()
+    try:
+        status = app(list(arguments), standalone_mode=False)
+    except typer.Exit as done:
+        return done.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        _say("interrupted")
+        return 130
+    except BrokenPipeError:
+        # whoever read our output has had enough (fewbit inspect | head): no fault, and nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (FewbitError, typer.TyperException) as error:
+        if settings.verbose:
+            traceback.print_exc()
+        text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        _say(" ".join(text.split()))
+        return 2
+    except OSError as error:
+        # a disk that is full, a folder that may not be entered: the machine's word is the best there is
+        if settings.verbose:
+            traceback.print_exc()
+        _say(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        return 2
+    except Exception as error:  # house: told to the user, with the traceback on request
+        if settings.verbose:
+            traceback.print_exc()
+        _say(f"internal error: {type(error).__name__}: {error} (run again with -v for the traceback, and report it)")
+        return 1
+    return status if isinstance(status, int) else 0
+
+
+def _say(text: str) -> None:
+    print(f"fewbit: {text}", file=sys.stderr)
+
+
+def main() -> None:
+    """The entry point."""
+    sys.exit(run(sys.argv[1:]))

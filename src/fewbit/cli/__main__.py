@@ -1,0 +1,5 @@
+"""``python -m fewbit.cli``."""
+
+from fewbit.cli import main
+
+main()

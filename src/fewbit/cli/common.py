@@ -1,0 +1,176 @@
+"""What every command shares: options, where output goes, progress, sizes in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import rich.console
+import rich.table
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fewbit.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fewbit.checkpoint import Checkpoint
+
+SCHEMA = 1
+"""Version of the JSON that ``--json`` prints."""
+
+
+class Settings:
+    """What -q, -v and --seed said."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the last command."""
+        self.quiet, self.verbose, self.seed = False, False, 0
+
+
+settings = Settings()
+
+
+def _set_quiet(value: bool) -> bool:
+    settings.quiet = value
+    return value
+
+
+def _set_verbose(value: bool) -> bool:
+    settings.verbose = value
+    return value
+
+
+def _set_seed(value: int) -> int:
+    settings.seed = value
+    return value
+
+
+ModelArgument = Annotated[str, typer.Argument(metavar="DIR", help="Model directory, or a Hub id.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu or cuda:N [default: a GPU if there is one]")]
+SeedOption = Annotated[int, typer.Option("--seed", callback=_set_seed, min=0, help="Of everything drawn at random.")]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", callback=_set_quiet, help="Only the result.")]
+VerboseOption = Annotated[
+    bool, typer.Option("-v", "--verbose", callback=_set_verbose, is_eager=True, help="Tracebacks, and more words.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+BackendOption = Annotated[str, typer.Option("--backend", help="Kernel to use for every linear.")]
+
+
+def device_of(text: str | None) -> torch.device:
+    """The device asked for, else a GPU if there is one, else the CPU."""
+    import torch
+
+    from fewbit.ops.device import device_named, gpu_count
+
+    torch.manual_seed(settings.seed)
+    return device_named(text or ("cuda:0" if gpu_count() else "cpu"))
+
+
+def open_model(model: str) -> Checkpoint:
+    """The checkpoint a user means by a directory or a Hub id."""
+    from fewbit.checkpoint import locate, open_checkpoint
+
+    return open_checkpoint(locate(model))
+
+
+def note(text: str) -> None:
+    """A line for the user that is not the result."""
+    if not settings.quiet:
+        print(text, file=sys.stderr)
+
+
+def print_json(command: str, fields: Any) -> None:
+    """The one JSON object of a command."""
+    if dataclasses.is_dataclass(fields) and not isinstance(fields, type):
+        fields = dataclasses.asdict(fields)
+    print(json.dumps({"schema": SCHEMA, "command": command, **fields}, default=str))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """A table on stdout: the first column to the left, numbers to the right."""
+    made = rich.table.Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    _stdout().print(made)
+
+
+def pairs(rows: Sequence[tuple[str, str]]) -> None:
+    """Names and values on stdout."""
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
+def _stdout() -> rich.console.Console:
+    # a table must not be cut to some terminal's width when it goes into a file
+    return rich.console.Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160, highlight=False)
+
+
+@contextmanager
+def progress() -> Iterator[ProgressBars]:
+    """Bars on stderr for whatever takes more than two seconds."""
+    bars = ProgressBars()
+    try:
+        yield bars
+    finally:
+        bars.close()
+
+
+class ProgressBars:
+    """Bars with the time left, shown once the work has taken two seconds; call with (stage, done, total)."""
+
+    PATIENCE_S = 2.0
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._bars: Progress | None = None
+        self._tasks: dict[str, Any] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show how far a stage is."""
+        if settings.quiet or time.monotonic() - self._start < self.PATIENCE_S:
+            return
+        if self._bars is None:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bars = Progress(*columns, console=rich.console.Console(stderr=True), transient=True)
+            self._bars.start()
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total)
+        self._bars.update(self._tasks[stage], completed=done, total=total)
+
+    def close(self) -> None:
+        """Take the bars away."""
+        if self._bars is not None:
+            self._bars.stop()
+
+
+def size(count: float) -> str:
+    """Bytes in words, powers of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def read_windows(path: Path, model: Checkpoint, length: int, count: int | None) -> list[list[int]]:
+    """Windows of a data file, cut with the model's tokenizer."""
+    from fewbit.text.tokenizer import Tokenizer
+    from fewbit.text.windows import read_documents, windows
+
+    if length > model.spec.context:
+        raise UnsupportedError(f"--length {length} exceeds the {model.spec.context} positions of {model.path}")
+    return windows(read_documents(path), Tokenizer.load(model.path), length, count)

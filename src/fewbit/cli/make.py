@@ -1,0 +1,208 @@
+"""Commands that make and measure a small model: compress, eval."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fewbit.cli.common import (
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    QuietOption,
+    SeedOption,
+    VerboseOption,
+    device_of,
+    note,
+    open_model,
+    pairs,
+    print_json,
+    progress,
+    read_windows,
+    size,
+    table,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from fewbit.checkpoint import Checkpoint
+    from fewbit.compress import Plan, Report
+    from fewbit.measure.quality import Quality
+
+SAMPLE_TOKENS = 32
+SAMPLE_LIMIT = 1 << 30
+"""Bytes of float weights up to which a sample is generated unasked: it needs the whole model at once."""
+
+
+def compress(
+    model: ModelArgument,
+    recipe: Annotated[str, typer.Option("--recipe", help="Built-in recipe, or a file NAME.yaml.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    kv: Annotated[str | None, typer.Option("--kv", help="Also the K/V cache: fp8 or int8.")] = None,
+    calib: Annotated[Path | None, typer.Option("--calib", help="Calibration text: .txt or .jsonl, also .gz.")] = None,
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Windows to calibrate on.")] = None,
+    length: Annotated[int | None, typer.Option("--length", min=1, help="Tokens of a window.")] = None,
+    export: Annotated[str, typer.Option("--export", help="compressed-tensors or hf.")] = "compressed-tensors",
+    sample_tokens: Annotated[
+        int | None, typer.Option("--sample-tokens", min=0, help="Length of the sample before and after; 0: none.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a folder that is not empty.")] = False,
+    json: JsonOption = False,
+    device: DeviceOption = None,
+    seed: SeedOption = 0,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Quantize a model by a recipe, write it, open it again and check it."""
+    from fewbit import compress as room
+    from fewbit.checkpoint import check_target, open_checkpoint
+
+    where = device_of(device)
+    checkpoint = open_model(model)
+    chosen = room.read_recipe(recipe).with_kv(kv)
+    c = chosen.calibration
+    c = replace(c, samples=samples or c.samples, length=length or c.length, data=calib or c.data)
+    chosen = replace(chosen, calibration=c)
+    planned = room.plan(checkpoint, chosen, export)
+    check_target(output, force)
+    _show_plan(checkpoint, planned)
+    before = _sample(checkpoint, where, sample_tokens)
+    with progress() as bars:
+        report = room.compress(checkpoint, planned, output, device=str(where), force=force, progress=bars)
+    after = _sample(open_checkpoint(output), where, sample_tokens)
+    if json:
+        print_json(
+            "compress",
+            {
+                "output": str(output),
+                "recipe": chosen.name,
+                **vars(report),
+                "verified": vars(report.verified),
+                "sample_before": before,
+                "sample_after": after,
+            },
+        )
+        return
+    _show_report(report, output)
+    if before is not None and after is not None:
+        print(f"\nbefore: {before}\nafter:  {after}")
+
+
+def _show_plan(checkpoint: Checkpoint, planned: Plan) -> None:
+    from fewbit.compress import summary
+
+    note(f"{planned.recipe.name} -> {planned.export}, for {checkpoint.path}:")
+    for names, kind in summary(planned.quant, planned.spec):
+        note(f"  {kind}: {names}")
+    kv = next(iter(planned.kv.values()), None)
+    note(f"  {kv or str(checkpoint.dtype).removeprefix('torch.')}: K and V")
+    c = planned.recipe.calibration
+    if planned.calibrated:
+        note(
+            f"  calibrated on {c.samples} windows of {c.length} tokens of {c.data or 'the stories shipped with fewbit'}"
+        )
+    else:
+        note("  needs no calibration data")
+
+
+def _show_report(report: Report, output: Path) -> None:
+    verified = report.verified
+    assert verified is not None
+    groups: dict[str, list[float]] = {}
+    for name, error in report.weight_error.items():
+        groups.setdefault(name.rpartition(".")[2] if name != "lm_head" else name, []).append(error)
+    rows = [(name, f"{sum(e) / len(e):.4f}", f"{max(e):.4f}") for name, e in groups.items()]
+    table(["weights", "mean error", "worst layer's"], rows)
+    errors = report.output_error
+    worst = max(errors, key=errors.__getitem__)
+    stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in report.seconds.items())
+    print()
+    pairs(
+        [
+            (
+                "output error",
+                f"{errors[max(errors)]:.4f} after the last layer (largest {errors[worst]:.4f}, layer {worst})",
+            ),
+            ("KL divergence", f"{report.kl:.5f} nats on {verified.tokens} held-out tokens"),
+            ("bits per weight", f"{verified.bits_per_weight:.3f} in the quantized linears"),
+            ("calibration", report.calibration),
+            ("time", stages),
+            ("peak memory", f"{size(report.peak_bytes)} ({size(report.grown_bytes)} of it for this)"),
+            (
+                "checked",
+                f"{verified.scales:,} scales finite and not zero; logits equal bit for bit on {verified.tokens} tokens",
+            ),
+            ("written", f"{output}, {size(verified.weight_bytes)} of tensors"),
+        ]
+    )
+
+
+def _sample(checkpoint: Checkpoint, device: torch.device, tokens: int | None) -> str | None:
+    """A greedy continuation of a fixed opening; None where none was asked for or the model is too large for it."""
+    from fewbit.engine.config import EngineOptions
+    from fewbit.engine.engine import Engine, generate, open_engine
+    from fewbit.engine.types import GenerateRequest, SamplingParams
+    from fewbit.text.tokenizer import Tokenizer
+
+    if tokens == 0 or "tokenizer.json" not in checkpoint.files:
+        return None
+    if tokens is None and checkpoint.spec.parameters * 4 > SAMPLE_LIMIT:
+        note("  no sample: it would need the whole model in memory; ask for one with --sample-tokens")
+        return None
+    tokenizer = Tokenizer.load(checkpoint.path)
+    prompt = tuple(tokenizer.encode("Once upon a time"))
+    options = EngineOptions(
+        device=str(device), num_blocks=16, max_batch=1, max_model_len=min(200, checkpoint.spec.context)
+    )
+    engine: Engine = open_engine(checkpoint.path, options)
+    params = SamplingParams(max_tokens=tokens or SAMPLE_TOKENS, temperature=0.0)
+    (output,) = generate(engine, [GenerateRequest(id="sample", prompt=prompt, params=params)])
+    return tokenizer.decode([*prompt, *output.tokens])
+
+
+def evaluate(
+    model: ModelArgument,
+    data: Annotated[Path, typer.Option("--data", help="Text: .txt or .jsonl, also .gz.")],
+    against: Annotated[str | None, typer.Option("--against", help="Base model: KL divergence and agreement.")] = None,
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens of a window.")] = 512,
+    windows: Annotated[int | None, typer.Option("--windows", min=1, help="Use the first N windows only.")] = None,
+    json: JsonOption = False,
+    device: DeviceOption = None,
+    seed: SeedOption = 0,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """How well a model predicts a text, and how far it is from another: perplexity, KL divergence, agreement."""
+    from fewbit.measure import quality
+
+    where = device_of(device)
+    checkpoint = open_model(model)
+    base = open_model(against) if against else None
+    cut = read_windows(data, checkpoint, length, windows)
+    with progress() as bars:
+        found = quality.evaluate(checkpoint, base, cut, where, bars)
+    if json:
+        print_json("eval", flat(found))
+        return
+    rows = [("tokens", f"{found.tokens:,} in {found.windows} windows")]
+    for name, value in flat(found).items():
+        if isinstance(value, float) and not name.endswith("_err"):
+            rows.append((name, f"{value:.5g} ± {flat(found)[f'{name}_err']:.2g}"))
+    pairs(rows)
+
+
+def flat(found: Quality) -> dict[str, Any]:
+    """Figures as ``name`` and ``name_err``; those that need a base are absent without one."""
+    from fewbit.measure.quality import Estimate
+
+    fields: dict[str, Any] = {}
+    for name, value in vars(found).items():
+        if isinstance(value, Estimate):
+            fields |= {name: value.value, f"{name}_err": value.error}
+        elif value is not None:
+            fields[name] = value
+    return fields

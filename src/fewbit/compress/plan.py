@@ -1,0 +1,83 @@
+"""What a compression will do, settled before any weight is read, and what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from fewbit.checkpoint import Checkpoint, format_named
+from fewbit.checkpoint.layout import Quantization
+from fewbit.compress.recipe import Recipe
+from fewbit.compress.verify import Verified
+from fewbit.errors import RecipeError, UnsupportedError
+from fewbit.numerics.quantspec import KVSpec, QuantSpec
+from fewbit.spec.decoder import DecoderSpec
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done, settled before any weight is read.
+
+    Attributes:
+        recipe: what was asked for.
+        spec: the decoder as it will be written (a quantized head of a tied model is untied).
+        quant: QuantSpec by linear.
+        kv: KVSpec by layer.
+        export: the file format.
+        calibrated: whether data are needed.
+    """
+
+    recipe: Recipe
+    spec: DecoderSpec
+    quant: Mapping[str, QuantSpec]
+    kv: Mapping[int, KVSpec]
+    export: str
+    calibrated: bool
+
+
+@dataclass
+class Report:
+    """What was done.
+
+    Attributes:
+        seconds: time by stage.
+        weight_error: relative error of each quantized weight, ``|W - Q| / |W|`` in the Frobenius norm, by linear.
+        output_error: relative error of each layer's output on held-out text, by layer, errors of earlier ones included.
+        kl: mean KL divergence of the next-token distribution on that text, in nats.
+        peak_bytes: largest resident memory of the process.
+        grown_bytes: how much of that is growth since the start.
+        calibration: which data were used, in words.
+        verified: what the finished files were found to hold.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    weight_error: dict[str, float] = field(default_factory=dict)
+    output_error: dict[int, float] = field(default_factory=dict)
+    kl: float = 0.0
+    peak_bytes: int = 0
+    grown_bytes: int = 0
+    calibration: str = "none needed"
+    verified: Verified | None = None
+
+
+def plan(checkpoint: Checkpoint, recipe: Recipe, export: str = "compressed-tensors") -> Plan:
+    """Settle what a recipe means for a model, and that the file format can say it.
+
+    Raises:
+        RecipeError, UnsupportedError: a rule, a layer or the file format does not fit.
+    """
+    if checkpoint.quant or checkpoint.kv:
+        raise UnsupportedError(
+            f"{checkpoint.path} is already quantized ({checkpoint.format}); start from the original weights"
+        )
+    quant = recipe.resolve(checkpoint.spec)
+    kv = dict.fromkeys(range(len(checkpoint.spec.layers)), recipe.kv) if recipe.kv else {}
+    spec = replace(checkpoint.spec, tied=checkpoint.spec.tied and "lm_head" not in quant)
+    if reason := format_named(export).why_not(spec, Quantization(quant, kv)):
+        raise UnsupportedError(reason)
+    layered = [t for t in recipe.techniques if hasattr(t, "layer")]
+    if len(layered) > 1:
+        raise RecipeError("a recipe can hold one technique that rounds weights, not several")
+    needy = any(t.needs != "none" for t in recipe.techniques)
+    calibrated = bool(kv) or needy or any(q.calibrated for q in quant.values())
+    return Plan(recipe, spec, quant, kv, export, calibrated)

@@ -1,0 +1,230 @@
+"""What a model directory holds and what it will need, from its headers alone: no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fewbit.checkpoint import Checkpoint
+from fewbit.compress import Plan, bits_per_weight, group_name, summary
+from fewbit.model.load import choices
+from fewbit.numerics.format import FORMATS
+from fewbit.numerics.quantspec import KVSpec, QuantSpec
+from fewbit.ops.device import arithmetic_dtype, device_info
+from fewbit.ops.linear import LinearProblem, choose
+from fewbit.spec.decoder import DecoderSpec
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What `fewbit inspect` says.
+
+    Attributes:
+        architecture: the name in config.json.
+        parameters: weights, a tied head counted once.
+        linear_parameters: those of the linears of the layers (and of an untied head).
+        layers, hidden, heads, kv_heads, head_dim, vocab, context: the decoder's sizes (heads of the first layer).
+        format: the file format.
+        dtype: of what is not quantized.
+        groups: linears with the same numerics, and what these are.
+        quantized_linears: how many linears are quantized.
+        bits_per_weight: true bits per weight of the quantized linears (of all where none is).
+        file_bytes: all tensors.
+        kv: how K and V are stored.
+        kv_bytes_per_token: of all layers.
+        carried: tokenizer and other files beside the weights.
+    """
+
+    architecture: str
+    parameters: int
+    linear_parameters: int
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    context: int
+    format: str
+    dtype: str
+    groups: tuple[tuple[str, str], ...]
+    quantized_linears: int
+    bits_per_weight: float
+    file_bytes: int
+    kv: str
+    kv_bytes_per_token: int
+    carried: tuple[str, ...]
+
+
+def inspect(checkpoint: Checkpoint) -> Facts:
+    """The facts of an open checkpoint."""
+    spec, first = checkpoint.spec, checkpoint.spec.layers[0].attention
+    linears = [linear for linear in spec.linears() if not (linear.name == "lm_head" and spec.tied)]
+    kv = ", ".join(dict.fromkeys(str(v) for v in checkpoint.kv.values())) or _short(checkpoint.dtype)
+    return Facts(
+        architecture=checkpoint.config["architectures"][0],
+        parameters=spec.parameters,
+        linear_parameters=sum(linear.out_features * linear.in_features for linear in linears),
+        layers=len(spec.layers),
+        hidden=spec.hidden,
+        heads=first.heads,
+        kv_heads=first.kv_heads,
+        head_dim=first.head_dim,
+        vocab=spec.vocab,
+        context=spec.context,
+        format=checkpoint.format if checkpoint.quant or checkpoint.kv else "unquantized Hugging Face",
+        dtype=_short(checkpoint.dtype),
+        groups=tuple(summary(checkpoint.quant, spec)),
+        quantized_linears=len(checkpoint.quant),
+        bits_per_weight=bits_per_weight(checkpoint),
+        file_bytes=sum(map(checkpoint.tensors.nbytes, checkpoint.tensors)),
+        kv=kv,
+        kv_bytes_per_token=kv_bytes_per_token(spec, checkpoint.kv, checkpoint.dtype),
+        carried=tuple(checkpoint.files),
+    )
+
+
+def kv_bytes_per_token(spec: DecoderSpec, kv: Mapping[int, KVSpec], dtype: torch.dtype) -> int:
+    """Bytes that K and V of one token take, over all layers."""
+    total = 0
+    for index, layer in enumerate(spec.layers):
+        numbers = layer.attention.kv_heads * layer.attention.head_dim
+        stored = kv.get(index)
+        bits = [dtype.itemsize * 8] * 2 if stored is None else [stored.k.element.bits, stored.v.element.bits]
+        total += numbers * sum(bits) // 8
+    return total
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What `fewbit plan` says, in bytes.
+
+    Attributes:
+        weights: as the chosen kernels hold them.
+        files: the weights on disk.
+        kv_per_token: K and V of one token.
+        kv: of `batch` sequences of `context` tokens.
+        workspace: activations of one step and its logits, an upper estimate.
+        total: weights, K and V, and workspace.
+        device: which device it is held against.
+        available: what is free there.
+        longest_context: tokens a sequence can have at this batch, at most what the model was made for.
+        largest_batch: sequences of `context` tokens that fit.
+    """
+
+    weights: int
+    files: int
+    kv_per_token: int
+    kv: int
+    workspace: int
+    total: int
+    device: str
+    available: int
+    batch: int
+    context: int
+    longest_context: int
+    largest_batch: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the sum is no more than what is free."""
+        return self.total <= self.available
+
+
+STEP_TOKENS = {"cpu": 512, "cuda": 8192}
+"""Tokens of a step for which the workspace is counted: the engine's default budgets."""
+
+
+def memory(checkpoint: Checkpoint, planned: Plan | None, device: torch.device, batch: int, context: int) -> Memory:
+    """What running a model takes, as it is or as a recipe would make it.
+
+    Args:
+        checkpoint: the model.
+        planned: what a recipe would do to it; None: the model as it is.
+        device: where it would run.
+        batch: sequences at a time.
+        context: tokens of each.
+    """
+    spec = planned.spec if planned else checkpoint.spec
+    quant: Mapping[str, QuantSpec] = planned.quant if planned else checkpoint.quant
+    kv = planned.kv if planned else checkpoint.kv
+    info = device_info(device)
+    dtype = arithmetic_dtype(device, checkpoint.dtype)
+    weights = files = 0
+    for linear in spec.linears():
+        kind = quant.get(linear.name, QuantSpec())
+        problem = LinearProblem(kind, linear.out_features, linear.in_features, dtype, info)
+        weights += choose(problem).kernel.weight_bytes(problem)
+        numbers = linear.out_features * linear.in_features
+        if linear.name != "lm_head" or not spec.tied:
+            files += int(numbers * file_bits(kind, numbers, linear.in_features, checkpoint.dtype) / 8)
+    embed = spec.vocab * spec.hidden * checkpoint.dtype.itemsize
+    per_token = kv_bytes_per_token(spec, kv, checkpoint.dtype)
+    tokens = STEP_TOKENS[device.type]
+    widest = max(max(layer.mlp.width, spec.hidden) for layer in spec.layers)
+    workspace = tokens * widest * 6 * dtype.itemsize + max(batch, 1) * spec.vocab * 4 * 3
+    fixed = weights + embed + workspace
+    room = max(info.free_bytes - fixed, 0) // max(per_token, 1)
+    return Memory(
+        weights=weights + embed,
+        files=files + embed,
+        kv_per_token=per_token,
+        kv=per_token * batch * context,
+        workspace=workspace,
+        total=fixed + per_token * batch * context,
+        device=str(info),
+        available=info.free_bytes,
+        batch=batch,
+        context=context,
+        longest_context=min(room // batch, spec.context),
+        largest_batch=room // context,
+    )
+
+
+def file_bits(quant: QuantSpec, numbers: int, columns: int, dtype: torch.dtype) -> float:
+    """Bits a weight of a linear takes on disk, scales included."""
+    fmt = quant.weight
+    if fmt is None:
+        return dtype.itemsize * 8
+    rows, cols = (
+        size if size > 0 else full for size, full in zip(fmt.block, (numbers // columns, columns), strict=True)
+    )
+    zero = fmt.element.bits if fmt.zero else 0
+    return fmt.element.bits + (fmt.scale_bits + zero) / (rows * cols)
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Linears that run alike: their numerics, their kernel, and each better kernel with its reason to decline."""
+
+    linears: tuple[str, ...]
+    numerics: str
+    kernel: str
+    declined: tuple[tuple[str, str], ...]
+
+
+def explain(checkpoint: Checkpoint, device: torch.device, backend: str = "auto") -> list[Explained]:
+    """What `model.load` would choose on a device, by groups of linears."""
+    groups: dict[tuple[str, str, tuple[tuple[str, str], ...]], dict[str, None]] = {}
+    for linear, quant, choice in choices(checkpoint, device, backend):
+        key = str(quant), choice.kernel.name, choice.declined
+        groups.setdefault(key, {})[group_name(linear.name)] = None
+    return [Explained(tuple(names), *key) for key, names in groups.items()]
+
+
+def support_table(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str, str]]:
+    """For each numeric format the kernel of a weight-only linear, and of one with inputs in the same format."""
+    info, rows = device_info(device), []
+    for name, fmt in FORMATS.items():
+        kinds = [QuantSpec(fmt), QuantSpec(fmt, fmt, "outer" if fmt.outer else "dynamic")]
+        if fmt.zero or fmt.block[0] > 1:
+            kinds.pop()  # inputs have no zeros, and their blocks do not span tokens
+        kernels = [choose(LinearProblem(kind, 4096, 4096, dtype, info)).kernel.name for kind in kinds]
+        rows.append((name, kernels[0], kernels[1] if len(kernels) > 1 else "–"))
+    return rows
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
