@@ -29,16 +29,20 @@ SPEC = DecoderSpec(
 )
 
 
-def codec(kv: str) -> KVCodec:
+def codec(kv: str, device: str = "cpu") -> KVCodec:
     if kv in ("float32", "bfloat16"):
         return KVCodec(getattr(torch, kv))
-    scale = torch.tensor([0.02, 0.03]) if kv == "int8" else torch.tensor(0.01)
+    scale = torch.tensor([0.02, 0.03] if kv == "int8" else 0.01, device=device)
     return KVCodec(torch.bfloat16, KVSpec(FORMATS[kv], FORMATS[kv]), scale, scale)
 
 
-def decoder(kv: str = "float32", seed: int = 0) -> Decoder:
-    torch.manual_seed(seed)
-    weights = {name: torch.randn(shape) * shape[-1] ** -0.5 * 1.5 for name, shape in SPEC.tensors().items()}
+def decoder(kv: str = "float32", device: str = "cpu") -> Decoder:
+    random = torch.Generator().manual_seed(0)
+    weights = {
+        name: (torch.randn(shape, generator=random) * shape[-1] ** -0.5 * 1.5).to(device)
+        for name, shape in SPEC.tensors().items()
+    }
+    ones = torch.ones(SPEC.hidden, device=device)
 
     def linear(name: str):
         return lambda x: torch.nn.functional.linear(x, weights[f"{name}.weight"])
@@ -46,10 +50,10 @@ def decoder(kv: str = "float32", seed: int = 0) -> Decoder:
     layers = []
     for i, layer in enumerate(SPEC.layers):
         linears = {shape.name.rsplit(".", 1)[1]: linear(shape.name) for shape in SPEC.layer_linears(i)}
-        layers.append(DecoderLayer(i, layer, linears, {"pre_attn": torch.ones(32), "pre_mlp": torch.ones(32)}))
-    codecs = [codec(kv)] * len(layers)
+        layers.append(DecoderLayer(i, layer, linears, {"pre_attn": ones, "pre_mlp": ones}))
+    codecs = [codec(kv, device)] * len(layers)
     embed = weights["embed.weight"] * 4
-    return Decoder(SPEC, embed, layers, torch.ones(32), linear("lm_head"), codecs, torch.float32)
+    return Decoder(SPEC, embed, layers, ones, linear("lm_head"), codecs, torch.float32)
 
 
 def config(model: Decoder | None = None, **options) -> EngineConfig:
@@ -58,9 +62,9 @@ def config(model: Decoder | None = None, **options) -> EngineConfig:
     return resolve(EngineOptions(**given), spec=SPEC, token_bytes=size, free_bytes=1 << 30, eos_token_ids=(EOS,))
 
 
-def engine(kv: str = "float32", **options) -> Engine:
-    model = decoder(kv)
-    return Engine(model, config(model, **options))
+def engine(kv: str = "float32", device: str = "cpu", **options) -> Engine:
+    model = decoder(kv, device)
+    return Engine(model, config(model, device=device, **options))
 
 
 _serial = itertools.count()
