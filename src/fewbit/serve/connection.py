@@ -1,0 +1,74 @@
+"""Answers that end when their client leaves: a client that is gone frees its blocks, streaming or not."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Coroutine
+from typing import TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
+
+SLOW_S = 60.0  # a client that takes nothing for so long is dropped
+
+
+async def while_connected(receive: Receive, work: Coroutine[None, None, T]) -> T:
+    """The result of `work`; cancels it when the client leaves.
+
+    Raises:
+        ClientDisconnect: Nobody waits for the result any more.
+    """
+    task, gone = asyncio.create_task(work), asyncio.create_task(_until_gone(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for t in (task, gone):
+            t.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def body_of(request: Request, work: Coroutine[None, None, T]) -> T:
+    """`while_connected` for a request whose body has been read."""
+    return await while_connected(request.receive, work)
+
+
+class EventStream(Response):
+    """Server-sent events from a generator of whole `data:` blocks.
+
+    The generator is closed in every case: at its end, when the client leaves, takes nothing, or the server stops.
+    """
+
+    def __init__(self, events: AsyncGenerator[bytes, None], slow_s: float = SLOW_S) -> None:
+        self._events, self._slow_s = events, slow_s
+        self.status_code = 200
+        self.background = None
+        self.media_type = "text/event-stream"
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send everything, or as much as the client takes."""
+        with contextlib.suppress(ClientDisconnect, TimeoutError, OSError):
+            await while_connected(receive, self._send_all(send))
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async for block in self._events:
+                # send waits while the connection's buffer is full, so a slow reader holds at most that much
+                async with asyncio.timeout(self._slow_s):
+                    await send({"type": "http.response.body", "body": block, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            await self._events.aclose()

@@ -1,0 +1,210 @@
+"""What both protocols do: submit prompts, turn tokens into text as they come, end at a stop string.
+
+`start` submits all jobs of a request (errors are raised before any answer begins), `pieces` and `collect` read them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from fewbit.engine.types import Ending, GenerateRequest, OverloadedError, SamplingParams, TokenLogprobs
+from fewbit.errors import FewbitError
+from fewbit.serve.metrics import Metrics, Progress
+from fewbit.serve.problems import GenerationError
+from fewbit.text import TextStream, Tokenizer
+
+if TYPE_CHECKING:
+    from fewbit.engine.client import EngineClient, Stream
+
+_ENDING_S = 2.0  # how long the ending of a request that was cut at a stop string is waited for
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt to continue, and how its text is cut."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+
+
+@dataclass(frozen=True)
+class Finish:
+    """How a text ended, and its token counts."""
+
+    reason: Literal["stop", "length"]
+    stop_reason: str | int | None  # the stop string or stop token; None for the end of the text or the limit
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one event brought: text that may be sent (perhaps none yet), a token, the end."""
+
+    text: str
+    token: int | None = None
+    logprobs: TokenLogprobs | None = None
+    finish: Finish | None = None
+
+
+@dataclass
+class Result:
+    """A whole text."""
+
+    finish: Finish
+    text: str = ""
+    tokens: list[tuple[int, TokenLogprobs]] = field(default_factory=list)  # only where log-probabilities were asked for
+
+
+class Running:
+    """One submitted job."""
+
+    def __init__(
+        self, client: EngineClient, tokenizer: Tokenizer, job: Job, stream: Stream, progress: Progress
+    ) -> None:
+        self._client, self._tokenizer, self._job, self._stream = client, tokenizer, job, stream
+        self._progress = progress
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """The pieces until the end. Leaving early aborts the request.
+
+        Raises:
+            GenerationError: The engine failed on this request.
+            OverloadedError: The engine is shutting down.
+            EngineDownError: The engine is gone.
+        """
+        job, params = self._job, self._job.params
+        text = TextStream(self._tokenizer, job.stop, job.include_stop, job.skip_special_tokens, params.min_tokens)
+        count = 0
+        try:
+            async with aclosing(self._stream):
+                async for event in self._stream:
+                    new, ending = "", event.ending
+                    if event.token is not None:
+                        count += 1
+                        self._progress.token()
+                        new = text.push(event.token)
+                    finish = None
+                    if ending is None and text.stopped is not None:
+                        ending = await self._cut()
+                    elif ending is not None and text.stopped is None:
+                        new += self._last_text(text, ending)
+                    if ending is not None:
+                        finish = self._finish(text.stopped, ending, count)
+                        self._progress.end(finish.reason, finish.prompt_tokens, finish.output_tokens)
+                    yield Piece(new, event.token, event.logprobs, finish)
+                    if finish is not None:
+                        return
+            raise GenerationError("the engine ended the request without saying why")
+        except (GenerationError, FewbitError):
+            self._progress.close(failed=True)
+            raise
+        finally:
+            self._progress.close()
+
+    def _last_text(self, text: TextStream, ending: Ending) -> str:
+        """The text held back, and the stop token's own where it was asked for."""
+        new = ""
+        if self._job.include_stop and ending.stop_token in self._job.params.stop_token_ids:
+            new = text.push(ending.stop_token)
+        return new + text.finish()
+
+    async def _cut(self) -> Ending:
+        """A stop string is complete: abort, and let the engine say what the prefix cache saved."""
+        self._client.abort(self._stream.id)
+        try:
+            async with asyncio.timeout(_ENDING_S):
+                async for event in self._stream:
+                    if event.ending is not None:
+                        return event.ending
+        except TimeoutError:
+            pass
+        return Ending("abort", prompt_tokens=len(self._job.prompt))
+
+    def _finish(self, stopped: str | None, ending: Ending, count: int) -> Finish:
+        prompt, cached = len(self._job.prompt), ending.cached_tokens
+        if stopped is not None:
+            return Finish("stop", stopped, prompt, count, cached)
+        if ending.reason == "error":
+            raise GenerationError(ending.detail or "the engine failed on this request")
+        if ending.reason == "abort":
+            raise OverloadedError(ending.detail or "the request was ended because the engine is shutting down")
+        named = ending.stop_token in self._job.params.stop_token_ids
+        return Finish(ending.reason, ending.stop_token if named else None, prompt, ending.output_tokens, cached)
+
+
+async def start(client: EngineClient, tokenizer: Tokenizer, metrics: Metrics, jobs: Sequence[Job]) -> list[Running]:
+    """Submit all jobs, or none.
+
+    Raises:
+        RequestError: The engine refuses one of them, and says why.
+        OverloadedError: Too many requests are waiting.
+        EngineDownError: There is no engine.
+    """
+    client.health()
+    streams: list[Stream] = []
+    try:
+        for job in jobs:
+            request = GenerateRequest(id=uuid.uuid4().hex, prompt=job.prompt, params=job.params)
+            streams.append(await client.submit(request))
+    except BaseException:
+        for stream in streams:
+            await stream.aclose()
+        raise
+    return [Running(client, tokenizer, j, s, metrics.begin()) for j, s in zip(jobs, streams, strict=True)]
+
+
+async def pieces(running: Sequence[Running]) -> AsyncGenerator[tuple[int, Piece], None]:
+    """The pieces of all jobs as they come, each with its job's index. Leaving early aborts all of them."""
+    if len(running) == 1:
+        async with aclosing(running[0].pieces()) as only:
+            async for piece in only:
+                yield 0, piece
+        return
+    queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue(maxsize=2 * len(running))
+
+    async def pump(index: int) -> None:
+        try:
+            async with aclosing(running[index].pieces()) as own:
+                async for piece in own:
+                    await queue.put((index, piece))
+        except Exception as e:  # house: it is raised below, where all are read
+            await queue.put((index, e))
+
+    tasks = [asyncio.create_task(pump(i)) for i in range(len(running))]
+    try:
+        left = len(tasks)
+        while left:
+            index, got = await queue.get()
+            if isinstance(got, Exception):
+                raise got
+            left -= got.finish is not None
+            yield index, got
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def collect(running: Sequence[Running]) -> list[Result]:
+    """The whole texts, in the order of the jobs."""
+    texts: list[list[str]] = [[] for _ in running]
+    tokens: list[list[tuple[int, TokenLogprobs]]] = [[] for _ in running]
+    done: dict[int, Finish] = {}
+    async with aclosing(pieces(running)) as all_pieces:
+        async for i, piece in all_pieces:
+            texts[i].append(piece.text)
+            if piece.token is not None and piece.logprobs is not None:
+                tokens[i].append((piece.token, piece.logprobs))
+            if piece.finish is not None:
+                done[i] = piece.finish
+    return [Result(done[i], "".join(texts[i]), tokens[i]) for i in range(len(running))]
