@@ -74,6 +74,10 @@ class Running:
         self._client, self._tokenizer, self._job, self._stream = client, tokenizer, job, stream
         self._progress = progress
 
+    def abort(self) -> None:
+        """End it; whoever reads its pieces gets an OverloadedError."""
+        self._client.abort(self._stream.id)
+
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The pieces until the end. Leaving early aborts the request.
 
@@ -120,7 +124,7 @@ class Running:
 
     async def _cut(self) -> Ending:
         """A stop string is complete: abort, and let the engine say what the prefix cache saved."""
-        self._client.abort(self._stream.id)
+        self.abort()
         try:
             async with asyncio.timeout(_ENDING_S):
                 async for event in self._stream:

@@ -17,6 +17,9 @@ from fewbit.serve.body import TooLargeError, shown
 
 log = logging.getLogger(__name__)
 
+_PLAIN = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+_ESCAPED = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+
 M = TypeVar("M", bound=BaseModel)
 _NOTHING: Mapping[str, type[BaseModel]] = MappingProxyType({})
 
@@ -80,11 +83,10 @@ def json_response(content: Any, status: int = 200, headers: dict[str, str] | Non
 
 def json_bytes(content: Any) -> bytes:
     """Compact JSON. Half a surrogate pair, which a client's text may hold and an error may quote, stays an escape."""
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     try:
-        return text.encode()
+        return _PLAIN.encode(content).encode()
     except UnicodeEncodeError:
-        return json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
+        return _ESCAPED.encode(content).encode()
 
 
 def validated(model: type[M], fields: dict[str, Any], nested: Mapping[str, type[BaseModel]] = _NOTHING) -> M:
@@ -108,6 +110,8 @@ def validated(model: type[M], fields: dict[str, Any], nested: Mapping[str, type[
     param = _path(loc)
     if error["type"] == "extra_forbidden":
         _check_name(param, str(loc[-1]), nested[str(loc[0])])
+    if error["type"] == "model_type":
+        text = "must be an object"  # pydantic's own words name our class
     text = (
         text.removeprefix("Value error, ")
         .replace("Input should be", "must be")

@@ -130,4 +130,5 @@ class _Server(uvicorn.Server):
                     await asyncio.sleep(_POLL_S)
         except TimeoutError:
             log.warning("%d requests had not finished after %g s and are ended", self._service.in_flight, self._drain_s)
+            self._service.end_all()
         self.should_exit = True

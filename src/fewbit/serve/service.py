@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import msgspec
 
@@ -44,6 +45,7 @@ class Service:
         self.metrics = Metrics(model_name)
         self.draining = False
         self.in_flight = 0
+        self._running: WeakSet[Running] = WeakSet()
 
     # ---- is it well? ----
 
@@ -148,7 +150,14 @@ class Service:
 
     async def start(self, jobs: Sequence[Job]) -> list[Running]:
         """Submit jobs, or raise before anything runs."""
-        return await start(self.client, self.tokenizer, self.metrics, jobs)
+        running = await start(self.client, self.tokenizer, self.metrics, jobs)
+        self._running.update(running)
+        return running
+
+    def end_all(self) -> None:
+        """End what runs; clients are told."""
+        for running in list(self._running):
+            running.abort()
 
 
 def renamed(error: FewbitError, names: dict[str, str]) -> FewbitError:

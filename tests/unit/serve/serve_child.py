@@ -1,0 +1,29 @@
+"""A server in a process of its own, over the fake engine. Prints its URL when it answers.
+
+usage: python serve_child.py MODEL_DIR DELAY_S DRAIN_S
+"""
+
+import asyncio
+import sys
+from pathlib import Path
+
+from fake_engine import FakeEngine
+from serve_names import SAYS
+
+from fewbit.serve import bind, create_app, serve_app
+from fewbit.text import Tokenizer
+
+
+async def main() -> None:
+    tokenizer = Tokenizer.load(Path(sys.argv[1]))
+    engine = FakeEngine(tokenizer.vocab_size)
+    engine.says = tokenizer.encode(SAYS, add_special_tokens=False)
+    engine.delay_s = float(sys.argv[2])
+    app = create_app(engine, tokenizer, "storyteller")
+    await serve_app(app, bind(port=0), drain_s=float(sys.argv[3]), on_ready=lambda url: print(url, flush=True))
+
+
+try:
+    asyncio.run(main())
+except KeyboardInterrupt:
+    sys.exit(130)
