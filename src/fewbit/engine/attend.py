@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewbit.engine.batch import Batch
 from fewbit.model.attend import KVCodec
-from fewbit.ops.attention import attention
+from fewbit.ops.attention import KEYS, attention
 from fewbit.spec.decoder import Attention, DecoderSpec
 
 
@@ -91,8 +91,9 @@ class PagedAttend:
         cache_v.index_copy_(0, self.slots, stored_v)
         out = torch.empty_like(q)
         for span in self.spans:
-            # a window lets go of whole blocks: what lies before it is not even read
-            block = max(0, span.first - a.window + 1) // self.cache.block_size if a.window else 0
+            # a window lets go of what lies before it, in whole pieces of keys, so that the sums stay the same
+            oldest = max(0, span.first - a.window + 1) if a.window else 0
+            block = oldest // KEYS * KEYS // self.cache.block_size
             past = self._read(cache_k, span, block), self._read(cache_v, span, block)
             keys, values = codec.load(*past, q.dtype)
             first = span.first - block * self.cache.block_size

@@ -86,5 +86,5 @@ class DenseAttend:
         """See `Attend`."""
         codec = self.codecs[layer]
         k, v = codec.load(*codec.store(k, v), q.dtype)
-        pieces = zip(q.split(self.length), k.split(self.length), v.split(self.length), strict=True)
-        return torch.cat([attention(*piece, a) for piece in pieces])
+        q, k, v = (x.unflatten(0, (-1, self.length)) for x in (q, k, v))
+        return attention(q, k, v, a).flatten(0, 1)

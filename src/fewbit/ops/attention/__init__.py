@@ -1,5 +1,5 @@
 """Attention over keys and values in a row. `reference` is the only implementation so far."""
 
-from fewbit.ops.attention.reference import attention
+from fewbit.ops.attention.reference import KEYS, attention
 
-__all__ = ["attention"]
+__all__ = ["KEYS", "attention"]
