@@ -124,7 +124,7 @@ class _Talk:
         from fewbit.engine.types import GenerateRequest
         from fewbit.text.stream import TextStream
 
-        stream = TextStream(self.tokenizer, self.stop)
+        stream = TextStream(self.tokenizer, self.stop, after=prompt if self.raw else ())
         self.turns += 1
         start = time.perf_counter()
         request = GenerateRequest(id=f"turn-{self.turns}", prompt=prompt, params=self.params)

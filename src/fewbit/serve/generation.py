@@ -33,6 +33,7 @@ class Job:
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
+    continues: bool = False  # whether the text goes on with the prompt's, or is one of its own (an answer in a chat)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,10 @@ class Running:
             EngineDownError: The engine is gone.
         """
         job, params = self._job, self._job.params
-        text = TextStream(self._tokenizer, job.stop, job.include_stop, job.skip_special_tokens, params.min_tokens)
+        after = job.prompt if job.continues else ()
+        text = TextStream(
+            self._tokenizer, job.stop, job.include_stop, job.skip_special_tokens, params.min_tokens, after
+        )
         count = 0
         try:
             async with aclosing(self._stream):

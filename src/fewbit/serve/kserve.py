@@ -84,7 +84,7 @@ def routes(service: Service) -> APIRouter:
         service.check_ready()
         try:
             ids = await service.encode(body.text_input)
-            job = service.job(ids, params, body.max_tokens is not None, stop=stop)
+            job = service.job(ids, params, body.max_tokens is not None, stop=stop, continues=True)
         except RequestError as e:
             raise RequestError(str(e).replace("the prompt", "text_input"), "text_input") from e
 

@@ -105,7 +105,9 @@ class Completion:
         service, jobs = self._service, []
         for prompt in self.body.prompts:
             ids = await service.encode(prompt) if isinstance(prompt, str) else prompt
-            jobs.append(service.job(ids, self.params, self.body.max_tokens is not None, **_cut(self.body)))
+            jobs.append(
+                service.job(ids, self.params, self.body.max_tokens is not None, continues=True, **_cut(self.body))
+            )
             if self.body.echo:
                 self._echoes.append(prompt if isinstance(prompt, str) else service.tokenizer.decode(prompt))
         return jobs

@@ -24,6 +24,7 @@ class TextStream:
         include_stop: bool = False,
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
+        after: Sequence[int] = (),
     ) -> None:
         """Start a stream.
 
@@ -33,9 +34,10 @@ class TextStream:
             include_stop: Whether the stop string itself is part of the text.
             skip_special_tokens: Whether special tokens are left out of the text.
             min_tokens: Stop strings are looked for only in the text after this many tokens.
+            after: The ids of a prompt whose text goes on; none for an answer that is a text of its own.
         """
         self.stopped: str | None = None
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens, after)
         self._stop = sorted((s for s in stop if s), key=len, reverse=True)
         self._include_stop = include_stop
         self._min_tokens = min_tokens

@@ -142,14 +142,24 @@ class Detokenizer:
     """Text of tokens that arrive one by one. Law: all that is given out, joined, is `decode` of all ids.
 
     A window of ids is decoded again with each token: the text that it added is new. The window starts at a token
-    that has text of its own, since many decoders treat the first space of a text differently.
+    that has text of its own, since many decoders treat the first space of a text differently; for a text that goes
+    on where a prompt ended, that is the prompt's last token.
+
+    Args:
+        tokenizer: Whose tokens will come.
+        skip_special_tokens: Whether special tokens are left out of the text.
+        after: The ids of the text that the tokens go on with; none for a text of its own.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._window: list[int] = []
         self._sent = 0  # characters of the window's text that were given out
+        if after and after[-1] not in tokenizer.special_ids | tokenizer.byte_ids:
+            text = self._decode(after[-1:])
+            if text and not text.endswith(_UNFINISHED):
+                self._window, self._sent = [after[-1]], len(text)
 
     def push(self, token_id: int) -> str:
         """Take a token; return the text that is certain now, never half a character."""

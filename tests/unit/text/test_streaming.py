@@ -53,6 +53,15 @@ def test_runs_of_bytes_stream_to_their_text(tokenizers, data):
     assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
 
 
+def test_a_text_that_goes_on_keeps_its_space(tokenizers):
+    for make in ("byte_level", "metaspace"):
+        tokenizer = tokenizers[make]
+        ids = tokenizer.encode("the cat and the dog", add_special_tokens=False)
+        for cut in range(1, len(ids)):
+            continued = "".join(stream(tokenizer, ids[cut:], after=ids[:cut]))
+            assert tokenizer.decode(ids[:cut]) + continued == tokenizer.decode(ids)
+
+
 def test_half_a_character_is_never_sent(tokenizers):
     for make in ("byte_level", "metaspace"):
         tokenizer = tokenizers[make]
