@@ -21,6 +21,10 @@ class HFConfig:
     def __init__(self, raw: Mapping[str, Any]) -> None:
         self.raw = raw
 
+    def over(self, defaults: Mapping[str, Any]) -> HFConfig:
+        """The same with what its class takes absent fields to be; a field that is null stays null."""
+        return HFConfig({**defaults, **self.raw})
+
     def need(self, name: str) -> int:
         """A field that must be a positive whole number."""
         value = self.raw.get(name)

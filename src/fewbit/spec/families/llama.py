@@ -68,11 +68,14 @@ def llama_like(
     kv_heads = c.optional("num_key_value_heads") or heads
     if heads % kv_heads:
         raise CheckpointError(f"config.json: {heads} attention heads are no multiple of {kv_heads} key/value heads")
+    head_dim = c.optional("head_dim") or hidden // heads
+    if head_dim % 2 or not head_dim:
+        raise CheckpointError(f"config.json: head_dim {head_dim} is odd or 0; rotary positions turn pairs")
     norm = Norm(c.number("rms_norm_eps", 1e-6))
     attention = Attention(
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=c.optional("head_dim") or hidden // heads,
+        head_dim=head_dim,
         position=c.rope(),
         qk_norm=norm if qk_norm else None,
         qkv_bias=qkv_bias,

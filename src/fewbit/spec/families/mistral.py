@@ -16,10 +16,13 @@ TINY = {k: v for k, v in llama.TINY.items() if k not in ("rope_scaling", "attent
     "model_type": "mistral",
     "sliding_window": 7,
 }
+DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096}
+"""What transformers takes these to be where config.json does not name them."""
 
 
 def read(config: HFConfig) -> DecoderSpec:
     """config.json to spec."""
+    config = config.over(DEFAULTS)
     return llama.llama_like(config, windows=(config.optional("sliding_window"),) * config.need("num_hidden_layers"))
 
 

@@ -21,6 +21,8 @@ TINY = {k: v for k, v in llama.TINY.items() if k not in ("rope_scaling", "attent
     "max_window_layers": 1,
     "tie_word_embeddings": True,
 }
+DEFAULTS = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+"""What transformers takes these to be where config.json does not name them."""
 
 
 def windows(config: HFConfig) -> tuple[int | None, ...]:
@@ -54,6 +56,7 @@ def window_fields(spec: DecoderSpec) -> tuple[DecoderSpec, dict[str, Any]]:
 
 def read(config: HFConfig) -> DecoderSpec:
     """config.json to spec."""
+    config = config.over(DEFAULTS)
     return llama.llama_like(config, windows=windows(config), qkv_bias=True)
 
 

@@ -17,10 +17,12 @@ TINY = {k: v for k, v in llama.TINY.items() if k not in ("rope_scaling", "mlp_bi
     "head_dim": 64,
     "use_sliding_window": False,
 }
+DEFAULTS = {**qwen2.DEFAULTS, "head_dim": 128}
 
 
 def read(config: HFConfig) -> DecoderSpec:
     """config.json to spec."""
+    config = config.over(DEFAULTS)
     bias = config.flag("attention_bias")
     return llama.llama_like(config, windows=qwen2.windows(config), qk_norm=True, qkv_bias=bias, o_bias=bias)
 
