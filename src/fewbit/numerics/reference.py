@@ -93,13 +93,26 @@ def choose_scale(x: Tensor, fmt: Format, outer: Tensor | None = None) -> tuple[T
     if fmt.outer:
         outer = outer_scale(x.abs().amax(), fmt) if outer is None else outer
         smallest = min(v for v in E4M3.values if v > 0)
-        scale = (amax / element.max / outer).clamp(smallest, E4M3.max)
+        scale = (_over(amax, element.max) / outer).clamp(smallest, E4M3.max)
         return store_scale(torch.where(amax > 0, scale, 1.0), fmt), outer, None
     if element.integer and element.bits <= 4:
         return _search(blocks, fmt, asymmetric=False)
-    # a symmetric integer range is one wider below than above: half a step is shared, as 127.5 does
+    return store_scale(amax_scale(amax, fmt), fmt), None, None
+
+
+def amax_scale(amax: Tensor, fmt: Format) -> Tensor:
+    """The float32 scale at which a magnitude of `amax` just fits the elements; 1 where it is 0.
+
+    A symmetric integer range is one wider below than above: half a step is shared, so INT8 divides by 127.5.
+    """
+    element = fmt.element
     top = (element.max - element.min) / 2 if element.integer else element.max
-    return store_scale(torch.where(amax > 0, amax / top, 1.0), fmt), None, None
+    return torch.where(amax > 0, _over(amax, top), 1.0)
+
+
+def _over(x: Tensor, number: float) -> Tensor:
+    """``x / number``, correctly rounded: with a plain number a GPU multiplies by its reciprocal instead."""
+    return x / torch.full((), number, dtype=x.dtype, device=x.device)
 
 
 def outer_scale(amax: Tensor, fmt: Format) -> Tensor:
@@ -110,7 +123,7 @@ def outer_scale(amax: Tensor, fmt: Format) -> Tensor:
     its own, so up to one binary digit of range is all that it costs.
     """
     top = fmt.element.max * (fmt.scale.max if isinstance(fmt.scale, Element) else 1.0)
-    mantissa, exponent = torch.frexp(amax.double().reshape(()) / top)
+    mantissa, exponent = torch.frexp(_over(amax.double().reshape(()), top))
     exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(-126, 126)  # of the power at or above
     return torch.where(amax > 0, torch.ldexp(torch.ones_like(mantissa), exponent), 1.0).float()
 
@@ -139,7 +152,7 @@ def _search(blocks: Tensor, fmt: Format, asymmetric: bool) -> tuple[Tensor, None
     factors = [1 - shrink / (2 * _SHRINKS) for shrink in range(_SHRINKS)]
     for factor in factors if asymmetric else [steps / (2 * element.max), *factors]:
         half = high / 2 - low / 2  # of the width, which itself may overflow
-        stored = store_scale(torch.where(half > 0, half / (steps / (2 * factor)), 1.0), fmt)
+        stored = store_scale(torch.where(half > 0, _over(half, steps / (2 * factor)), 1.0), fmt)
         scale = stored.float()
         zero = (element.min - low * factor / scale).round() if asymmetric else torch.zeros_like(scale)
         zero = zero.clamp(element.min, element.max)
