@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,10 +117,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     files = ModelFiles(Path(path))
     family = family_of(files.config)
-    spec = family.read(HFConfig(files.config))
+    with _understood("config.json"):
+        spec = family.read(HFConfig(files.config))
     names = Names(family, spec)
+    method = files.config.get("quantization_config")
+    if not isinstance(method, dict | None):
+        raise CheckpointError(f"config.json: 'quantization_config' is {method!r}, expected an object")
     fmt = format_of(files)
-    quantization = fmt.read(files, spec, names)
+    with _understood(f"the quantization in {files.path}, which calls itself {fmt.NAME},"):
+        quantization = fmt.read(files, spec, names)
     tensors = _Opener(files, spec, names, fmt, quantization).tensors()
     carried = {name: files.path / name for name in CARRIED if (files.path / name).is_file()}
     return Checkpoint(
@@ -133,6 +140,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         tensors=tensors,
         files=carried,
     )
+
+
+@contextmanager
+def _understood(what: str) -> Iterator[None]:
+    """Turn what a list in the place of a number does to a reader into one clear error."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
+        raise CheckpointError(f"{what} is not put together as it should be: {type(error).__name__}: {error}") from error
 
 
 def stored_linear(fmt: FileFormat, linear: LinearShape, quant: QuantSpec) -> tuple[Packing, dict[str, Stored]]:
@@ -187,7 +203,10 @@ class _Opener:
         assert weight is not None
 
         def load() -> QTensor:
-            return packing.unpack({s: self.files.read(f"{module}.{s}") for s in stored}, weight, shape)
+            try:
+                return packing.unpack({s: self.files.read(f"{module}.{s}") for s in stored}, weight, shape)
+            except CheckpointError as error:
+                raise CheckpointError(f"{module}: {error}") from None
 
         counted = [f"{module}.{s}" for s in stored if s != "weight_shape"]
         self._add(f"{linear.name}.weight", load, counted)

@@ -85,7 +85,7 @@ class ModelFiles:
             shards: dict[Path, set[str]] = {}
             for tensor, name in weight_map.items():
                 # a name with a folder in it could point anywhere on this machine
-                if not isinstance(name, str) or Path(name).name != name or "\\" in name or name.startswith("."):
+                if not isinstance(name, str) or Path(name).name != name or "\\" in name or name[:1] in ("", "."):
                     raise CheckpointError(f"{INDEX} places '{tensor}' in {name!r}, outside of the model directory")
                 shards.setdefault(self.path / name, set()).add(tensor)
             for file in shards:

@@ -35,12 +35,15 @@ SHARD_BYTES = 5 * 10**9
 _HEADER_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def check_target(path: Path, force: bool) -> None:
+def check_target(path: Path, force: bool, source: Path | None = None) -> None:
     """Raise if something lies where a checkpoint is to be written.
 
     Raises:
-        CheckpointError: `path` is a file, or a folder that is not empty and `force` is not given.
+        CheckpointError: `path` is a file, a folder that is not empty and `force` is not given, or one that holds the
+            model at `source`, which `force` would take away too.
     """
+    if source is not None and source.resolve().is_relative_to(path.resolve()):
+        raise CheckpointError(f"{path} holds the model that is read, {source}; choose another folder to write to")
     if path.is_file():
         raise CheckpointError(f"{path} is a file; expected a folder to write to")
     if path.is_dir() and any(path.iterdir()) and not force:
@@ -89,7 +92,11 @@ class CheckpointWriter:
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
         self.folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
         self.folder.chmod(0o755)
-        self._shards = _Shards(self.folder, dict(self._plan()), {"format": "pt", "fewbit": __version__, **meta})
+        try:
+            self._shards = _Shards(self.folder, dict(self._plan()), {"format": "pt", "fewbit": __version__, **meta})
+        except BaseException:
+            shutil.rmtree(self.folder)
+            raise
 
     def _plan(self) -> Iterator[tuple[str, Stored]]:
         """Every tensor of the files, in the order of the forward pass."""
@@ -167,9 +174,13 @@ class CheckpointWriter:
                 os.fsync(stream.fileno())
         if self.target.is_dir():
             old = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.old.", dir=self.folder.parent))
-            self.target.rename(old / "replaced")
-            self.folder.rename(self.target)
-            shutil.rmtree(old)
+            try:
+                self.target.rename(old / "replaced")
+                self.folder.rename(self.target)
+            finally:
+                if not self.target.exists() and (old / "replaced").exists():  # interrupted between the two
+                    (old / "replaced").rename(self.target)
+                shutil.rmtree(old)
         else:
             self.folder.rename(self.target)
 

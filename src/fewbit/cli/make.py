@@ -68,7 +68,7 @@ def compress(
     c = replace(c, samples=samples or c.samples, length=length or c.length, data=calib or c.data)
     chosen = replace(chosen, calibration=c)
     planned = room.plan(checkpoint, chosen, export)
-    check_target(output, force)
+    check_target(output, force, checkpoint.path)
     _show_plan(checkpoint, planned)
     before = _sample(checkpoint, where, sample_tokens)
     with progress() as bars:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fewbit.checkpoint import Checkpoint, CheckpointWriter, check_target, format_named, open_checkpoint
 from fewbit.checkpoint.layout import Quantization
+from fewbit.checkpoint.names import Names
 from fewbit.compress.data import calibration_windows, check_windows, shipped_text
 from fewbit.compress.plan import Plan, Report
 from fewbit.compress.stats import Block, Recorder, Stats
@@ -30,11 +31,10 @@ from fewbit.compress.verify import verify
 from fewbit.errors import CheckpointError, FewbitError, RecipeError
 from fewbit.model import DecoderLayer, KVCodec, Linear, Loader
 from fewbit.model.decoder import rms_norm
-from fewbit.numerics.element import Element
 from fewbit.numerics.format import Format
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.quantspec import QuantSpec
-from fewbit.numerics.reference import outer_scale
+from fewbit.numerics.reference import amax_scale, outer_scale
 from fewbit.ops.linear import LinearWeights
 from fewbit.ops.linear.dense import Dense
 from fewbit.spec.decoder import LinearShape
@@ -59,7 +59,7 @@ def compress(
         FewbitError: the data, the weights or the target are not as they must be; or what was written, opened again,
             does not hold what was meant.
     """
-    check_target(target, force)
+    check_target(target, force, checkpoint.path)
     with torch.inference_mode():
         return _Run(checkpoint, planned, target, torch.device(device), force, progress).run()
 
@@ -73,6 +73,7 @@ class _Run:
         self.checkpoint, self.plan, self.target, self.force = checkpoint, planned, target, force
         self.progress, self.device = progress, device
         self.loader = Loader(checkpoint, device)
+        self.names = Names(checkpoint.family, checkpoint.spec)
         self.report = Report()
         self.start_bytes = _resident_bytes()
         self.codecs: list[KVCodec] = []
@@ -84,7 +85,7 @@ class _Run:
 
     def run(self) -> Report:
         calibration, held_out = self._data()
-        spec, embed = self.checkpoint.spec, self.loader.embed()
+        spec, embed = self.checkpoint.spec, self._finite("embed.weight", self.loader.embed())
         data = Stream(calibration, embed, self.loader.dtype)
         exact, rounded = Stream(held_out, embed, self.loader.dtype), Stream(held_out, embed, self.loader.dtype)
         with self._writer() as writer:
@@ -188,12 +189,22 @@ class _Run:
         for shape in shapes:
             w = self.loader.weights(shape)
             assert isinstance(w.weight, Tensor)
-            if not torch.isfinite(w.weight).all():
-                raise CheckpointError(f"tensor '{shape.name}.weight' holds NaN or infinity; repair the weights first")
+            self._finite(f"{shape.name}.weight", w.weight)
+            if w.bias is not None:
+                self._finite(f"{shape.name}.bias", w.bias)
             weights[shape.name] = replace(w, weight=w.weight.to(self.loader.dtype))
         quant = {shape.name: self.plan.quant[shape.name] for shape in shapes if shape.name in self.plan.quant}
         floats = {name: cast("Tensor", w.weight) for name, w in weights.items()}
-        return Block(index, self.checkpoint.spec.layers[index], quant, floats, self.loader.norms(index)), weights
+        norms = self.loader.norms(index)
+        for name, module in self._norm_names(index).items():
+            self._finite(f"{module}.weight", norms[name])
+        return Block(index, self.checkpoint.spec.layers[index], quant, floats, norms), weights
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor, once it is known to hold numbers only; looked at in pieces, which costs no memory."""
+        if not all(torch.isfinite(piece).all() for piece in tensor.split(1024)):
+            raise CheckpointError(f"tensor '{self.names.tensor(name)}' holds NaN or infinity; repair the weights first")
+        return tensor
 
     def _float_layer(self, block: Block, weights: Mapping[str, LinearWeights]) -> DecoderLayer:
         linears = {n.rpartition(".")[2]: Linear(Dense(), w, self.loader.dtype) for n, w in weights.items()}
@@ -265,7 +276,9 @@ class _Run:
         """The final norm and the head; returns the held-out logits of the quantized model."""
         spec = self.checkpoint.spec
         shape = LinearShape("lm_head", spec.vocab, spec.hidden)
-        final = self.loader.norm("final_norm")
+        final = self._finite("final_norm.weight", self.loader.norm("final_norm"))
+        if not spec.tied:
+            self._finite("lm_head.weight", self.checkpoint.tensors.dense("lm_head.weight"))
         self._write(writer, "final_norm.weight", self.checkpoint.tensors.dense("final_norm.weight"))
         head = self.loader.head()
         states = [rms_norm(s.states(), spec.final_norm, final) for s in (exact, rounded)]
@@ -323,12 +336,7 @@ def _shared_outers(shapes: Sequence[LinearShape], block: Block) -> dict[str, Ten
 
 def _input_scale(amax: Tensor, fmt: Format) -> Tensor:
     """The calibrated scale of an input (or of K or V) whose largest magnitude was `amax`: float32 []."""
-    if fmt.outer:
-        return outer_scale(amax, fmt)
-    element: Element = fmt.element
-    top = (element.max - element.min) / 2 if element.integer else element.max
-    amax = amax.float().reshape(())
-    return torch.where(amax > 0, amax / top, torch.ones_like(amax))
+    return outer_scale(amax, fmt) if fmt.outer else amax_scale(amax.float().reshape(()), fmt)
 
 
 def _resident_bytes() -> int:

@@ -237,10 +237,11 @@ def _words(files: ModelFiles) -> dict[str, Any]:
         nested = flat
     if nested is not flat and "quantization" not in nested and "ignore" in nested:
         flat = flat or nested
+    scheme = flat.get("kv_cache_scheme")  # for FP8 an object; anything else is a bare word
     weights = ((flat.get("config_groups") or {}).get("group_0") or {}).get("weights") or {}
     return {
         "algo": nested.get("quant_algo"),
-        "kv": nested.get("kv_cache_quant_algo", "FP8" if flat.get("kv_cache_scheme") else None),
+        "kv": nested.get("kv_cache_quant_algo", "FP8" if isinstance(scheme, dict) else scheme),
         "exclude": nested.get("exclude_modules", nested.get("ignore", flat.get("ignore"))) or [],
         "group": nested.get("group_size", weights.get("group_size")),
         "scale": weights.get("scale_dtype", "torch.float32"),
