@@ -6,6 +6,7 @@ Codes are raw bit patterns, one to a ``uint8``; packing several into a byte is `
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -64,30 +65,25 @@ class Element:
             return rounded if self.bits == 8 else rounded.bitwise_and_((1 << self.bits) - 1)
         if self.native is not None and self.native != torch.float8_e8m0fnu:
             return x.clamp(self.min, self.max).to(self.native).view(torch.uint8)
-        codes, middles = _rounding(self, x.device)
         magnitude = x if self.min > 0 else x.abs()
-        index = torch.bucketize(magnitude, middles)  # a tie lands on the lower neighbour
-        tie = magnitude == middles[index.clamp(max=len(middles) - 1)]
-        index = index + (tie & (codes[index] % 2 == 1)).to(index.dtype)
-        code = codes[index]
+        code = torch.zeros_like(x, dtype=torch.uint8)
+        for below, middle in enumerate(self._middles):
+            # codes count up with the value, so the even neighbour of a tie is known by its place
+            code += magnitude >= middle if below % 2 else magnitude > middle
         if self.min < 0:
-            code = code + (torch.signbit(x).to(torch.uint8) << (self.bits - 1))
+            code |= torch.signbit(x).to(torch.uint8) << (self.bits - 1)
         return code
+
+    @functools.cached_property
+    def _middles(self) -> tuple[float, ...]:
+        """The points half way between neighbours among the finite values that are not negative."""
+        positive = [v for v in self.values if math.isfinite(v) and math.copysign(1, v) > 0]
+        return tuple((a + b) / 2 for a, b in itertools.pairwise(positive))
 
 
 @functools.cache
 def _table(element: Element, device: torch.device) -> Tensor:
     return torch.tensor(element.values, dtype=torch.float32, device=device)
-
-
-@functools.cache
-def _rounding(element: Element, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The codes of the finite non-negative values in order of value, and the points half way between neighbours."""
-    pairs = sorted((v, c) for c, v in enumerate(element.values) if math.isfinite(v) and math.copysign(1, v) > 0)
-    values = torch.tensor([v for v, _ in pairs], dtype=torch.float64)
-    codes = torch.tensor([c for _, c in pairs], dtype=torch.uint8, device=device)
-    middles = ((values[1:] + values[:-1]) / 2).float().to(device)
-    return codes, middles
 
 
 def integer(bits: int) -> Element:
