@@ -98,7 +98,7 @@ def _measure(model: Path, base: Path, where: torch.device, name: str) -> dict[st
     windows = read_windows(base / HELD_OUT, checkpoint, LENGTH, WINDOWS)
     with progress() as bars:
         found = quality.evaluate(checkpoint, open_checkpoint(base), windows, where, bars)
-    engine = open_engine(model, EngineOptions(device=str(where), max_batch=1, num_blocks=32))
+    engine = open_engine(model, EngineOptions(device=str(where), max_batch=1, max_model_len=512))
     pace = speed.decode_speed(engine, tuple(windows[0][:32]))
     seen = facts.inspect(checkpoint)
     assert found.kl_mean is not None
