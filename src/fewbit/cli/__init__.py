@@ -57,7 +57,11 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit status."""
     settings.reset()
     try:
-        status = app(list(arguments), standalone_mode=False)
+        # not the library's own main, which has its own mind about Ctrl-C and broken pipes
+        whole = typer.main.get_command(app)
+        with whole.make_context("fewbit", list(arguments)) as context:
+            whole.invoke(context)
+        sys.stdout.flush()
     except typer.Exit as done:
         return done.exit_code
     except (KeyboardInterrupt, typer.Abort):
@@ -84,7 +88,7 @@ def run(arguments: Sequence[str]) -> int:
             traceback.print_exc()
         _say(f"internal error: {type(error).__name__}: {error} (run again with -v for the traceback, and report it)")
         return 1
-    return status if isinstance(status, int) else 0
+    return 0
 
 
 def _say(text: str) -> None:

@@ -16,8 +16,6 @@ import rich.table
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fewbit.errors import UnsupportedError
-
 if TYPE_CHECKING:
     import torch
 
@@ -58,7 +56,9 @@ def _set_seed(value: int) -> int:
 
 ModelArgument = Annotated[str, typer.Argument(metavar="DIR", help="Model directory, or a Hub id.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu or cuda:N [default: a GPU if there is one]")]
-SeedOption = Annotated[int, typer.Option("--seed", callback=_set_seed, min=0, help="Of everything drawn at random.")]
+SeedOption = Annotated[
+    int, typer.Option("--seed", callback=_set_seed, min=0, max=2**63 - 1, help="Of everything drawn at random.")
+]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", callback=_set_quiet, help="Only the result.")]
 VerboseOption = Annotated[
     bool, typer.Option("-v", "--verbose", callback=_set_verbose, is_eager=True, help="Tracebacks, and more words.")
@@ -171,6 +171,4 @@ def read_windows(path: Path, model: Checkpoint, length: int, count: int | None) 
     from fewbit.text.tokenizer import Tokenizer
     from fewbit.text.windows import read_documents, windows
 
-    if length > model.spec.context:
-        raise UnsupportedError(f"--length {length} exceeds the {model.spec.context} positions of {model.path}")
     return windows(read_documents(path), Tokenizer.load(model.path), length, count)

@@ -35,8 +35,8 @@ def inspect(
     """What a model directory holds: architecture, formats, true bits per weight, K/V bytes per token."""
     from fewbit.measure import facts
 
-    checkpoint = open_model(model)
-    found = facts.inspect(checkpoint)
+    device_of(device)  # looks at no device, but a wrong word is one here too
+    found = facts.inspect(open_model(model))
     if json:
         return print_json("inspect", found)
     pairs(

@@ -23,6 +23,7 @@ from fewbit.cli.common import (
     print_json,
     settings,
 )
+from fewbit.engine.config import Policy
 from fewbit.errors import RequestError
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def serve(
     ] = None,
     kv_blocks: Annotated[int | None, typer.Option("--kv-blocks", min=1, help="Size of the K/V cache.")] = None,
     policy: Annotated[
-        str, typer.Option("--policy", help="max_utilization or guaranteed_no_evict.")
+        Policy, typer.Option("--policy", help="Start early and interrupt if need be, or never interrupt.")
     ] = "max_utilization",
     prefix_cache: Annotated[bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Reuse K/V.")] = True,
     drain: Annotated[float, typer.Option("--drain", min=0.0, help="Seconds to finish in after SIGTERM.")] = 30.0,
@@ -205,7 +206,7 @@ def serve(
         max_batch_tokens=max_batch_tokens,
         max_model_len=max_model_len,
         prefix_cache=prefix_cache,
-        policy=policy,  # type: ignore[arg-type]  # checked by the engine, which names the choices
+        policy=policy,
         seed=settings.seed,
     )
     serve_model(path, options, host=host, port=port, name=name, drain_s=drain, progress=note)

@@ -116,19 +116,22 @@ class _Run:
             tokenizer = Tokenizer.load(self.checkpoint.path)
         vocab = self.checkpoint.spec.vocab
         held_out = check_windows(tokenizer, vocab)
-        if not self.plan.calibrated:
-            return [], held_out
-        assert tokenizer is not None
-        c = self.plan.recipe.calibration
-        found = calibration_windows(c.data, tokenizer, c.samples, c.length)
+        c, found = self.plan.recipe.calibration, []
+        if self.plan.calibrated:
+            assert tokenizer is not None
+            found = calibration_windows(c.data, tokenizer, c.samples, c.length)
         if (largest := max(max(w) for w in (*found, *held_out))) >= vocab:
             raise CheckpointError(f"the tokenizer gives token {largest}, the model's vocabulary has {vocab}")
+        if not found:
+            return [], held_out
         if (longest := max(map(len, found))) > self.checkpoint.spec.context:
             raise RecipeError(
                 f"windows of {longest} tokens exceed the model's {self.checkpoint.spec.context}; see --length"
             )
         source = c.data or "public-domain stories shipped with fewbit"
-        self.report.calibration = f"{len(found)} windows of {c.length} tokens of {source}"
+        shortest = min(map(len, found))
+        tokens = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
+        self.report.calibration = f"{len(found)} windows of {tokens} tokens of {source}"
         return found, held_out
 
     def _writer(self) -> CheckpointWriter:

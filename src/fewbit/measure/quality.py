@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewbit.checkpoint import Checkpoint
 from fewbit.compress.stream import Stream
-from fewbit.errors import UnsupportedError
+from fewbit.errors import RecipeError, UnsupportedError
 from fewbit.model import KVCodec, Linear, Loader
 from fewbit.model.decoder import rms_norm
 
@@ -62,15 +62,18 @@ def evaluate(
     """Measure a model on windows of token ids, against `base` if given.
 
     Raises:
+        RecipeError: there is nothing to predict.
         UnsupportedError: the two have different vocabularies, or a window does not fit them.
     """
+    if all(len(w) < 2 for w in windows):
+        raise RecipeError("no window holds two tokens, so there is nothing to predict; give more text")
     for which in (model, base):
         if which and any(max(w) >= which.spec.vocab for w in windows):
             raise UnsupportedError(f"the data hold a token beyond the vocabulary of {which.path} ({which.spec.vocab})")
         if which and max(map(len, windows)) > which.spec.context:
             longest = max(map(len, windows))
             raise UnsupportedError(
-                f"a window of {longest} tokens exceeds the context of {which.path} ({which.spec.context})"
+                f"a window of {longest} tokens exceeds the context of {which.path} ({which.spec.context}); see --length"
             )
     if base and base.spec.vocab != model.spec.vocab:
         raise UnsupportedError(f"vocabularies differ: {model.spec.vocab} and {base.spec.vocab}; no KL divergence")
