@@ -213,7 +213,7 @@ def _input_problem(fmt: Format, scale: str) -> str | None:
 def _kv(raw: Any, where: str) -> KVSpec:
     fields = _object(raw, where, ("format", "scale"))
     name = fields.get("format")
-    if name not in KV_FORMATS:
+    if not isinstance(name, str) or name not in KV_FORMATS:
         raise RecipeError(f"{where}: K and V format {name!r} is unknown; known: {', '.join(KV_FORMATS)}")
     if fields.get("scale", "static") != "static":
         raise RecipeError(f"{where}: scale {fields['scale']!r} is unknown; known: static")

@@ -167,7 +167,11 @@ class _Run:
         with self._stage("quantize"):
             for technique in self.block_techniques:
                 technique.block(block)
-            layer.norms = block.norms
+            # what is stored is what later layers must see: a norm that a technique changed is rounded here
+            layer.norms = {
+                name: block.norms[name].to(self.checkpoint.tensors.dtype(f"{module}.weight")).to(self.loader.dtype)
+                for name, module in self._norm_names(index).items()
+            }
         outers = _shared_outers(self.checkpoint.spec.layer_linears(index), block)
         for shape in self.checkpoint.spec.layer_linears(index):
             linear = self._linear(shape, block, weights[shape.name], writer, outers.get(shape.name))
@@ -243,10 +247,9 @@ class _Run:
         """Quantize one linear, write it, and return it as it will be served."""
         quant, weight = block.quant.get(shape.name), block.weights[shape.name]
         if quant is None:
-            self._write(
-                writer, f"{shape.name}.weight", weight.to(self.checkpoint.tensors.dtype(f"{shape.name}.weight"))
-            )
-            served = replace(weights, weight=weight)
+            stored = weight.to(self.checkpoint.tensors.dtype(f"{shape.name}.weight"))
+            self._write(writer, f"{shape.name}.weight", stored)
+            served = replace(weights, weight=stored)
         else:
             stats = block.stats.get(shape.name)
             with self._stage("quantize"):
