@@ -51,11 +51,12 @@ def demo(
     """Compress the bundled model four ways, compare them, serve one and ask it for a story."""
     from fewbit.demo import demo_model
 
+    source = demo_model()
     try:
         import openai  # noqa: F401
     except ImportError:
         raise UnsupportedError("the demonstration asks through the openai client: pip install 'fewbit[demo]'") from None
-    source, where = demo_model(), device_of(device)
+    where = device_of(device)
     rows = [_measure(source, source, where, "bf16")]
     for recipe in RECIPES:
         made = output / recipe

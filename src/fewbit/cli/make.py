@@ -40,7 +40,9 @@ SAMPLE_LIMIT = 1 << 30
 
 def compress(
     model: ModelArgument,
-    recipe: Annotated[str, typer.Option("--recipe", help="Built-in recipe, or a file NAME.yaml.")],
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="Built-in recipe (a wrong name lists them), or a file NAME.yaml.")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
     kv: Annotated[str | None, typer.Option("--kv", help="Also the K/V cache: fp8 or int8.")] = None,
     calib: Annotated[Path | None, typer.Option("--calib", help="Calibration text: .txt or .jsonl, also .gz.")] = None,
