@@ -7,6 +7,7 @@ so far. The second ends in the logits that the finished files must reproduce bit
 from __future__ import annotations
 
 import hashlib
+import math
 import resource
 import sys
 import time
@@ -35,6 +36,7 @@ from fewbit.numerics.format import Format
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.numerics.reference import amax_scale, outer_scale
+from fewbit.ops.device import release_memory
 from fewbit.ops.linear import LinearWeights
 from fewbit.ops.linear.dense import Dense
 from fewbit.spec.decoder import LinearShape
@@ -177,6 +179,7 @@ class _Run:
             linear = self._linear(shape, block, weights[shape.name], writer, outers.get(shape.name))
             layer.linears[shape.name.rpartition(".")[2]] = linear
             del block.weights[shape.name], weights[shape.name]  # from here on only its quantized form is held
+            release_memory()
         for name, weight in self._norm_names(index).items():
             self._write(
                 writer, f"{weight}.weight", layer.norms[name].to(self.checkpoint.tensors.dtype(f"{weight}.weight"))
@@ -188,6 +191,8 @@ class _Run:
             rounded.through(layer, self.codecs)
             data.through(layer, self.codecs)
         self.report.output_error[index] = rounded.error(exact)
+        layer.linears.clear()
+        release_memory()
 
     def _read(self, index: int) -> tuple[Block, dict[str, LinearWeights]]:
         """The layer in float: one copy of each weight, shared by the forward pass and the techniques."""
@@ -200,6 +205,8 @@ class _Run:
             if w.bias is not None:
                 self._finite(f"{shape.name}.bias", w.bias)
             weights[shape.name] = replace(w, weight=w.weight.to(self.loader.dtype))
+            del w
+            release_memory()
         quant = {shape.name: self.plan.quant[shape.name] for shape in shapes if shape.name in self.plan.quant}
         floats = {name: cast("Tensor", w.weight) for name, w in weights.items()}
         norms = self.loader.norms(index)
@@ -271,7 +278,7 @@ class _Run:
             q = self.rounding.layer(weight, quant, stats, outer)
         except FewbitError as error:
             raise type(error)(f"{name}.weight: {error}") from None
-        self.report.weight_error[name] = ((q.dequantize() - weight).norm() / weight.norm().clamp_min(1e-30)).item()
+        self.report.weight_error[name] = _relative_error(q, weight)
         return q
 
     def _codec(self, index: int, scales: Mapping[str, Tensor]) -> KVCodec:
@@ -338,6 +345,16 @@ def _shared_outers(shapes: Sequence[LinearShape], block: Block) -> dict[str, Ten
         amax = torch.stack([block.weights[name].abs().amax().float() for name in names]).amax()
         outers |= dict.fromkeys(names, outer_scale(amax, fmt))
     return outers
+
+
+def _relative_error(q: QTensor, weight: Tensor) -> float:
+    """``|W - Q| / |W|``, by pieces of some rows."""
+    off = of = 0.0
+    for start in range(0, len(weight), 256):  # a multiple of every block's rows
+        piece = weight[start : start + 256]
+        off += (q.slice(-2, start, start + len(piece)).dequantize() - piece).double().square().sum().item()
+        of += piece.double().square().sum().item()
+    return math.sqrt(off / max(of, 1e-60))
 
 
 def _input_scale(amax: Tensor, fmt: Format) -> Tensor:

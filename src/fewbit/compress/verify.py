@@ -14,6 +14,7 @@ from fewbit.errors import CheckpointError
 from fewbit.model import KVCodec, Loader
 from fewbit.model.decoder import rms_norm
 from fewbit.numerics.qtensor import QTensor
+from fewbit.ops.device import release_memory
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def verify(
         progress("check", index, len(spec.layers))
         codecs.append(loader.codec(index))
         stream.through(loader.layer(index), codecs)
+        release_memory()
     found = loader.head()(rms_norm(stream.states(), spec.final_norm, loader.norm("final_norm"))).float()
     if not torch.equal(found, logits):
         different = (found != logits).any(-1).sum().item()
@@ -95,4 +97,6 @@ def _check_scales(written: Checkpoint) -> int:
         if not (torch.isfinite(scale).all() and (scale != 0).all()):
             raise CheckpointError(f"a scale of '{name}' is zero or not finite in the written files; nothing was kept")
         seen += scale.numel()
+        del tensor
+        release_memory()
     return seen

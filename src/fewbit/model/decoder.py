@@ -18,10 +18,31 @@ from fewbit.spec.decoder import DecoderSpec, Layer, Norm
 LinearOp = Callable[[Tensor], Tensor]
 """[T, in] to [T, out]: a kernel with its weights, or whatever a compressor puts in its place."""
 
+_PIECE = 1 << 14
+
+
+def _alike_anywhere(act: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`act` whose result for a number does not depend on where in a tensor that number lies.
+
+    On a CPU torch takes whole vectors of numbers by one code and what is left at the end of a thread's share by
+    another, which differ in the last bit. Rows filled up to whole vectors, in pieces too small to be shared out, leave
+    nothing at the end: a token then gets the same numbers alone, in a chunk and in a batch.
+    """
+
+    def run(x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return act(x)
+        width = x.shape[-1]
+        flat = (F.pad(x, (0, more)) if (more := -width % 64) else x).reshape(-1)
+        return torch.cat([act(piece) for piece in flat.split(_PIECE)]).view(*x.shape[:-1], -1)[..., :width]
+
+    return run
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": _alike_anywhere(F.silu),
+    "gelu": _alike_anywhere(F.gelu),
+    "gelu_tanh": _alike_anywhere(lambda x: F.gelu(x, approximate="tanh")),
     "relu": F.relu,
 }
 

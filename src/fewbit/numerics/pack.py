@@ -27,18 +27,20 @@ def unpack_nibbles(packed: Tensor, dim: int = -1) -> Tensor:
 
 def pack_words(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
     """Uint8 codes of `bits` (2, 4 or 8) bits to int32 words along `dim`; the last word is filled up with zeros."""
-    per_word = 32 // bits
-    codes = codes.movedim(dim, -1).int()
-    fill = -codes.shape[-1] % per_word
-    codes = torch.nn.functional.pad(codes, (0, fill)).unflatten(-1, (-1, per_word))
-    shifts = torch.arange(per_word, dtype=torch.int32, device=codes.device) * bits
-    # the codes of a word have no bit in common, so the sum is the bitwise or; int32 wraps into the sign bit as wanted
-    return (codes << shifts).sum(-1, dtype=torch.int32).movedim(-1, dim).contiguous()
+    codes = codes.movedim(dim, -1)
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % (32 // bits)))
+    while bits < 8:
+        low, high = codes.unflatten(-1, (-1, 2)).unbind(-1)
+        codes = low | (high << bits)
+        bits *= 2
+    # four bytes are a word as they lie: every machine that torch runs on has the lowest byte first
+    return codes.contiguous().view(torch.int32).movedim(-1, dim).contiguous()
 
 
 def unpack_words(packed: Tensor, bits: int, size: int, dim: int = -1) -> Tensor:
     """The inverse of `pack_words`; `size` is the number of codes along `dim`."""
-    per_word = 32 // bits
-    shifts = torch.arange(per_word, dtype=torch.int32, device=packed.device) * bits
-    codes = (packed.movedim(dim, -1)[..., None] >> shifts) & ((1 << bits) - 1)
-    return codes.flatten(-2)[..., :size].to(torch.uint8).movedim(-1, dim).contiguous()
+    codes, width = packed.movedim(dim, -1).contiguous().view(torch.uint8), 8
+    while width > bits:
+        width //= 2
+        codes = torch.stack((codes & ((1 << width) - 1), codes >> width), -1).flatten(-2)
+    return codes[..., :size].movedim(-1, dim).contiguous()

@@ -11,6 +11,8 @@ from torch import Tensor
 from fewbit.numerics.element import Element
 from fewbit.numerics.format import ALL, Format
 
+_PIECE = 1 << 18  # weights made float at a time
+
 
 @dataclass(frozen=True)
 class QTensor:
@@ -51,12 +53,24 @@ class QTensor:
         return scale if self.outer is None else scale * self.outer
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight these bits stand for."""
+        """The weight these bits stand for. On a CPU in pieces of some rows: little more than the result is held."""
+        rows = max(self.format.block[0], 1)
+        rows *= max(1, _PIECE // (rows * max(self.shape[-1], 1)))
+        if self.codes.device.type != "cpu" or self.codes.ndim != 2 or self.shape[0] <= rows:
+            return self._dequantize().to(dtype)
+        whole = torch.empty(self.shape, dtype=dtype)
+        for start in range(0, self.shape[0], rows):
+            stop = min(start + rows, self.shape[0])
+            whole[start:stop] = self.slice(-2, start, stop)._dequantize()
+        return whole
+
+    def _dequantize(self) -> Tensor:
+        """The same in float32, at once."""
         value = self.format.element.decode(self.codes)
         if self.zero is not None:
             value -= spread(self.zero.float(), self.format, self.shape)
         value *= spread(self.scales(), self.format, self.shape)
-        return value.to(dtype)
+        return value
 
     def to(self, device: torch.device | str) -> QTensor:
         """The same tensor on another device."""

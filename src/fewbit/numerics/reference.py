@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,17 +36,33 @@ def quantize(
     """
     check_fits(fmt, x.shape)
     x = x.float()
-    if not torch.isfinite(x).all():
+    if not all(torch.isfinite(piece).all() for piece in _rows(x, fmt)):
         raise CheckpointError("holds NaN or infinity, which no format can round; repair the weights first")
     if scale is not None:
         return round_to(x, QTensor(fmt, torch.empty(0, dtype=torch.uint8), scale, outer, zero))
+    # rows of blocks know nothing of each other: pieces that fit a cache are faster, and the search needs little memory
+    pieces = _rows(x, fmt)
     if fmt.outer and outer is None:
-        outer = outer_scale(x.abs().amax(), fmt)
-    if fmt.block[0] != 1 or x.ndim != 2:
-        return _quantize(x, fmt, outer)
-    # rows know nothing of each other: pieces that fit a cache are faster, and the search needs little memory
-    rows = max(1, _PIECE // x.shape[1])
-    return cat([_quantize(piece, fmt, outer) for piece in x.split(rows)])
+        outer = outer_scale(_amax(pieces), fmt)
+    if fmt.block == (ALL, ALL) and x.ndim == 2:
+        stored, _, _ = choose_scale(_amax(pieces).reshape(1, 1), fmt)
+        like = QTensor(fmt, torch.empty(0, dtype=torch.uint8), stored)
+        return cat([round_to(piece, like) for piece in pieces])
+    return cat([_quantize(piece, fmt, outer) for piece in pieces])
+
+
+def _rows(x: Tensor, fmt: Format) -> tuple[Tensor, ...]:
+    """A matrix in pieces of whole rows of blocks; anything else is one piece."""
+    if x.ndim != 2:
+        return (x,)
+    rows = max(fmt.block[0], 1)
+    pieces: tuple[Tensor, ...] = x.split(rows * max(1, _PIECE // (rows * max(x.shape[1], 1))))
+    return pieces
+
+
+def _amax(pieces: Sequence[Tensor]) -> Tensor:
+    """The largest magnitude of all, []."""
+    return torch.stack([piece.abs().amax() for piece in pieces]).amax()
 
 
 def _quantize(x: Tensor, fmt: Format, outer: Tensor | None) -> QTensor:
@@ -186,6 +203,12 @@ def fake_quantize(x: Tensor, fmt: Format, *, scale: Tensor | None = None, outer:
     """
     x = x.float()
     flat = x.reshape(-1, x.shape[-1])  # tokens as rows
+    rows = max(1, _PIECE // max(flat.shape[1], 1))
+    alone = fmt.block[0] == 1 and (outer is not None or not fmt.outer) if scale is None else scale.numel() == 1
+    if alone and flat.device.type == "cpu" and len(flat) > rows:
+        # tokens know nothing of each other, and on a CPU a piece that fits a cache is faster
+        pieces = [fake_quantize(piece, fmt, scale=scale, outer=outer) for piece in flat.split(rows)]
+        return torch.cat(pieces).view_as(x)
     zero = None
     if scale is None:
         scale, outer, zero = choose_scale(flat, fmt, outer)
