@@ -100,5 +100,5 @@ def main() -> None:
     # Threads of GNU OpenMP that wait burn their core for a while. Where another program wants it, every small
     # operation of ours then waits for a slice of time: a busy machine made decoding five times slower. Said before
     # torch is loaded; whoever has set it knows better.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     sys.exit(run(sys.argv[1:]))

@@ -130,18 +130,27 @@ def progress() -> Iterator[ProgressBars]:
 
 
 class ProgressBars:
-    """Bars with the time left, shown once the work has taken two seconds; call with (stage, done, total)."""
+    """Bars with the time left, shown once the work has taken two seconds; call with (stage, done, total).
+
+    Where stderr is no terminal, a line every ten seconds takes their place.
+    """
 
     PATIENCE_S = 2.0
+    LINE_S = 10.0
 
     def __init__(self) -> None:
-        self._start = time.monotonic()
+        self._start = self._said = time.monotonic()
         self._bars: Progress | None = None
         self._tasks: dict[str, Any] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show how far a stage is."""
         if settings.quiet or time.monotonic() - self._start < self.PATIENCE_S:
+            return
+        if not sys.stderr.isatty():
+            if time.monotonic() - self._said > self.LINE_S:
+                self._said = time.monotonic()
+                note(f"{stage}: {done} of {total} after {self._said - self._start:.0f} s")
             return
         if self._bars is None:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
