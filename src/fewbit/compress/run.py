@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -77,7 +77,8 @@ class _Run:
         self.loader = Loader(checkpoint, device)
         self.names = Names(checkpoint.family, checkpoint.spec)
         self.report = Report()
-        self.start_bytes = _resident_bytes()
+        _forget_peak()
+        self.start_bytes = _peak_bytes()
         self.codecs: list[KVCodec] = []
         techniques = planned.recipe.techniques
         self.block_techniques = [cast("BlockTechnique", t) for t in techniques if hasattr(t, "block")]
@@ -105,7 +106,7 @@ class _Run:
                 self.report.verified = verify(open_checkpoint(folder), held_out, logits, self.device, self.progress)
             with self._stage("write"):
                 writer.commit()
-        self.report.peak_bytes = _resident_bytes()
+        self.report.peak_bytes = _peak_bytes()
         self.report.grown_bytes = self.report.peak_bytes - self.start_bytes
         return self.report
 
@@ -235,6 +236,7 @@ class _Run:
                 layer.linears[leaf] = Recorder(plain[leaf], stats)
         attend = data.watch(layer, codecs)
         layer.linears = plain
+        release_memory()
         kv = self.plan.kv.get(block.index)
         if kv is None:
             return {}
@@ -362,7 +364,17 @@ def _input_scale(amax: Tensor, fmt: Format) -> Tensor:
     return outer_scale(amax, fmt) if fmt.outer else amax_scale(amax.float().reshape(()), fmt)
 
 
-def _resident_bytes() -> int:
+def _forget_peak() -> None:
+    """Begin to count the peak anew, where the system lets us: a model that ran before in this process is no matter."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_bytes() -> int:
     """Largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    try:
+        # not getrusage, to which on Linux the peak of the process that started this one counts too
+        return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

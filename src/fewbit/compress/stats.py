@@ -37,7 +37,7 @@ class Stats:
         """Count the tokens of x [..., in]."""
         x = x.reshape(-1, x.shape[-1]).float()
         self.tokens += x.shape[0]
-        self.amax = torch.maximum(self.amax, x.abs().amax(0))
+        self.amax = torch.maximum(self.amax, torch.maximum(x.amax(0), -x.amin(0)))  # no copy of x, as abs would be
         if self.hessian is not None:
             self.hessian.addmm_(x.T, x)
 

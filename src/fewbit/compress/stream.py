@@ -12,7 +12,7 @@ from fewbit.compress.stats import RecordingAttend
 from fewbit.model import DecoderLayer, DenseAttend, KVCodec
 from fewbit.model.rope import Rotary
 
-_TOKENS = 512  # run through a layer at a time: what its MLP makes of them is held besides its weights
+_TOKENS = 256  # run through a layer at a time: what its MLP makes of them is held besides its weights
 
 
 class Stream:
