@@ -7,6 +7,7 @@ the cache stores of it, whichever step it came in. That is what makes the answer
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -91,9 +92,11 @@ class PagedAttend:
         cache_v.index_copy_(0, self.slots, stored_v)
         out = torch.empty_like(q)
         for span in self.spans:
-            # a window lets go of what lies before it, in whole pieces of keys, so that the sums stay the same
+            # a window lets go of what lies before it, in whole blocks that are whole pieces of keys too: the pieces
+            # in which a kernel adds up must not shift
             oldest = max(0, span.first - a.window + 1) if a.window else 0
-            block = oldest // KEYS * KEYS // self.cache.block_size
+            step = math.lcm(KEYS, self.cache.block_size)
+            block = oldest // step * step // self.cache.block_size
             past = self._read(cache_k, span, block), self._read(cache_v, span, block)
             keys, values = codec.load(*past, q.dtype)
             first = span.first - block * self.cache.block_size
