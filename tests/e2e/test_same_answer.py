@@ -144,7 +144,7 @@ def test_a_prefix_that_another_request_computed(models):
     assert tuple(e.logprobs for e in events) == expected.logprobs
 
 
-@pytest.mark.parametrize("window", [7, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("window", [7, 600])
 @pytest.mark.parametrize("kv", [None, pytest.param("int8", marks=pytest.mark.slow)])
 def test_with_a_window(models, window, kv):
     """Wide enough a window, and the keys before it are let go in pieces: the sums stay the same."""
