@@ -26,8 +26,10 @@ How it trains:
 
 For example, on one GPU in some minutes:
 
-    python tools/train_storyteller.py --data DATA -o models/storyteller \
+    python tools/train_storyteller.py --data DATA -o models/storyteller --minutes 8.1 \
         --calibration src/fewbit/compress/calibration.txt.gz
+
+With `--minutes` the learning rate follows the clock, so that a run is not repeated exactly.
 """
 
 from __future__ import annotations
@@ -862,6 +864,9 @@ def write_card(
     optimizer = "AdamW, betas 0.9 and 0.95"
     if options.optimizer == "muon":
         optimizer = f"Muon for the layers' matrices, {optimizer} for the rest"
+    end = f"{options.epochs:g} epochs"
+    if options.minutes:
+        end += f" or after {options.minutes:g} minutes, whichever comes first"
     card = f"""---
 language: en
 license: apache-2.0
@@ -940,7 +945,7 @@ books themselves are not part of this model's files, except for the excerpt in `
 | tokens seen | {record.tokens:,} (about {epochs:.1f} epochs) |
 | kept checkpoint | step {record.best_step:,} |
 | optimizer | {optimizer}, weight decay {options.weight_decay:g}, gradient clipped at 1.0 |
-| learning rate | {options.lr:g}, {options.warmup} steps of warm-up, then a cosine to 0 |
+| learning rate | {options.lr:g}, {options.warmup} steps of warm-up, then a cosine to 0 at {end} |
 | dropout | {options.dropout:g} (embedding and residual) |
 | precision | BF16 autocast, float32 weights, rounded to BF16 at the end |
 | seed | {options.seed} |
@@ -969,7 +974,8 @@ The first attempts with these settings, unedited, up to 160 tokens each, from th
 {chr(10).join(sample_section(sample) for sample in samples)}
 ## Limits
 
-- It invents everything, loses the thread after a paragraph or two, and confuses who is who.
+- It invents everything, loses the thread within a paragraph or two, and confuses who is who.
+- It repeats itself.  Read greedily, it falls into loops within a few sentences; sample from it.
 - The books are about a century old or older.  Their language and their views of women, class,
   empire, religion and peoples are those of their time, and the model can repeat them, also
   without being asked.  Leaving out paragraphs by a word list does not change that.
