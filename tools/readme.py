@@ -1,37 +1,75 @@
-"""Write the generated parts of the documentation, between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
+"""Write the generated parts of README.md and docs/: between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
 
-python tools/readme.py           rewrite README.md and docs/
-python tools/readme.py --check   say what is out of date, and exit with 1 if anything is
+python tools/readme.py             rewrite what follows from the code alone
+python tools/readme.py --check     say what of that is out of date, and exit with 1 if anything is
+python tools/readme.py --capture   also run the README's session (two minutes, port 8000) and put in what it printed
+
+A captured part stands after ``<!-- captured: NAME -->``. Figures in it depend on the machine, so ``--check`` leaves it
+alone; tests/e2e/test_docs.py runs its commands.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
 import typer
 
 from fewbit.checkpoint import formats
+from fewbit.checkpoint.layout import Quantization
 from fewbit.cli import app
 from fewbit.compress import built_in, read_recipe
-from fewbit.measure.facts import support_table
+from fewbit.compress.recipe import KV_FORMATS
+from fewbit.engine import check
+from fewbit.engine.config import EngineOptions
+from fewbit.engine.types import EngineDownError, OverloadedError, Stats
+from fewbit.errors import RequestError
+from fewbit.measure import facts
+from fewbit.numerics.element import Element
+from fewbit.numerics.format import ALL, FORMATS, Format
+from fewbit.numerics.quantspec import KVSpec
+from fewbit.ops.device import DeviceInfo
+from fewbit.serve import body, connection, schema
+from fewbit.serve.kserve import _NEUTRAL, GenerateBody
+from fewbit.serve.metrics import Metrics
+from fewbit.serve.problems import GenerationError, UnknownModelError, problem_of
 from fewbit.spec.families import families
+from fewbit.spec.hfconfig import HFConfig
+from fewbit.text import chat
 
 ROOT = Path(__file__).resolve().parents[1]
-PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+GENERATED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+CAPTURED = re.compile(r"(<!-- captured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def table(columns: list[str], rows: list[tuple[str, ...]]) -> str:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+def code(*words: str) -> str:
+    return ", ".join(f"`{word}`" for word in words)
+
+
+# --- models and numbers -----------------------------------------------------------------------------------------------
+
+
 def support() -> str:
-    """Kernel by numeric format, on a CPU and (weights in BF16) on a GPU: what ``fewbit explain`` prints."""
-    cpu = support_table(torch.device("cpu"), torch.float32)
-    return table(["format", "kernel, weights only", "kernel, weights and inputs"], cpu)
+    """Kernel by numeric format: what ``fewbit explain`` prints here, and what it would print on a GPU."""
+    cpu = facts.support_table(torch.device("cpu"), torch.float32)
+    some_gpu = DeviceInfo("cuda", "any", (9, 0), 1, 1)
+    with mock.patch.object(facts, "device_info", return_value=some_gpu):  # to ask the kernels takes no GPU
+        gpu = facts.support_table(torch.device("cuda"), torch.bfloat16)
+    columns = ["format", "CPU: weights only", "CPU: weights and inputs", "GPU: weights only", "GPU: weights and inputs"]
+    return table(columns, [(*row, *other[1:]) for row, other in zip(cpu, gpu, strict=True)])
 
 
 def recipes() -> str:
@@ -42,13 +80,40 @@ def recipes() -> str:
     return table(["recipe", "numerics", "in words"], rows)
 
 
+def numeric_formats() -> str:
+    def shared(fmt: Format) -> str:
+        rows, columns = fmt.block
+        if rows == ALL:
+            return "the whole tensor"
+        if columns == ALL:
+            return "a row"
+        return f"{columns} columns of a row" if rows == 1 else f"a block of {rows} x {columns}"
+
+    def stored(fmt: Format) -> str:
+        scale = fmt.scale.name if isinstance(fmt.scale, Element) else str(fmt.scale).removeprefix("torch.")
+        return scale + (", under one float32 scale" if fmt.outer else "")
+
+    rows = [(f"`{n}`", f.element.name, shared(f), stored(f), "yes" if f.zero else "") for n, f in FORMATS.items()]
+    return table(["format", "elements", "a scale for", "scale stored as", "zero points"], rows)
+
+
 def architectures() -> str:
-    rows = [(name, ", ".join(f"`{a}`" for a in family.ARCHITECTURES)) for name, family in families().items()]
+    rows = [(name, code(*family.ARCHITECTURES)) for name, family in families().items()]
     return table(["family", "`architectures` in config.json"], rows)
 
 
 def exports() -> str:
-    return "".join(f"- `{name}`\n" for name in formats())
+    """Which export can say which recipe, for an ordinary decoder."""
+    llama = families()["llama"]
+    spec = llama.read(HFConfig(llama.TINY))
+    asked = {f"`{name}`": Quantization(read_recipe(name).resolve(spec), {}) for name in built_in()}
+    for name, fmt in KV_FORMATS.items():
+        asked[f"`--kv {name}`"] = Quantization({}, dict.fromkeys(range(len(spec.layers)), KVSpec(fmt, fmt)))
+    rows = [[name, *("no" if f.why_not(spec, q) else "yes" for f in formats().values())] for name, q in asked.items()]
+    return table(["recipe", *(code(name) for name in formats())], rows)
+
+
+# --- commands and the server ------------------------------------------------------------------------------------------
 
 
 def commands() -> str:
@@ -66,20 +131,146 @@ def commands() -> str:
     return "\n".join(parts)
 
 
-PARTS = {
+def fields() -> str:
+    """The fields of each body: what is honoured, what is taken without effect, what only where it asks for nothing."""
+    parts = []
+    kinds = {
+        "`POST /v1/completions`": (schema.CompletionRequest, schema.CompletionRequest.neutral),
+        "`POST /v1/chat/completions`": (schema.ChatRequest, schema.ChatRequest.neutral),
+        "`POST /v2/models/M/generate`": (GenerateBody, _NEUTRAL),
+    }
+    idle = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "pad_id"}
+    for route, (model, neutral) in kinds.items():
+        honoured = [name for name in model.model_fields if name not in idle]
+        parts.append(
+            f"{route}\n\n- honoured: {code(*sorted(honoured))}\n"
+            f"- taken without effect: {code(*sorted(idle & model.model_fields.keys()))}\n"
+            f"- taken only where it asks for nothing (null, or the value that changes nothing), else 400: "
+            f"{code(*sorted(neutral))}\n"
+        )
+    return "\n".join(parts)
+
+
+def errors() -> str:
+    rows = {
+        "the body, a field, a value, a prompt that does not fit": RequestError(""),
+        "a model that is not served": UnknownModelError(""),
+        "a body that is too large": body.TooLargeError(""),
+        "too many requests wait, or the server is shutting down": OverloadedError(""),
+        "the engine is gone or does not answer": EngineDownError(""),
+        "the engine failed on this request": GenerationError(""),
+        "a fault of fewbit's own": ValueError(""),
+    }
+    with mock.patch("fewbit.serve.problems.log"):
+        told = [(text, problem_of(error)) for text, error in rows.items()]
+    return table(["what", "status", "`type`"], [(text, str(p.status), f"`{p.kind}`") for text, p in told])
+
+
+def limits() -> str:
+    rows = [
+        ("body", f"{body.LIMIT_BYTES >> 20} MiB"),
+        ("prompts times `n` of a request", f"{schema.MAX_CHOICES}"),
+        ("stop strings", f"{schema.MAX_STOPS}, of {schema.MAX_STOP_CHARS} characters each"),
+        ("`stop_token_ids`", f"{check.MAX_STOP_TOKENS}"),
+        ("`bad_words`", f"{check.MAX_BAD_WORDS}, of {check.MAX_BAD_WORD_TOKENS} tokens in all"),
+        ("`logprobs`, `top_logprobs`", f"{check.MAX_LOGPROBS}"),
+        ("requests that wait", f"{EngineOptions().max_queued}"),
+        ("time for the chat template", f"{chat.LIMIT_S:g} s"),
+        ("a reader of a stream that takes nothing is dropped after", f"{connection.SLOW_S:g} s"),
+    ]
+    return table(["limit", ""], rows)
+
+
+def metrics() -> str:
+    found = Metrics("storyteller")
+    found.render(Stats(blocks=1))  # the engine's own figures appear with its answer
+    rows = []
+    for metric in found.registry.collect():
+        suffix = "_total" if metric.type == "counter" else ""
+        rows.append((f"`{metric.name}{suffix}`", metric.type, metric.documentation))
+    return table(["metric", "type", ""], sorted(rows))
+
+
+# --- a session --------------------------------------------------------------------------------------------------------
+
+QUESTION = "Tell me a story about a bear."
+HOW = '"max_tokens": 60, "temperature": 0.7, "seed": 1'
+BODY = f'{{"model": "small", "messages": [{{"role": "user", "content": "{QUESTION}"}}], {HOW}}}'
+WORDS = '{"max_tokens":100,"bad_words":[""],"stop_words":[""]}'
+SESSION = (
+    "fewbit compress models/storyteller --recipe int4 --kv fp8 -o small",
+    "fewbit inspect small",
+    "fewbit explain small",
+    "fewbit eval small --against models/storyteller --data models/storyteller/heldout.txt.gz --windows 24 --length 256",
+    f'fewbit run small --prompt "{QUESTION}" --max-tokens 60 --seed 1 -q',
+)
+SERVE = "fewbit serve small --port 8000"
+CALLS = (
+    f"curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d '{BODY}'",
+    "curl http://127.0.0.1:8000/v2/models/ensemble/generate \\\n"
+    f'    -d \'{{"text_input":"How do I count to nine in French?","parameters":{WORDS}}}\'',
+)
+
+
+def session() -> str:
+    """What the commands print, stdout and stderr together, in a folder with the bundled model."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    blocks = []
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "models").symlink_to(ROOT / "models")
+
+        def call(line: str) -> str:
+            both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            line = line.replace("curl ", "curl -sS ", 1)  # without its progress
+            done = subprocess.run(["bash", "-c", line], cwd=folder, env=environment, check=False, **both)
+            assert done.returncode == 0, done.stdout
+            return "\n".join(text.rstrip() for text in done.stdout.rstrip().splitlines())
+
+        blocks += [f"$ {line}\n{call(line)}\n" for line in SESSION]
+        server = subprocess.Popen(
+            SERVE.split(), cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert server.stdout is not None
+        said = []
+        for line in server.stdout:
+            said.append(line.rstrip())
+            if line.startswith("serving"):
+                break
+        try:
+            blocks += [f"$ {SERVE}\n" + "\n".join(said) + "\n"]
+            blocks += [f"$ {line}\n{call(line)}\n" for line in CALLS]
+        finally:
+            server.send_signal(signal.SIGTERM)
+            server.wait(60)
+    return "```text\n" + "\n".join(blocks) + "```\n"
+
+
+PARTS: dict[str, Callable[[], str]] = {
     "support": support,
     "recipes": recipes,
+    "numeric_formats": numeric_formats,
     "architectures": architectures,
     "exports": exports,
     "commands": commands,
+    "fields": fields,
+    "errors": errors,
+    "limits": limits,
+    "metrics": metrics,
+    "session": session,
 }
+
+
+def fill(found: re.Match[str]) -> str:
+    return found[1] + "\n" + PARTS[found[2]]().strip() + "\n\n" + found[3]
 
 
 def main() -> int:
     stale = []
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for path in [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]:
         text = path.read_text("utf8")
-        fresh = PART.sub(lambda found: found[1] + "\n" + PARTS[found[2]]().strip() + "\n\n" + found[3], text)
+        fresh = GENERATED.sub(fill, text)
+        if "--capture" in sys.argv:
+            fresh = CAPTURED.sub(fill, fresh)
         if fresh != text:
             stale.append(str(path.relative_to(ROOT)))
             if "--check" not in sys.argv:
