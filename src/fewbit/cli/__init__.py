@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from fewbit.cli import demo, look, make, serve
+from fewbit.cli import bench, demo, look, make, serve
 from fewbit.cli.common import settings
 from fewbit.errors import FewbitError
 from fewbit.version import __version__
@@ -38,6 +38,7 @@ for command in (
     demo.demo,
 ):
     app.command("eval" if command is make.evaluate else command.__name__)(command)
+app.add_typer(bench.app, name="bench")
 
 
 def _version(wanted: bool) -> None:

@@ -12,6 +12,10 @@ import msgspec
 from fewbit.engine.types import SamplingParams, TokenLogprobs
 
 
+PENDING = -1
+"""Stands for a token that the step before this one is still choosing; the runner finds it on the device."""
+
+
 class Draw(msgspec.Struct, frozen=True):
     """How the next token of a request is chosen."""
 
@@ -26,6 +30,17 @@ class Draw(msgspec.Struct, frozen=True):
         """The tokens generated so far."""
         return self.tokens[self.prompt_tokens :]
 
+    @property
+    def plain(self) -> bool:
+        """Whether nothing but the likeliest token is wanted."""
+        p = self.params
+        return p.temperature == 0 and p.logprobs is None and not self.forbidden and not looks_back(p)
+
+
+def looks_back(p: SamplingParams) -> bool:
+    """Whether a draw depends on which tokens came before it, beyond the logits."""
+    return bool(p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty or p.bad_words)
+
 
 class Piece(msgspec.Struct, frozen=True):
     """The part of one request that runs in this step.
@@ -39,6 +54,7 @@ class Piece(msgspec.Struct, frozen=True):
     first: int
     blocks: list[int]
     draw: Draw | None = None  # None: a prefill chunk that stops short of the end, whose logits nobody needs
+    serial: int = 0  # of the request: an id may be used again once its request has ended
 
     @property
     def end(self) -> int:

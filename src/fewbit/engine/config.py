@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from fewbit.errors import RecipeError
@@ -18,7 +18,7 @@ class EngineOptions:
     Attributes:
         device: ``cpu`` or ``cuda:N``.
         backend: which kernels, see `fewbit.model.load`.
-        block_size: tokens of a K/V block.
+        block_size: tokens of a K/V block; None: 64 on a GPU, where a block is a tile of its kernels, else 16.
         num_blocks, kv_bytes, kv_fraction: size of the K/V cache in blocks, in bytes, or as a fraction of the memory
             that is free once the weights are loaded; at most one of them.
         max_batch: sequences that run at the same time.
@@ -34,7 +34,7 @@ class EngineOptions:
 
     device: str = "cpu"
     backend: str = "auto"
-    block_size: int = 16
+    block_size: int | None = None
     num_blocks: int | None = None
     kv_bytes: int | None = None
     kv_fraction: float | None = None
@@ -92,10 +92,12 @@ def resolve(
         RecipeError: a setting is out of range, contradicts another, or leaves no room for a sequence.
     """
     gpu = options.device != "cpu"
+    if options.block_size is None:
+        options = replace(options, block_size=64 if gpu else 16)
     max_batch = options.max_batch if options.max_batch is not None else (256 if gpu else 32)
     budget = options.max_batch_tokens
     if budget is None:
-        budget = max(8192 if gpu else 512, max_batch)
+        budget = 8192 + max_batch if gpu else max(512, max_batch)
     _check_ranges(options, max_batch, budget, spec)
     wanted = options.max_model_len if options.max_model_len is not None else spec.context
     num_blocks, how = _num_blocks(options, wanted * max_batch, token_bytes, free_bytes)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import msgspec
-import torch
 
 from fewbit.checkpoint import open_checkpoint
 from fewbit.engine.attend import token_bytes
-from fewbit.engine.batch import Batch, Drawn
+from fewbit.engine.batch import Batch
 from fewbit.engine.config import EngineConfig, EngineOptions, resolve
 from fewbit.engine.eos import eos_token_ids
-from fewbit.engine.runner import DecoderLike, Runner, free_bytes
+from fewbit.engine.runner import DecoderLike, free_bytes, runner_for
 from fewbit.engine.scheduler import Scheduler
 from fewbit.engine.types import Ending, EngineInfo, Event, GenerateRequest, Stats, TokenLogprobs
 from fewbit.errors import RequestError
@@ -29,7 +29,8 @@ class Engine:
     def __init__(self, decoder: DecoderLike, config: EngineConfig) -> None:
         self.config = config
         self.scheduler = Scheduler(config)
-        self.runner = Runner(decoder, config)
+        self.runner = runner_for(decoder, config)
+        self._under_way: tuple[Batch, Any] | None = None  # launched, not collected
 
     @property
     def info(self) -> EngineInfo:
@@ -47,7 +48,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a `step` would do anything."""
-        return bool(self.scheduler.waiting or self.scheduler.running)
+        return bool(self.scheduler.waiting or self.scheduler.running or self._under_way)
 
     def submit(self, request: GenerateRequest) -> None:
         """Queue a request; its events come out of `step` or `abort`.
@@ -63,29 +64,51 @@ class Engine:
         return self.scheduler.abort(request_id)
 
     def step(self) -> list[Event]:
-        """One step: at most `max_batch_tokens` tokens through the model, and what came of it."""
+        """One step: at most `max_batch_tokens` tokens through the model, and what came of it.
+
+        Where the runner can overlap, this launches the next step first and gives the events of the one before.
+        """
+        events: list[Event] = []
+        if self._under_way and self.scheduler.looks_back:
+            events += self._finish()
         batch = self.scheduler.schedule()
         if not batch.pieces:
+            return events + self._finish()
+        try:
+            launched = self.runner.launch(batch)
+        except Exception as fault:  # house: one bad step must not end every request
+            return events + self._finish() + self._failed(batch, fault)
+        if not self.runner.overlaps:
+            self._under_way = batch, launched
+            return self._finish()
+        self.scheduler.advance(batch)
+        before, self._under_way = self._under_way, (batch, launched)
+        return events + self._collect(before)
+
+    def _finish(self) -> list[Event]:
+        """Wait for the step under way, if there is one."""
+        before, self._under_way = self._under_way, None
+        return self._collect(before)
+
+    def _collect(self, launched: tuple[Batch, Any] | None) -> list[Event]:
+        if launched is None:
             return []
         try:
-            drawn = self._run(batch)
-        # Out of memory, a kernel that failed: the end of the requests of this step and of nobody else. They are told,
-        # the others go on; what the step wrote into blocks was never published.
+            drawn = self.runner.collect(launched[1])
         except Exception as fault:  # house: one bad step must not end every request
-            log.exception("a step of %d tokens failed", batch.tokens)
-            self._recover()
-            reason = str(fault).partition("\n")[0]
-            return self.scheduler.fail([p.id for p in batch.pieces], f"a step of the engine failed: {reason}")
-        return self.scheduler.commit(batch, drawn)
+            return self._failed(launched[0], fault)
+        return self.scheduler.commit(launched[0], drawn)
 
-    def _run(self, batch: Batch) -> dict[str, Drawn]:
-        return self.runner.collect(self.runner.launch(batch))
+    def _failed(self, batch: Batch, fault: Exception) -> list[Event]:
+        """A step came to nothing: out of memory, a kernel that failed.
 
-    def _recover(self) -> None:
-        """Make sure that the device can go on; a device that cannot raises here and ends the engine."""
-        if self.runner.device.type == "cuda":
-            torch.cuda.synchronize(self.runner.device)
-            torch.cuda.empty_cache()
+        That is the end of the requests of this step and of nobody else. They are told, the others go on; what the step
+        wrote into blocks was never published. A device that cannot go on raises here and ends the engine.
+        """
+        log.error("a step of %d tokens failed", batch.tokens, exc_info=fault)
+        self.runner.recover()
+        reason = str(fault).partition("\n")[0]
+        return self.scheduler.fail([p.id for p in batch.pieces], f"a step of the engine failed: {reason}")
 
     def stats(self) -> Stats:
         """What the engine is doing and has done."""

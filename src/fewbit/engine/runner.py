@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -59,6 +59,8 @@ class Runner:
         computed_tokens: how many tokens went through the model since the start.
     """
 
+    overlaps = False  # whether a step may be launched before the one before it has been collected
+
     def __init__(self, decoder: DecoderLike, config: EngineConfig) -> None:
         self.decoder, self.block_size, self.device = decoder, config.block_size, decoder.device
         self.cache = KVCache(decoder.spec, decoder.codecs, config.num_blocks, config.block_size, decoder.device)
@@ -68,6 +70,12 @@ class Runner:
     def kv_bytes(self) -> int:
         """Bytes of K and V that are really allocated."""
         return self.cache.bytes
+
+    def recover(self) -> None:
+        """Make sure the device can go on after a step that failed; a device that cannot raises here."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Launched:
@@ -101,6 +109,17 @@ class Runner:
         if self.device.type == "cpu":
             return torch.tensor(values, dtype=torch.int64)
         return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(self.device, non_blocking=True)
+
+
+def runner_for(decoder: DecoderLike, config: EngineConfig) -> Any:
+    """The runner for a decoder: a `Runner`, or on a GPU a `GpuRunner` where the model is fused."""
+    if decoder.device.type == "cuda":
+        from fewbit.engine.gpu import GpuRunner
+        from fewbit.model.fused import FusedDecoder
+
+        if isinstance(decoder, FusedDecoder):
+            return GpuRunner(decoder, config)
+    return Runner(decoder, config)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,6 +56,19 @@ class Choice:
             else:
                 drawn.append(Drawn(token, report))
         return drawn
+
+    def to_host(self) -> Choice:
+        """The same on its way to pinned memory; who waits for the stream may `read` it without waiting again."""
+
+        def moved(x: Tensor | None) -> Tensor | None:
+            return (
+                None if x is None else torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+            )
+
+        return replace(
+            self, tokens=moved(self.tokens), best=moved(self.best), logprobs=moved(self.logprobs),
+            alternatives=moved(self.alternatives),
+        )  # fmt: skip
 
     def _reports(self) -> Iterator[TokenLogprobs]:
         if self.logprobs is None or self.alternatives is None:

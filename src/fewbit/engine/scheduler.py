@@ -13,17 +13,21 @@ Who gets what: every decode first (so a long prompt never stalls those who are b
 prefill chunks of running requests in what is left of the budget; then waiting requests, in order of arrival. A waiting
 request therefore starts in the very next step that has room for it.
 
+A step can be planned while the one before it still runs: `advance` then counts that step's tokens as stored and puts
+`PENDING` where its choice will stand; `commit` fills it in. At most one step is under way when another is planned.
+
 Nothing can get stuck: `check_request` refuses what could never fit, the youngest is put back first, so the oldest can
 always take the blocks of everybody else, and what it finishes is freed.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 
-from fewbit.engine.batch import Batch, Draw, Drawn, Piece
+from fewbit.engine.batch import PENDING, Batch, Draw, Drawn, Piece, looks_back
 from fewbit.engine.blocks import BlockPool, chain
 from fewbit.engine.check import check_request
 from fewbit.engine.config import EngineConfig
@@ -34,9 +38,14 @@ from fewbit.errors import RequestError
 class Request:
     """The life of one request."""
 
-    __slots__ = ("blocks", "cached", "digests", "ends", "id", "params", "prompt_tokens", "seed", "stored", "tokens")
+    __slots__ = (
+        "blocks", "cached", "digests", "ends", "flying", "id", "params", "prompt_tokens", "seed", "serial", "stored",
+        "tokens",
+    )  # fmt: skip
 
-    def __init__(self, request: GenerateRequest, seed: int, eos: tuple[int, ...]) -> None:
+    def __init__(self, request: GenerateRequest, seed: int, eos: tuple[int, ...], serial: int) -> None:
+        self.serial = serial
+        self.flying: list[int] = []  # first positions of the pieces that were advanced and not committed
         self.id, self.params, self.seed = request.id, request.params, seed
         self.tokens = list(request.prompt)  # prompt and output
         self.prompt_tokens = len(request.prompt)
@@ -79,6 +88,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of arrival, as `waiting` is
         self._requests: dict[str, Request] = {}
+        self._serials = itertools.count(1)
         self._seeds = random.Random(config.seed) if config.seed is not None else random.SystemRandom()
         self._counts: Counter[str] = Counter()
         self._endings: Counter[str] = Counter()
@@ -101,7 +111,7 @@ class Scheduler:
             )
         given = request.params.seed
         seed = self._seeds.getrandbits(64) if given is None else given
-        self._requests[request.id] = new = Request(request, seed, self.config.eos_token_ids)
+        self._requests[request.id] = new = Request(request, seed, self.config.eos_token_ids, next(self._serials))
         self.waiting.append(new)
 
     def abort(self, request_id: str) -> list[Event]:
@@ -126,7 +136,8 @@ class Scheduler:
         plan: dict[Request, int] = {}  # tokens to compute of each request
         left = self.config.max_batch_tokens
         preemptions = self._counts["preemptions"]
-        decoding = [r for r in self.running if r.pending == 1]
+        # who has all its tokens, the last one still being chosen, has nothing more to compute
+        decoding = [r for r in self.running if r.pending == 1 and r.output_tokens < r.params.max_tokens]
         prefilling = [r for r in self.running if r.pending > 1]
         for request in decoding + prefilling:
             count = min(request.pending, left)
@@ -143,13 +154,19 @@ class Scheduler:
                 left -= count
         # whoever was put back has to wait for a step without shortage, or the two would swap places for ever
         if preemptions == self._counts["preemptions"]:
-            while left and self.waiting and len(self.running) < self.config.max_batch and self._admit(self.waiting[0]):
+            while self.waiting and len(self.running) < self.config.max_batch and self._worth(self.waiting[0], left):
+                if not self._admit(self.waiting[0]):
+                    break
                 request = self.waiting.popleft()
                 self.running.append(request)
                 plan[request] = min(request.pending, left)
                 left -= plan[request]
-        assert plan or not self._requests, "there is always somebody who can go on"
+        assert plan or not self._requests or self.flying, "there is always somebody who can go on"
         return Batch([self._piece(request, count) for request, count in plan.items()])
+
+    def _worth(self, request: Request, left: int) -> bool:
+        """Whether what is left of the budget is enough to start on: a prompt is not cut for the sake of a scrap."""
+        return left >= min(len(request.tokens), max(self.config.max_batch_tokens // 8, 1))
 
     def _admit(self, request: Request) -> bool:
         """Give a waiting request its cached prefix and room for all it has to compute, if that can be had now."""
@@ -192,7 +209,34 @@ class Scheduler:
             short = request.output_tokens < request.params.min_tokens
             forbidden = tuple(sorted(request.ends)) if short else ()
             draw = Draw(request.params, request.seed, request.tokens, request.prompt_tokens, forbidden)
-        return Piece(request.id, request.tokens[first:end], first, request.blocks[: self.pool.blocks_for(end)], draw)
+        blocks = request.blocks[: self.pool.blocks_for(end)]
+        return Piece(request.id, request.tokens[first:end], first, blocks, draw, request.serial)
+
+    @property
+    def flying(self) -> bool:
+        """Whether a step was advanced and not committed yet."""
+        return any(r.flying for r in self._requests.values())
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether somebody's next draw needs to know the tokens of the step under way."""
+        return any(looks_back(r.params) for r in self.running)
+
+    def advance(self, batch: Batch) -> None:
+        """Count a step that was launched as done, so that the next one can be planned; `commit` follows."""
+        for piece in batch.pieces:
+            request = self._find(piece)
+            if request is None or request.stored != piece.first:  # ended, or put back, since it was planned
+                continue
+            request.flying.append(piece.first)
+            request.stored = piece.end
+            if piece.draw is not None:
+                request.tokens.append(PENDING)
+
+    def _find(self, piece: Piece) -> Request | None:
+        """The request that a piece belongs to, unless it has ended."""
+        request = self._requests.get(piece.id)
+        return request if request is not None and request.serial == piece.serial else None
 
     def commit(self, batch: Batch, drawn: Mapping[str, Drawn]) -> list[Event]:
         """Take in what a step computed: `drawn` has an entry for every piece with a draw."""
@@ -200,37 +244,50 @@ class Scheduler:
         self._counts["steps"] += 1
         self._counts["computed_tokens"] += batch.tokens
         for piece in batch.pieces:
-            request = self._requests.get(piece.id)
-            if request is None or request.stored != piece.first:  # it ended while the step ran
+            request = self._find(piece)
+            if request is None:  # it ended while the step ran
                 continue
-            request.stored = piece.end
-            self._publish(request, piece.first)
+            if request.flying and request.flying[0] == piece.first:
+                del request.flying[0]
+                kept = request.stored >= piece.end  # else it was put back, and its blocks are others' now
+            elif request.stored == piece.first:
+                request.stored, kept = piece.end, True
+                if piece.draw is not None:
+                    request.tokens.append(PENDING)
+            else:
+                continue
+            if kept:
+                self._publish(request, piece.first, piece.end)
             if piece.draw is not None:
-                events.append(self._accept(request, drawn[piece.id]))
+                events.append(self._accept(request, drawn[piece.id], piece.end))
         return events
 
-    def _publish(self, request: Request, first: int) -> None:
-        """Make the blocks that were filled by the step that began at `first` findable."""
+    def _publish(self, request: Request, first: int, end: int) -> None:
+        """Make the blocks that were filled by the step from `first` to `end` findable."""
         if not self.config.prefix_cache:
             return
         size = self.config.block_size
-        digests = request.digest_blocks(request.stored // size, size)
-        for index in range(first // size, request.stored // size):
+        digests = request.digest_blocks(end // size, size)
+        for index in range(first // size, end // size):
             self.pool.publish(request.blocks[index], digests[index], request.tokens[index * size : (index + 1) * size])
 
-    def _accept(self, request: Request, drawn: Drawn) -> Event:
-        if drawn.fault:
-            return self._end(request, "error", drawn.fault)
-        if drawn.token in request.ends:
+    def _accept(self, request: Request, drawn: Drawn, at: int) -> Event:
+        """The token at position `at` is known."""
+        if drawn.fault or drawn.token in request.ends:
+            del request.tokens[at:]
+            if drawn.fault:
+                return self._end(request, "error", drawn.fault)
             return self._end(request, "stop", stop_token=drawn.token)
-        request.tokens.append(drawn.token)
+        request.tokens[at] = drawn.token
         self._counts["output_tokens"] += 1
-        ended = request.output_tokens == request.params.max_tokens
+        ended = at + 1 - request.prompt_tokens == request.params.max_tokens
         ending = self._end(request, "length").ending if ended else None
         return Event(request.id, drawn.token, drawn.logprobs, ending)
 
     def _end(self, request: Request, reason: EndReason, detail: str = "", stop_token: int | None = None) -> Event:
         """The one place where a request ends: it is forgotten here, so it cannot end twice."""
+        while request.tokens[-1] == PENDING:  # nobody will wait for it
+            request.tokens.pop()
         del self._requests[request.id]
         if request.blocks or request in self.running:
             self.running.remove(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,10 +11,12 @@ from torch import Tensor
 from fewbit.checkpoint import Checkpoint
 from fewbit.model.attend import KVCodec
 from fewbit.model.decoder import Decoder, DecoderLayer
+from fewbit.model.fused import FusedDecoder, FusedLayer
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.ops.device import DeviceInfo, arithmetic_dtype, device_info
 from fewbit.ops.linear import Choice, LinearKernel, LinearProblem, LinearWeights, choose
-from fewbit.spec.decoder import LinearShape
+from fewbit.ops.linear.gpu import GpuKernel, GpuLinear
+from fewbit.spec.decoder import Layer, LinearShape
 
 
 class Linear:
@@ -28,8 +31,8 @@ class Linear:
         return self.kernel.run(x, self._prepared)
 
 
-def load(checkpoint: Checkpoint, device: str | torch.device = "cpu", backend: str = "auto") -> Decoder:
-    """Load a whole model.
+def load(checkpoint: Checkpoint, device: str | torch.device = "cpu", backend: str = "auto") -> Decoder | FusedDecoder:
+    """Load a whole model: on a GPU fused, if `fused_why_not` has nothing against it.
 
     Args:
         checkpoint: what `open_checkpoint` gave.
@@ -40,7 +43,8 @@ def load(checkpoint: Checkpoint, device: str | torch.device = "cpu", backend: st
         UnsupportedError: `backend` cannot do it.
         CheckpointError: a file ends early.
     """
-    return Loader(checkpoint, torch.device(device), backend).decoder()
+    loader = Loader(checkpoint, torch.device(device), backend)
+    return loader.decoder() if loader.fused_why_not() else loader.fused()
 
 
 def choices(
@@ -72,6 +76,76 @@ class Loader:
             [self.codec(index) for index in range(len(spec.layers))],
             self.dtype,
         )
+
+    def fused_why_not(self) -> str | None:
+        """None: the whole model can run as a `FusedDecoder`; else the reason, for a user to read."""
+        if self.device.type != "cuda":
+            return "needs an NVIDIA GPU"
+        if self.backend != "auto":
+            return f"every linear was asked to run on '{self.backend}'"
+        for shape in self.checkpoint.spec.linears():
+            kernel = self.choose(shape).kernel
+            if not isinstance(kernel, GpuKernel):
+                return f"{shape.name} runs on '{kernel.name}'"
+        for index, layer in enumerate(self.checkpoint.spec.layers):
+            if reason := self._layer_why_not(index, layer):
+                return f"layer {index}: {reason}"
+        return None
+
+    def _layer_why_not(self, index: int, layer: Layer) -> str | None:
+        a, kv = layer.attention, self.checkpoint.kv.get(index)
+        if layer.mlp.act != "silu":
+            return f"the activation is {layer.mlp.act}, the kernels know silu"
+        if layer.mlp.width % 8:
+            return f"an MLP width of {layer.mlp.width} does not divide by 8"
+        if a.head_dim not in (32, 64, 128, 256) or a.heads // a.kv_heads > 16:
+            return f"{a.heads} heads of {a.head_dim} over {a.kv_heads}: the kernels know 32 to 256, at most 16 to one"
+        if kv and (kv.k.element != kv.v.element or kv.k.element.name not in ("e4m3", "int8")):
+            return f"K and V are stored as {kv}; the kernels know FP8 (E4M3) and INT8"
+        if kv and kv.k.element.name == "e4m3" and self._info.capability < (8, 9):
+            return "an FP8 cache needs compute capability 8.9"
+        prefix = f"layers.{index}"
+        for group in (("attn.q", "attn.k", "attn.v"), ("mlp.gate", "mlp.up")):
+            quants = [self.checkpoint.quant.get(f"{prefix}.{name}", QuantSpec()) for name in group]
+            if any(quant != quants[0] for quant in quants):
+                return f"{', '.join(group)} read one input and differ in numerics"
+            if quants[0].calibrated:
+                scales = [self.checkpoint.tensors.dense(f"{prefix}.{name}.input_scale") for name in group]
+                if any(not torch.equal(scale, scales[0]) for scale in scales):
+                    return f"{', '.join(group)} read one input and round it under different scales"
+        return None
+
+    def fused(self) -> FusedDecoder:
+        """The whole model, joined and fused; `fused_why_not` has been asked."""
+        spec = self.checkpoint.spec
+        layers = [self._fused_layer(index) for index in range(len(spec.layers))]
+        embed, norm = self.embed().to(self.dtype), self.norm("final_norm")
+        shape = LinearShape("lm_head", spec.vocab, spec.hidden)
+        kernel = self.choose(shape).kernel
+        assert isinstance(kernel, GpuKernel)
+        shared = spec.tied and embed.dtype == self.checkpoint.dtype
+        head = kernel.join([LinearWeights(QuantSpec(), embed) if shared else self.weights(shape)], self._info.name)
+        codecs = []
+        for layer, codec in zip(spec.layers, map(self.codec, range(len(spec.layers))), strict=True):
+            heads = layer.attention.kv_heads
+            k, v = (None if s is None else s.float().expand(heads).contiguous() for s in (codec.k_scale, codec.v_scale))
+            codecs.append(replace(codec, k_scale=k, v_scale=v))
+        return FusedDecoder(spec, embed, layers, norm, head, codecs)
+
+    def _fused_layer(self, index: int) -> FusedLayer:
+        q, k, v, o, gate, up, down = self.checkpoint.spec.layer_linears(index)
+        linears = {
+            "qkv": self._joined((q, k, v)),
+            "o": self._joined((o,)),
+            "gate_up": self._joined((gate, up), gated=True),
+            "down": self._joined((down,)),
+        }
+        return FusedLayer(index, self.checkpoint.spec.layers[index], linears, self.norms(index))
+
+    def _joined(self, shapes: tuple[LinearShape, ...], gated: bool = False) -> GpuLinear:
+        kernel = self.choose(shapes[0]).kernel
+        assert isinstance(kernel, GpuKernel)
+        return kernel.join([self.weights(shape) for shape in shapes], self._info.name, gated)
 
     def embed(self) -> Tensor:
         """The embedding as stored: a step looks up few of its rows."""

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 from fewbit.errors import UnsupportedError, nearest_name
 from fewbit.ops.linear.dense import Dense
+from fewbit.ops.linear.four import Fp4, Int4
 from fewbit.ops.linear.problem import LinearKernel, LinearProblem, LinearWeights, round_input
 from fewbit.ops.linear.reference import Reference
+from fewbit.ops.linear.wide import Wide
 
-KERNELS: tuple[LinearKernel, ...] = (Dense(), Reference())
+KERNELS: tuple[LinearKernel, ...] = (Wide(), Int4(), Fp4(), Dense(), Reference())
 
 
 @dataclass(frozen=True)

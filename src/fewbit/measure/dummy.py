@@ -1,0 +1,162 @@
+"""Models of well-known shapes with random weights scaled like real ones, made on the device: speed needs no others."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.checkpoint import Checkpoint
+from fewbit.checkpoint.checkpoint import Tensors
+from fewbit.compress.recipe import Recipe
+from fewbit.errors import UnsupportedError, nearest_name
+from fewbit.numerics.element import Element
+from fewbit.numerics.format import Format
+from fewbit.numerics.qtensor import QTensor, block_size
+from fewbit.numerics.quantspec import KVSpec, QuantSpec
+from fewbit.spec.families import family_of
+from fewbit.spec.hfconfig import HFConfig
+
+STD = 0.02
+"""Standard deviation of the weights, about that of trained ones."""
+
+_LLAMA3 = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "head_dim": 128,
+    "num_key_value_heads": 8, "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 8192,
+    "rope_theta": 500000.0, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
+}  # fmt: skip
+
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "llama3-8b": _LLAMA3
+    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "llama3-70b": _LLAMA3
+    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "llama3.2-1b": _LLAMA3
+    | {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "head_dim": 64, "tie_word_embeddings": True, "max_position_embeddings": 131072,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+    "qwen3-8b": {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "head_dim": 128,
+        "num_key_value_heads": 8, "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 40960,
+        "rope_theta": 1000000.0, "tie_word_embeddings": False, "attention_bias": False, "hidden_size": 4096,
+        "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "use_sliding_window": False,
+    },
+}  # fmt: skip
+
+
+def shape_named(name: str) -> dict[str, Any]:
+    """The config.json of a built-in shape.
+
+    Raises:
+        UnsupportedError: no such shape.
+    """
+    if name not in SHAPES:
+        raise UnsupportedError(f"unknown shape '{name}'; {nearest_name(name, SHAPES)}")
+    return dict(SHAPES[name])
+
+
+def dummy_checkpoint(
+    config: Mapping[str, Any], recipe: Recipe | None, device: torch.device, layers: int | None = None
+) -> Checkpoint:
+    """A checkpoint whose tensors are made when they are asked for, the same each time.
+
+    Args:
+        config: a config.json.
+        recipe: how it is quantized; None: not at all.
+        device: where tensors are made.
+        layers: only so many.
+    """
+    family = family_of(config)
+    spec = family.read(HFConfig(dict(config)))
+    if layers is not None:
+        spec = replace(spec, layers=spec.layers[:layers])
+    quant = recipe.resolve(spec) if recipe else {}
+    kv: Mapping[int, KVSpec] = dict.fromkeys(range(len(spec.layers)), recipe.kv) if recipe and recipe.kv else {}
+    spec = replace(spec, tied=spec.tied and "lm_head" not in quant)
+    tensors = Tensors()
+
+    def add(name: str, make: Callable[[torch.Generator], Tensor | QTensor]) -> None:
+        def load() -> Tensor | QTensor:
+            seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
+            return make(torch.Generator(device).manual_seed(seed))
+
+        tensors.add(name, load, torch.bfloat16, 0)
+
+    for name, shape in spec.tensors().items():
+        linear = name.removesuffix(".weight")
+        kind = quant.get(linear, QuantSpec())
+        if len(shape) == 1:  # norms around one, biases around zero
+            middle = float(name.endswith(".weight"))
+            add(name, lambda g, s=shape, m=middle: (_normal(s, g) * 0.1 + m).bfloat16())  # type: ignore[misc]
+        elif kind.weight is None:
+            add(name, lambda g, s=shape: (_normal(s, g) * STD).bfloat16())  # type: ignore[misc]
+        else:
+            add(name, lambda g, s=shape, f=kind.weight: _quantized(s, f, g))  # type: ignore[misc]
+        if kind.calibrated:
+            add(f"{linear}.input_scale", lambda g: torch.tensor(0.02, device=g.device))
+    for index in kv:
+        for which in "kv":
+            add(f"layers.{index}.attn.{which}_scale", lambda g: torch.tensor(0.03, device=g.device))
+    return Checkpoint(
+        Path("dummy"), "random weights", family, spec, dict(config), torch.bfloat16, quant, kv, tensors
+    )  # fmt: skip
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device)
+
+
+def _quantized(shape: tuple[int, ...], fmt: Format, generator: torch.Generator) -> QTensor:
+    """Normal codes under scales within a factor of two: nothing is searched, so that 70 billion take seconds."""
+    spread = fmt.element.max / 3.5  # three and a half standard deviations fit
+    codes = fmt.element.encode(_normal(shape, generator) * spread)
+    rows, columns = block_size(fmt, shape)
+    blocks = -(-shape[0] // rows), -(-shape[1] // columns)
+    outer = torch.tensor(2.0**-9, device=generator.device) if fmt.outer else None
+    scale = torch.exp2(torch.rand(blocks, generator=generator, device=generator.device) - 0.5) * (STD / spread)
+    if outer is not None:
+        scale = scale / outer
+    stored = fmt.scale.encode(scale) if isinstance(fmt.scale, Element) else scale.to(fmt.scale)
+    zero = None
+    if fmt.zero:
+        zero = torch.randint(-2, 3, blocks, generator=generator, device=generator.device, dtype=torch.int8)
+    return QTensor(fmt, codes, stored, outer, zero)
+
+
+def decode_bytes(checkpoint: Checkpoint, batch: int, context: float) -> tuple[float, float]:
+    """Bytes that a decode step must read: weights with the head, and K and V of `batch` sequences of `context`."""
+    spec, weights = checkpoint.spec, 0.0
+    for linear in spec.linears():
+        fmt = checkpoint.quant.get(linear.name, QuantSpec()).weight
+        numbers = linear.out_features * linear.in_features
+        if fmt is None:
+            weights += numbers * 2
+            continue
+        rows, columns = block_size(fmt, (linear.out_features, linear.in_features))
+        zero = fmt.element.bits if fmt.zero else 0
+        weights += numbers * (fmt.element.bits + (fmt.scale_bits + zero) / (rows * columns)) / 8
+    kv = 0.0
+    for index, layer in enumerate(spec.layers):
+        a, stored = layer.attention, checkpoint.kv.get(index)
+        size = 2 if stored is None else stored.k.element.bits / 8
+        kv += 2 * a.kv_heads * a.head_dim * size * min(context, a.window or math.inf) * batch
+    return weights, kv
+
+
+def prefill_flops(checkpoint: Checkpoint, tokens: int) -> tuple[float, float]:
+    """Floating-point operations of one prompt: linears (the head for one position), and causal attention."""
+    spec = checkpoint.spec
+    linears = sum(2.0 * x.out_features * x.in_features * (1 if x.name == "lm_head" else tokens) for x in spec.linears())
+    pairs = tokens * (tokens + 1) / 2
+    return linears, sum(4.0 * y.attention.heads * y.attention.head_dim * pairs for y in spec.layers)

@@ -1,0 +1,352 @@
+"""Offline speed: a static batch through the real engine, against ceilings measured in the same run.
+
+Protocol: `batch` prompts of `prompt` random tokens at once, greedy, `output` tokens each, no prefix cache;
+tok/s = batch * output / wall time with the prompts in it; the median of several runs after one that is not counted.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fewbit.checkpoint import Checkpoint
+from fewbit.compress.recipe import Recipe
+from fewbit.engine.attend import token_bytes
+from fewbit.engine.batch import Batch, Draw, Piece
+from fewbit.engine.config import EngineOptions, resolve
+from fewbit.engine.engine import Engine
+from fewbit.engine.gpu import GpuRunner
+from fewbit.engine.runner import free_bytes
+from fewbit.engine.types import GenerateRequest, SamplingParams
+from fewbit.errors import UnsupportedError
+from fewbit.measure.dummy import decode_bytes, dummy_checkpoint, prefill_flops
+from fewbit.model.attend import DenseAttend
+from fewbit.model.fused import FusedDecoder
+from fewbit.model.load import Loader
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the GPU reaches in this run: a large copy (read and written bytes a second), large products (FLOP/s)."""
+
+    copy: float
+    bf16: float
+    eight: float  # FP8, or BF16 where there is none
+
+
+@dataclass
+class Offline:
+    """What `bench_offline` found; times in seconds, rates per second.
+
+    Attributes:
+        tokens_per_s: median over runs; slowest, fastest: of them.
+        first_token_s: mean time to the first token, of the median run.
+        per_token_s: mean time between tokens of a sequence after its first, of the median run.
+        step_s: one step of the engine at the full batch: schedule, launch, collect, commit.
+        graph_s: one replay of the same step's graph, nothing else.
+        bytes_per_s: what a step must read over its time; of the copy: `bandwidth`.
+        flops_per_s: of the prompts, over the time to the last first token; of the ceiling: `compute`.
+        limit_tokens_per_s: of the protocol at the ceilings; `of_limit`: what was reached of it.
+        difference: of the logits of a two-layer slice from the reference, relative, over 16 steps.
+        agreement: fraction of these steps in which both choose the same token.
+    """
+
+    tokens_per_s: float
+    slowest: float
+    fastest: float
+    first_token_s: float
+    per_token_s: float
+    step_s: float
+    graph_s: float
+    bytes_per_s: float
+    bandwidth: float
+    flops_per_s: float
+    compute: float
+    limit_tokens_per_s: float
+    of_limit: float
+    weight_bytes: int
+    kv_bytes: int
+    peak_bytes: int
+    difference: float
+    agreement: float
+    ceilings: Ceilings
+    runs: list[float] = field(default_factory=list)
+    kernels: dict[str, dict[str, float]] = field(default_factory=dict)  # with `profile`: seconds of a step by kernel
+
+
+def ceilings(device: torch.device) -> Ceilings:
+    """Measure them; about half a second."""
+    big = torch.empty(1 << 31, dtype=torch.uint8, device=device)
+    half = big.numel() // 2
+    copy = 2 * half / _seconds(lambda: big[:half].copy_(big[half:]))
+    del big
+    size = 8192
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    flops = 2.0 * size**3
+    bf16 = flops / _seconds(lambda: a @ b.t())
+    eight = bf16
+    if torch.cuda.get_device_capability(device) >= (8, 9):
+        a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
+        one = torch.ones((), device=device)
+        eight = flops / _seconds(
+            lambda: torch._scaled_mm(
+                a8, b8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+            )
+        )
+    return Ceilings(copy, bf16, eight)
+
+
+def _seconds(call: Callable[[], Any], times: int = 10, repeats: int = 5) -> float:
+    """Median time of one call on the GPU."""
+    call()
+    found = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(times):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(start.elapsed_time(end) * 1e-3 / times)
+    return statistics.median(found)
+
+
+def bench_offline(
+    config: Mapping[str, Any], recipe: Recipe | None, device: torch.device, *, batch: int, prompt: int, output: int,
+    runs: int = 3, profile: bool = False, tell: Tell = lambda text: None, options: Mapping[str, Any] | None = None,
+) -> Offline:  # fmt: skip
+    """Measure one cell of a table on random weights.
+
+    Args:
+        config: a config.json.
+        recipe: numerics of the weights and of K and V; None: as they are.
+        device: a GPU.
+        batch, prompt, output: the protocol.
+        runs: that are counted.
+        profile: also the time of each kernel in a step.
+        tell: told in words what is going on.
+        options: of `EngineOptions`.
+
+    Raises:
+        UnsupportedError: no GPU, or the model does not fit: the sum, and settings that would.
+    """
+    if device.type != "cuda":
+        raise UnsupportedError("bench offline with random weights needs an NVIDIA GPU; give --device cuda:0")
+    longest = prompt + output
+    checkpoint = dummy_checkpoint(config, recipe, device)
+    check_fit(checkpoint, device, batch, longest)
+    tell("measuring the ceilings")
+    top = ceilings(device)
+    torch.cuda.empty_cache()
+    tell("making the weights")
+    loader = Loader(checkpoint, device)
+    if reason := loader.fused_why_not():
+        raise UnsupportedError(f"this model does not run on the fused path: {reason}")
+    decoder = loader.fused()
+    torch.cuda.empty_cache()
+    weights = torch.cuda.memory_allocated(device)
+    settings = EngineOptions(
+        device=str(device), max_batch=batch, max_model_len=longest, prefix_cache=False,
+        num_blocks=batch * -(-longest // 64) + 1, **dict(options or {}),
+    )  # fmt: skip
+    resolved = resolve(
+        settings,
+        spec=decoder.spec,
+        token_bytes=token_bytes(decoder.spec, decoder.codecs),
+        free_bytes=free_bytes(device),
+    )
+    engine = Engine(decoder, resolved)
+    tell("comparing a slice of two layers with the reference")
+    difference, agreement = compare_slice(loader, engine, config, recipe)
+    tell("recording graphs")
+    engine.runner.warm_up(batch)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(0, decoder.spec.vocab, (batch, prompt), generator=generator).tolist()
+    found = []
+    for index in range(runs + 1):
+        tell("warming up" if index == 0 else f"run {index} of {runs}")
+        found.append(_run(engine, prompts, output, f"r{index}"))
+    counted = sorted(found[1:], key=lambda run: run[0])
+    total, first, between, last_first = counted[len(counted) // 2]
+    step, graph = _step_times(engine, prompts, prompt + output // 2)
+    read = sum(decode_bytes(checkpoint, batch, prompt + output / 2))
+    linear, scores = (batch * f for f in prefill_flops(checkpoint, prompt))
+    ceiling = top.eight if _eight_bit_prompts(checkpoint) else top.bf16
+    limit = batch * output / (linear / ceiling + scores / top.bf16 + output * read / top.copy)
+    speeds = [batch * output / run[0] for run in found[1:]]
+    reached = statistics.median(speeds)
+    return Offline(
+        tokens_per_s=reached, slowest=min(speeds), fastest=max(speeds), first_token_s=first, per_token_s=between,
+        step_s=step, graph_s=graph, bytes_per_s=read / step, bandwidth=read / step / top.copy,
+        flops_per_s=(linear + scores) / last_first, compute=(linear + scores) / last_first / ceiling,
+        limit_tokens_per_s=limit, of_limit=reached / limit, weight_bytes=weights, kv_bytes=engine.runner.kv_bytes,
+        peak_bytes=torch.cuda.max_memory_allocated(device), difference=difference, agreement=agreement, ceilings=top,
+        runs=speeds, kernels=_profile(engine, prompts) if profile else {},
+    )  # fmt: skip
+
+
+def _eight_bit_prompts(checkpoint: Checkpoint) -> bool:
+    quant = next(iter(checkpoint.quant.values()), None)
+    return quant is not None and quant.input is not None
+
+
+def check_fit(checkpoint: Checkpoint, device: torch.device, batch: int, longest: int) -> None:
+    """Raise if the model with its cache cannot fit, before anything is allocated."""
+    weights, _ = decode_bytes(checkpoint, 1, 0)
+    weights += checkpoint.spec.vocab * checkpoint.spec.hidden * 2 * (not checkpoint.spec.tied)
+    kv = decode_bytes(checkpoint, 1, -(-longest // 64) * 64)[1]
+    widest = max(layer.mlp.width for layer in checkpoint.spec.layers)
+    work = (8192 + batch) * (widest * 3 + checkpoint.spec.hidden * 6) * 2 + batch * checkpoint.spec.vocab * 8
+    if checkpoint.quant:
+        work += widest * checkpoint.spec.hidden * 4  # weights decoded for prompts
+    graphs = 64 << 20
+    total, free = weights + kv * batch + work + graphs, free_bytes(device)
+    if total <= free:
+        return
+    gib = 2.0**30
+    fits = int((free - weights - work - graphs) // kv)
+    ways = [
+        f"--batch {fits}" if fits > 0 else "a recipe with fewer bits (--recipe int4)",
+        "--kv fp8" if not checkpoint.kv else f"--input and --output of {max(longest // 2, 1)} tokens together",
+        "a GPU with more memory, or --recipe int4" if fits > 0 else "--config llama3-8b",
+    ]
+    raise UnsupportedError(
+        f"does not fit: weights {weights / gib:.1f} + K/V {kv * batch / gib:.1f} (batch {batch} x {longest} tokens) + "
+        f"workspace {work / gib:.1f} + graphs {graphs / gib:.1f} = {total / gib:.1f} GiB, free {free / gib:.1f} GiB; "
+        f"would fit: {'; '.join(ways)}"
+    )
+
+
+def _run(engine: Engine, prompts: list[list[int]], output: int, name: str) -> tuple[float, float, float, float]:
+    """Seconds in all, mean to the first token, mean between tokens, to the last first token."""
+    params = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    first: dict[str, float] = {}
+    last: dict[str, float] = {}
+    made = 0
+    for index, tokens in enumerate(prompts):
+        engine.submit(GenerateRequest(id=f"{name}-{index}", prompt=tuple(tokens), params=params))
+    while engine.has_work:
+        for event in engine.step():
+            now = time.perf_counter() - start
+            if event.token is None:
+                raise UnsupportedError(f"a request ended early: {event.ending.detail if event.ending else ''}")
+            made += 1
+            first.setdefault(event.id, now)
+            last[event.id] = now
+    total = time.perf_counter() - start
+    assert made == len(prompts) * output
+    between = statistics.mean(last[i] - first[i] for i in first) / max(output - 1, 1)
+    return total, statistics.mean(first.values()), between, max(first.values())
+
+
+def _step_times(engine: Engine, prompts: list[list[int]], length: int, steps: int = 64) -> tuple[float, float]:
+    """Seconds of one engine step at the full batch in the middle of the answers, and of one bare graph replay."""
+    params = SamplingParams(
+        max_tokens=min(steps * 2, engine.config.max_model_len - length), temperature=0.0, ignore_eos=True
+    )
+    for index, tokens in enumerate(prompts):
+        longer = (tokens * (length // len(tokens) + 1))[:length]
+        engine.submit(GenerateRequest(id=f"step-{index}", prompt=tuple(longer), params=params))
+    started: set[str] = set()
+    while len(started) < len(prompts):
+        started |= {event.id for event in engine.step()}
+    for _ in range(4):
+        engine.step()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    count = 0
+    while engine.has_work and count < steps and len(engine.scheduler.running) == len(prompts):
+        engine.step()
+        count += 1
+    torch.cuda.synchronize()
+    step = (time.perf_counter() - begin) / max(count, 1)
+    runner = engine.runner
+    assert isinstance(runner, GpuRunner)
+    m = next(size for size in runner.sizes if size >= len(prompts))
+    graph = _seconds(runner._graphs[m].replay, times=20)
+    for index in range(len(prompts)):
+        engine.abort(f"step-{index}")
+    while engine.has_work:
+        engine.step()
+    return step, graph
+
+
+def _profile(engine: Engine, prompts: list[list[int]]) -> dict[str, dict[str, float]]:
+    """Seconds and count of each kernel in one replay of the step's graph."""
+    runner = engine.runner
+    m = next(size for size in runner.sizes if size >= len(prompts))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        runner._graphs[m].replay()
+        torch.cuda.synchronize()
+    found: dict[str, dict[str, float]] = {}
+    for event in seen.events():
+        if event.device_time:
+            entry = found.setdefault(event.name, {"seconds": 0.0, "count": 0})
+            entry["seconds"] += event.device_time * 1e-6
+            entry["count"] += 1
+    return dict(sorted(found.items(), key=lambda item: -item[1]["seconds"]))
+
+
+def compare_slice(
+    loader: Loader, engine: Engine, config: Mapping[str, Any], recipe: Recipe | None, steps: int = 16
+) -> tuple[float, float]:
+    """Decode 16 tokens with two layers of the engine's own weights; the definition computes the same sequence.
+
+    Returns:
+        The relative difference of the logits, and how often both choose the same token.
+
+    Raises:
+        UnsupportedError: they are not the same function: nothing is worth timing.
+    """
+    whole = engine.runner.decoder
+    device = whole.device
+    small = dummy_checkpoint(config, recipe, device, layers=2)
+    few = FusedDecoder(small.spec, whole.embed_weight, whole.layers[:2], whole.final_norm, whole.head, whole.codecs[:2])
+    options = EngineOptions(device=str(device), max_batch=1, max_model_len=256, num_blocks=8, prefix_cache=False)
+    resolved = resolve(options, spec=few.spec, token_bytes=1, free_bytes=1 << 40)
+    runner = GpuRunner(few, resolved)
+    generator = torch.Generator().manual_seed(1)
+    prompt = torch.randint(0, small.spec.vocab, (77,), generator=generator).tolist()
+    said, ours = list(prompt), []
+    sliced = Engine(few, resolved)
+    sliced.runner = runner
+    sliced.submit(
+        GenerateRequest(
+            id="slice", prompt=tuple(prompt), params=SamplingParams(max_tokens=steps, temperature=0.0, ignore_eos=True)
+        )
+    )
+    while sliced.has_work:
+        for event in sliced.step():
+            if event.token is not None:
+                said.append(event.token)
+    # once more, a token at a time, for the logits of each step
+    blocks = [0, 1]
+    params = SamplingParams(max_tokens=steps, temperature=0.0)
+    runner.collect(runner.launch(Batch([Piece("s", prompt, 0, blocks, Draw(params, 0, prompt, len(prompt)))])))
+    for i in range(len(prompt), len(prompt) + steps - 1):
+        runner.collect(runner.launch(Batch([Piece("s", [said[i]], i, blocks, Draw(params, 0, said, len(prompt)))])))
+        ours.append(runner.step.logits[0].clone())
+    plain = Loader(small, device, "reference").decoder()
+    attend = DenseAttend(plain.codecs, len(said) - 1)
+    ids = torch.tensor(said[:-1], device=device)
+    hidden = plain.hidden(ids, torch.arange(len(ids), device=device), attend)
+    theirs = plain.logits(hidden[len(prompt) :])
+    mine = torch.stack(ours)
+    difference = float((mine.double() - theirs.double()).norm() / theirs.double().norm())
+    agreement = float((mine.argmax(-1) == theirs.argmax(-1)).float().mean())
+    quantized = any(q.input is not None for q in small.quant.values()) or bool(small.kv)
+    if not difference < (0.08 if quantized else 0.03):
+        raise UnsupportedError(
+            f"the engine's logits differ from the reference's by {difference:.3f} (relative) over {steps} steps of a "
+            "two-layer slice: a fault of a kernel; nothing was timed"
+        )
+    return difference, agreement

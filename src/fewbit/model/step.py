@@ -1,0 +1,189 @@
+"""One decode step as a fixed row of kernels over fixed buffers: what a CUDA graph can record.
+
+Five kernels a layer: q, k, v (with the norm before folded in); attention (with the rotation and the write of the new K
+and V); o, added to the residual; gate and up, silu and product; down, added to the residual. A linear whose input is
+rounded under a scale that needs the whole row takes one more before it, from the second token on.
+
+The residual is float32 here. Several programs add to it and to the product of q, k, v, in whatever order they finish:
+two runs may differ in the last bits of a sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbit.model.fused import FusedDecoder, cosines
+from fewbit.ops.attention.decode import decode_attention, splits_of
+from fewbit.ops.linear.gpu import FEW, Codes, Folded, GpuLinear, Residual, Rounding
+from fewbit.ops.rows.rows import block_of
+
+PIECES = 32
+"""Programs that look for the largest logit of a row."""
+
+
+@dataclass(frozen=True)
+class Pages:
+    """K and V of every layer in pages: K [P, kv, page, D], V the same or, for codes, [P, kv, D, page]."""
+
+    k: list[Tensor]
+    v: list[Tensor]
+    size: int  # tokens of a page
+
+
+class DecodeStep:
+    """The step for up to `rows` sequences of up to `longest` tokens.
+
+    Attributes:
+        inputs: int32, of a step of m rows: tokens [m], sources [m], lengths [m], tables [m, pages]; see `run`.
+        chosen: int32 [rows], the likeliest token of each row, in place when `run` is done.
+        best: float32 [rows], its logit: not finite if something is wrong.
+        logits: [rows, vocab] float32.
+    """
+
+    def __init__(self, decoder: FusedDecoder, pages: Pages, rows: int, longest: int) -> None:
+        assert rows <= FEW
+        self.decoder, self.pages, self.rows = decoder, pages, rows
+        self.table_width = -(-longest // pages.size)
+        spec, device = decoder.spec, decoder.device
+        self.pdl = torch.cuda.get_device_capability(device) >= (9, 0)
+
+        def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        attentions = [layer.attention for layer in spec.layers]
+        qkv = max((a.heads + 2 * a.kv_heads) * a.head_dim for a in attentions)
+        heads = max(a.heads * a.head_dim for a in attentions)
+        width = max(layer.mlp.width for layer in spec.layers)
+        self.inputs = buffer(rows * (3 + self.table_width), dtype=torch.int32)
+        self.chosen, self.best = buffer(rows, dtype=torch.int32), buffer(rows)
+        self.logits = buffer(rows, spec.vocab)
+        self.res = buffer(rows, spec.hidden)
+        self.x = buffer(rows, spec.hidden, dtype=torch.bfloat16)  # residual * the next norm's weight
+        self.qkv = [buffer(rows * qkv) for _ in range(2)]
+        self.seen = buffer(rows * heads, dtype=torch.bfloat16)
+        self.act = buffer(rows * width, dtype=torch.bfloat16)
+        self.codes = buffer(rows * max(spec.hidden, heads, width) * 2, dtype=torch.uint8)
+        self.code_scale = buffer(rows)
+        self.sums = [buffer(rows, 16) for _ in range(2)]
+        self.count = buffer(max(spec.hidden // 16, 1) * 8, dtype=torch.int32)
+        self.parts = buffer(rows, PIECES)
+        self.part_ids = buffer(rows, PIECES, dtype=torch.int32)
+        self.row_count = buffer(rows, dtype=torch.int32)
+        groups = max(splits_of(m, a.kv_heads) * m * a.heads for m in range(1, rows + 1) for a in attentions)
+        depth = max(a.head_dim for a in attentions)
+        self.attention_parts, self.attention_stats = buffer(groups * depth), buffer(groups * 2)
+        self.attention_count = buffer(rows * max(a.kv_heads for a in attentions), dtype=torch.int32)
+        positions = torch.arange(longest, device=device)
+        self.angles = {
+            (a.position, a.head_dim): cosines(a.position, a.head_dim, positions) for a in dict.fromkeys(attentions)
+        }
+
+    def reset(self) -> None:
+        """Put right what a step that broke off may have left behind."""
+        for counter in (*self.sums, *self.qkv, self.count, self.row_count, self.attention_count):
+            counter.zero_()
+
+    @torch.inference_mode()
+    def run(self, m: int) -> None:
+        """Launch the step for `m` rows. Nothing is allocated, nothing waits for the GPU.
+
+        The token of row i is ``chosen[source]`` of the step before, or the given one where the source is negative; its
+        K and V go to place ``length - 1`` of its table; a row of length 0 is empty.
+        """
+        decoder, spec = self.decoder, self.decoder.spec
+        tokens, sources, lengths = self.inputs[: 3 * m].view(3, m)
+        table = self.inputs[3 * m : 3 * m + m * self.table_width].view(m, self.table_width)
+        norm_a, norm_b = self.sums
+        self._embed(m, tokens, sources)
+        for i, layer in enumerate(decoder.layers):
+            a, eps = layer.layer.attention, layer.layer
+            n = (a.heads + 2 * a.kv_heads) * a.head_dim
+            qkv, clear = (self.qkv[(i + j) % 2][: m * n].view(m, n) for j in range(2))
+            x = self.x[:m]
+            self._apply(layer.qkv, x, qkv, "add", Folded(norm_a, norm_b, eps.pre_attn.eps))
+            rounding = layer.o.wants(m)[0]
+            static = rounding if rounding is not None and rounding.scale is not None else None
+            seen = self.seen[: m * layer.o.k].view(m, layer.o.k)
+            target = seen if static is None else self._codes(m, layer.o.k, layer.o.few_dtype)
+            cos, sin = self.angles[a.position, a.head_dim]
+            decode_attention(
+                qkv, target, self.pages.k[i], self.pages.v[i], decoder.codecs[i], table, lengths, a, self.pages.size,
+                (self.attention_parts, self.attention_stats, self.attention_count), write=(cos, sin, layer.norms),
+                clear=clear, rounding=static, pdl=self.pdl,
+            )  # fmt: skip
+            after = Residual(self.res[:m], layer.norms["pre_mlp"], norm_b, self.count)
+            self._apply(layer.o, seen, x, "residual", residual=after, coded=None if static is None else target)
+            rounding = layer.down.wants(m)[0]
+            static = rounding if rounding is not None and rounding.scale is not None else None
+            act = self.act[: m * layer.down.k].view(m, layer.down.k)
+            norm = Folded(norm_b, norm_a, eps.pre_mlp.eps)
+            if static is None:
+                self._apply(layer.gate_up, x, act, "silu", norm)
+                coded = None
+            else:
+                # the codes of gate_up's own input lie at the start of the same memory
+                coded = self.act.view(torch.uint8)[: m * layer.down.k * layer.down.few_dtype.itemsize]
+                coded = coded.view(layer.down.few_dtype).view(m, layer.down.k)
+                self._apply(layer.gate_up, x, coded, "silu", norm, out_rounding=static)
+            following = decoder.layers[i + 1].norms["pre_attn"] if i + 1 < len(decoder.layers) else decoder.final_norm
+            after = Residual(self.res[:m], following, norm_a, self.count)
+            self._apply(layer.down, act, x, "residual", residual=after, coded=coded)
+        logits = self.logits[:m]
+        self._apply(decoder.head, self.x[:m], logits, "store", Folded(norm_a, norm_b, spec.final_norm.eps))
+        self._choose(m, logits)
+
+    def _embed(self, m: int, tokens: Tensor, sources: Tensor) -> None:
+        from fewbit.ops.rows.triton_rows import embed
+
+        decoder = self.decoder
+        first = decoder.layers[0]
+        block, warps = block_of(decoder.spec.hidden)
+        clear = first.qkv.n
+        embed[(m,)](
+            tokens, sources, self.chosen, decoder.embed_weight, first.norms["pre_attn"], self.res, self.x, self.sums[0],
+            self.qkv[0], decoder.spec.hidden, clear, BLOCK=block, CLEAR=1 << (clear - 1).bit_length(), PDL=self.pdl,
+            num_warps=warps,
+        )  # fmt: skip
+
+    def _apply(
+        self, linear: GpuLinear, x: Tensor, out: Tensor, ending: str, norm: Folded | None = None,
+        residual: Residual | None = None, coded: Tensor | None = None, out_rounding: Rounding | None = None,
+    ) -> None:  # fmt: skip
+        """One linear; `coded`: its input, rounded already under the linear's own scale."""
+        rounding, dtype = linear.wants(len(x))
+        if rounding is None:
+            linear.few(x, out, ending=ending, norm=norm, residual=residual, out_rounding=out_rounding, pdl=self.pdl)
+            return
+        if coded is not None:
+            assert rounding.scale is not None
+            codes = Codes(coded, rounding.scale)
+        else:
+            codes = self._round(x, rounding, dtype or rounding.dtype, norm)
+        linear.few(codes, out, ending=ending, residual=residual, out_rounding=out_rounding, pdl=self.pdl)
+
+    def _codes(self, m: int, width: int, dtype: torch.dtype) -> Tensor:
+        return self.codes[: m * width * dtype.itemsize].view(dtype).view(m, width)
+
+    def _round(self, x: Tensor, rounding: Rounding, dtype: torch.dtype, norm: Folded | None) -> Codes:
+        from fewbit.ops.rows.triton_rows import round_rows
+
+        m, width = x.shape
+        codes = Codes(self._codes(m, width, dtype), self.code_scale[:m] if rounding.scale is None else rounding.scale)
+        block, warps = block_of(width)
+        round_rows[(m,)](
+            x, norm.sums if norm else x, norm.clear if norm else x, codes.x, codes.scale, width, norm.eps if norm else 0.0,
+            BLOCK=block, NORM=norm is not None, CODE=rounding.code, DYNAMIC=rounding.scale is None, PDL=self.pdl, PTX=True,
+            num_warps=warps, **({"launch_pdl": True} if self.pdl else {}),
+        )  # fmt: skip
+        return codes
+
+    def _choose(self, m: int, logits: Tensor) -> None:
+        from fewbit.ops.rows.triton_rows import argmax
+
+        argmax[(m, PIECES)](
+            logits, self.parts, self.part_ids, self.row_count, self.best, self.chosen, self.decoder.spec.vocab, BLOCK=1024,
+            PIECES=PIECES, PDL=self.pdl, num_warps=4, **({"launch_pdl": True} if self.pdl else {}),
+        )  # fmt: skip

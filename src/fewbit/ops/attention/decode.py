@@ -1,0 +1,63 @@
+"""Decode attention over pages as a call; see `triton_decode` for the kernel."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fewbit.spec.decoder import Attention
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PROGRAMS = 264
+"""Two for each multiprocessor of an H100: how finely the sequences of a small batch are cut."""
+
+
+def splits_of(rows: int, kv_heads: int) -> int:
+    """In how many pieces each sequence is cut."""
+    wanted = max(1, PROGRAMS // (rows * kv_heads))
+    return min(16, 1 << (wanted.bit_length() - 1))
+
+
+def decode_attention(
+    qkv: Tensor, out: Tensor, k: Tensor, v: Tensor, codec: Any, table: Tensor, lengths: Tensor, a: Attention, page: int,
+    scratch: tuple[Tensor, Tensor, Tensor], *, write: tuple[Tensor, Tensor, Mapping[str, Tensor]] | None = None,
+    clear: Tensor | None = None, rounding: Any = None, pdl: bool = False, ptx: bool = True,
+) -> None:  # fmt: skip
+    """Attention of one new token a sequence.
+
+    Args:
+        qkv: [m, (heads + 2 kv_heads) * head_dim]; `write`: raw float32; else bfloat16, rotated and stored already.
+        out: [m, heads * head_dim], or its codes under `rounding`.
+        k, v: the pages of this layer.
+        codec: its `KVCodec`.
+        table: int32 [m, pages]; lengths: int32 [m], the new token included.
+        a: the shape.
+        page: tokens of a page.
+        scratch: parts, statistics and counters (zero) for sequences that are cut.
+        write: cosines and sines by position and the layer's norms: rotate q and k, and store the new K and V.
+        clear: set to zero by the way.
+        pdl, ptx: see `GpuLinear.few`.
+    """
+    from fewbit.ops.attention.triton_decode import decode_attention as kernel
+
+    m = len(lengths)
+    splits = splits_of(m, a.kv_heads)
+    cos, sin, norms = write or (qkv, qkv, {})
+    kv = codec.spec.k.element.name if codec.spec else "none"
+    small = splits >= 8
+    pdl = pdl and m <= 4
+    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+    kernel[(a.kv_heads, splits, m)](
+        qkv, norms.get("q_norm", qkv), norms.get("k_norm", qkv), cos, sin, k, v,
+        qkv if codec.spec is None else codec.k_scale, qkv if codec.spec is None else codec.v_scale,
+        table, lengths, out, qkv if rounding is None else rounding.scale, *scratch, qkv if clear is None else clear,
+        a.scale * math.log2(math.e), a.qk_norm.eps if a.qk_norm else 0.0, table.shape[1], a.window or 0, qkv.stride(0),
+        H=a.heads, HK=a.kv_heads, D=a.head_dim, PAGE=page, SPLITS=splits, STAGES=3, KV=kv, WRITE=write is not None,
+        QK_NORM=write is not None and a.qk_norm is not None, WINDOW=a.window is not None,
+        CODE=rounding.code if rounding is not None else "none", CLEAR=clear is not None, PDL=pdl, PREFETCH=pdl, LATE=True,
+        PTX=ptx, num_warps=2 if small and page <= 64 else 4, **options,
+    )  # fmt: skip

@@ -1,0 +1,30 @@
+"""Writing K and V of many tokens into their pages, as a call; see `triton_store` for the kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def store_pages(
+    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, codec: Any, parts: Tensor, page: int, ptx: bool = True
+) -> None:  # fmt: skip
+    """Store k, v [T, kv_heads, head_dim] (any row stride) as `codec` says and leave in them what was stored.
+
+    Args:
+        k, v: bfloat16.
+        k_pages, v_pages: the pages of the layer.
+        codec: its `KVCodec`.
+        parts: int32 [n, 4]: page, first row, first slot in the page, count.
+        page: tokens of a page.
+        ptx: False under Triton's interpreter.
+    """
+    from fewbit.ops.attention.triton_store import store_pages as kernel
+
+    heads, head_dim = k.shape[1:]
+    kernel[(len(parts), heads)](
+        k, v, k_pages, v_pages, k if codec.spec is None else codec.k_scale, v if codec.spec is None else codec.v_scale,
+        parts, k.stride(0), v.stride(0), HK=heads, D=head_dim, PAGE=page,
+        KV=codec.spec.k.element.name if codec.spec else "none", PTX=ptx, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,272 @@
+"""4-bit weights on an NVIDIA GPU: INT4 in groups, and E2M1 in blocks (NVFP4, MXFP4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewbit.numerics.element import Element
+from fewbit.numerics.qtensor import QTensor
+from fewbit.ops.linear.gpu import (
+    Codes,
+    Folded,
+    GpuKernel,
+    GpuLinear,
+    Residual,
+    Rounding,
+    ending_of,
+    input_why_not,
+    launch_options,
+)
+from fewbit.ops.linear.layouts import interleave, pack_block_scales, pack_scale_pairs, pack_tiles
+from fewbit.ops.linear.problem import LinearProblem, LinearWeights
+
+
+class Int4(GpuKernel):
+    """INT4 in groups of 32, 64 or 128, with or without zeros. Inputs as they are, or E4M3 with a scale a token.
+
+    Prompts: the weight is decoded to a bfloat16 scratch for the library's product; under E4M3 inputs to an E4M3 scratch
+    with a scale a row, which rounds it once more (what is largest in a row stays exact).
+    """
+
+    name = "int4"
+
+    def declines(self, problem: LinearProblem) -> str | None:
+        """See `GpuKernel.declines`."""
+        fmt = problem.quant.weight
+        if fmt is None or fmt.element.name != "int4" or fmt.block[0] != 1 or fmt.block[1] not in (32, 64, 128):
+            return f"holds INT4 in groups of 32, 64 or 128, not {fmt or 'unquantized weights'}"
+        if problem.quant.input is not None and (problem.n % 16 or problem.k % 16):
+            return "the library's FP8 product needs multiples of 16"
+        if problem.quant.input is not None and problem.quant.input_scale != "dynamic":
+            return "rounds inputs under one scale a token only"
+        return input_why_not(problem, "e4m3")
+
+    def weight_bytes(self, problem: LinearProblem) -> int:
+        """See `LinearKernel.weight_bytes`."""
+        fmt = problem.quant.weight
+        assert fmt is not None
+        group = 2 * (2 if fmt.block[1] == 128 and not fmt.zero else 1) + bool(fmt.zero)
+        return problem.n * (problem.k // 2 + problem.k // fmt.block[1] * group)
+
+    def join(self, pieces: Sequence[LinearWeights], gpu: str = "", gated: bool = False) -> GpuLinear:
+        """See `GpuKernel.join`."""
+        return _Int4Linear(pieces, gpu, gated)
+
+
+class _FourLinear(GpuLinear):
+    """What both have in common: tiles, and a scratch for prompts."""
+
+    columns: int  # of a plane
+
+    @property
+    def padded_k(self) -> int:
+        """Whole tiles."""
+        return -(-self.k // (4 * self.columns)) * 4 * self.columns
+
+    @property
+    def blocks(self) -> int:
+        """Tiles along K."""
+        return self.padded_k // (4 * self.columns)
+
+    def tile(self, m: int, ending: str) -> dict[str, object]:
+        """See `GpuLinear.tile`; the reduction is cut in pieces of whole tiles."""
+        cut = super().tile(m, ending)
+        while not cut["gemv"] and self.blocks % cut["SPLIT"]:
+            cut["SPLIT"] -= 1
+        return cut
+
+    def _codes(self, pieces: Sequence[LinearWeights], flip: int, gated: bool) -> Tensor:
+        codes = torch.cat([p.weight.codes for p in pieces]) ^ flip  # type: ignore[union-attr]
+        return pack_tiles(interleave(codes) if gated else codes, self.columns)
+
+
+class _Int4Linear(_FourLinear):
+    kind = "int4"
+
+    def __init__(self, pieces: Sequence[LinearWeights], gpu: str, gated: bool) -> None:
+        super().__init__(pieces, gpu, gated)
+        weights = [p.weight for p in pieces if isinstance(p.weight, QTensor)]
+        group = weights[0].format.block[1]
+        self.columns = 32 if group == 32 else 64
+        self.per = 4 * self.columns // group
+        order = interleave if gated else (lambda rows: rows)
+        scale = order(torch.cat([w.scale for w in weights]))  # bfloat16 [N, groups]
+        self.words = self._codes(pieces, 8, gated)  # two's complement to 0..15
+        self.pairs = pack_scale_pairs(scale) if group == 128 and weights[0].zero is None else None
+        # a scale of zero where there is no weight
+        missing = self.padded_k // group - scale.shape[1], -self.n % 64
+        self.scales = F.pad(scale, (0, missing[0], 0, missing[1])).t().contiguous()  # [groups, N64]
+        self.zeros: Tensor | None = None
+        if weights[0].zero is not None:
+            zero = order(torch.cat([w.zero for w in weights if w.zero is not None]))
+            self.zeros = F.pad(zero, (0, missing[0], 0, missing[1])).t().contiguous()
+        self.row = (scale.float().amax(1) / 32).contiguous() if self.rounding else None  # of the E4M3 scratch
+
+    def tile(self, m: int, ending: str) -> dict[str, object]:
+        """The GEMV knows symmetric groups of 128 alone."""
+        return super().tile(m if self.pairs is not None else max(m, 2), ending)
+
+    @property
+    def few_dtype(self) -> torch.dtype:
+        """E4M3 numbers are bfloat16 numbers, which is what the weights become."""
+        return torch.bfloat16
+
+    def few(
+        self, x: Tensor | Codes, out: Tensor, *, ending: str = "store", norm: Folded | None = None,
+        residual: Residual | None = None, out_rounding: Rounding | None = None, pdl: bool = False, ptx: bool = True,
+    ) -> None:  # fmt: skip
+        """See `GpuLinear.few`."""
+        from fewbit.ops.linear.triton_four import int4_gemm, int4_gemv
+
+        codes = x if isinstance(x, Codes) else None
+        rows = codes.x if codes else x
+        assert isinstance(rows, Tensor)
+        m, none = rows.shape[0], self._none
+        cut = self.tile(m, ending)
+        sums, clear, eps = (norm.sums, norm.clear, norm.eps) if norm else (none, none, 0.0)
+        res, g, added, count = (
+            (residual.res, residual.g, residual.sums, residual.count) if residual else (none, none, none, none)
+        )
+        bias = none if self.bias is None else self.bias
+        even = self.k == self.padded_k
+        if cut["gemv"]:
+            int4_gemv[(-(-self.n // cut["BN"]),)](
+                rows.view(torch.int32), self.words.view(torch.int32), self.pairs, bias, sums, out, res, g, added, clear,
+                self.n, self.k, eps,
+                BN=cut["BN"], KC=cut["KC"], NIT=cut["NIT"], CODE=self.rounding.code if self.rounding else "none",
+                BIAS=self.bias is not None, OUT="store" if ending == "add" else ending, NORM=norm is not None, EVEN=even,
+                PDL=pdl, PTX=ptx, **launch_options(cut, pdl),
+            )  # fmt: skip
+            return
+        split = cut["SPLIT"]
+        int4_gemm[(-(-self.n // cut["BN"]), split, -(-m // cut["BM"]))](
+            rows, self.words, self.scales, none if self.zeros is None else self.zeros,
+            none if codes is None else codes.scale, bias, sums, out,
+            none if out_rounding is None else out_rounding.scale, res, g, added, count, clear,
+            m, self.n, self.k, self.blocks, eps,
+            BN=cut["BN"], BM=cut["BM"], C=self.columns, PER=self.per, SPLIT=split, STAGES=cut["STAGES"],
+            ASYM=self.zeros is not None, SX="none" if codes is None else "rows", BIAS=self.bias is not None,
+            OUT=ending_of(ending, split), CODE=out_rounding.code if out_rounding else "none", NORM=norm is not None,
+            EVEN=even, PREFETCH=cut["PREFETCH"], PDL=pdl, PTX=ptx, **launch_options(cut, pdl),
+        )  # fmt: skip
+
+    def many(self, x: Tensor | Codes) -> Tensor:
+        """See `GpuLinear.many`."""
+        bias = None if self.bias is None else self.bias.to(torch.bfloat16)
+        if isinstance(x, Codes):
+            assert self.row is not None
+            weight = self.decode(torch.float8_e4m3fn)
+            out = torch._scaled_mm(
+                x.x, weight.t(), scale_a=x.scale[:, None], scale_b=self.row[None], out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            )  # fmt: skip
+            return out if bias is None else out + bias
+        return F.linear(x, self.decode(torch.bfloat16), bias)
+
+    def decode(self, dtype: torch.dtype, ptx: bool = True) -> Tensor:
+        """The weight [N, K] in a scratch that the next call uses again; E4M3: in units of `row`."""
+        from fewbit.ops.linear.triton_four import int4_decode
+
+        out = scratch(self.words.device, self.n * self.k, dtype).view(self.n, self.k)
+        int4_decode[(-(-self.n // 64), self.blocks)](
+            self.words, self.scales, self._none if self.zeros is None else self.zeros,
+            self._none if self.row is None else self.row, out, self.n, self.k, self.blocks,
+            C=self.columns, PER=self.per, ASYM=self.zeros is not None, ROWS=dtype == torch.float8_e4m3fn, PTX=ptx,
+            num_warps=8,
+        )  # fmt: skip
+        return out
+
+
+class Fp4(GpuKernel):
+    """NVFP4 and MXFP4 weights. Prompts: decoded to a bfloat16 scratch for the library's product."""
+
+    name = "fp4"
+
+    def declines(self, problem: LinearProblem) -> str | None:
+        """See `GpuKernel.declines`."""
+        fmt = problem.quant.weight
+        if fmt is None or fmt.element.name != "e2m1" or fmt.block[0] != 1 or fmt.block[1] not in (16, 32):
+            return f"holds NVFP4 and MXFP4, not {fmt or 'unquantized weights'}"
+        return None if problem.quant.input is None else f"cannot round inputs to {problem.quant.input}"
+
+    def weight_bytes(self, problem: LinearProblem) -> int:
+        """See `LinearKernel.weight_bytes`: half a byte a weight, a byte for 16."""
+        return problem.n * (problem.k // 2 + problem.k // 16 + 4)
+
+    def join(self, pieces: Sequence[LinearWeights], gpu: str = "", gated: bool = False) -> GpuLinear:
+        """See `GpuKernel.join`."""
+        return _Fp4Linear(pieces, gpu, gated)
+
+
+class _Fp4Linear(_FourLinear):
+    kind = "fp4"
+    columns = 64
+
+    def __init__(self, pieces: Sequence[LinearWeights], gpu: str, gated: bool) -> None:
+        super().__init__(pieces, gpu, gated)
+        weights = [p.weight for p in pieces if isinstance(p.weight, QTensor)]
+        order = interleave if gated else (lambda rows: rows)
+        stored = torch.cat([E.decode(w.scale) for w in weights if isinstance(E := w.format.scale, Element)])
+        self.words = self._codes(pieces, 0, gated)
+        self.scales, row = pack_block_scales(order(stored).repeat_interleave(weights[0].format.block[1] // 16, 1))
+        outer = [row.new_ones(w.shape[0]) if w.outer is None else w.outer.expand(w.shape[0]) for w in weights]
+        self.row = row * order(torch.cat(outer))  # float32 [N]
+
+    def tile(self, m: int, ending: str) -> dict[str, object]:
+        """There is no GEMV."""
+        return super().tile(max(m, 2), ending)
+
+    def few(
+        self, x: Tensor | Codes, out: Tensor, *, ending: str = "store", norm: Folded | None = None,
+        residual: Residual | None = None, out_rounding: Rounding | None = None, pdl: bool = False, ptx: bool = True,
+    ) -> None:  # fmt: skip
+        """See `GpuLinear.few`."""
+        from fewbit.ops.linear.triton_four import fp4_gemm
+
+        assert isinstance(x, Tensor)
+        m, none = x.shape[0], self._none
+        cut = self.tile(m, ending)
+        sums, clear, eps = (norm.sums, norm.clear, norm.eps) if norm else (none, none, 0.0)
+        res, g, added, count = (
+            (residual.res, residual.g, residual.sums, residual.count) if residual else (none, none, none, none)
+        )
+        split = cut["SPLIT"]
+        fp4_gemm[(-(-self.n // cut["BN"]), split, -(-m // cut["BM"]))](
+            x, self.words, self.scales, self.row, none if self.bias is None else self.bias, sums, out,
+            none if out_rounding is None else out_rounding.scale, res, g, added, count, clear,
+            m, self.n, self.k, self.blocks, eps,
+            BN=cut["BN"], BM=cut["BM"], SPLIT=split, STAGES=cut["STAGES"], BIAS=self.bias is not None,
+            OUT=ending_of(ending, split), CODE=out_rounding.code if out_rounding else "none", NORM=norm is not None,
+            EVEN=self.k == self.padded_k, PREFETCH=cut["PREFETCH"], PDL=pdl, PTX=ptx, **launch_options(cut, pdl),
+        )  # fmt: skip
+
+    def many(self, x: Tensor | Codes) -> Tensor:
+        """See `GpuLinear.many`."""
+        assert isinstance(x, Tensor)
+        return F.linear(x, self.decode(), None if self.bias is None else self.bias.to(torch.bfloat16))
+
+    def decode(self, ptx: bool = True) -> Tensor:
+        """The weight [N, K] in a scratch that the next call uses again."""
+        from fewbit.ops.linear.triton_four import fp4_decode
+
+        out = scratch(self.words.device, self.n * self.k, torch.bfloat16).view(self.n, self.k)
+        fp4_decode[(-(-self.n // 64), self.blocks)](
+            self.words, self.scales, self.row, out, self.n, self.k, self.blocks, PTX=ptx, num_warps=8
+        )
+        return out
+
+
+_scratches: dict[torch.device, Tensor] = {}
+
+
+def scratch(device: torch.device, numbers: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialized memory that all linears of a device share, one after the other."""
+    size = numbers * dtype.itemsize
+    held = _scratches.get(device)
+    if held is None or held.numel() < size:
+        _scratches[device] = held = torch.empty(size, dtype=torch.uint8, device=device)
+    return held[:size].view(dtype)

@@ -1,0 +1,249 @@
+"""Linear layers on an NVIDIA GPU: what the skinny kernels and the library products have in common.
+
+A linear knows two ways. `few`: up to `FEW` tokens, one Triton kernel that reads every weight once and ends as the
+decode step wants it (`triton_epilogue`). `many`: a library product, for prompts.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.ops.linear.problem import LinearProblem, LinearWeights
+from fewbit.ops.linear.tiles import Tile, tile
+
+FEW = 128
+"""Most tokens of a skinny product."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a linear's input is rounded: ``e4m3`` or ``int8`` codes, under one scale or (None) one a token."""
+
+    code: str
+    scale: Tensor | None = None  # float32 []
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the codes are stored in."""
+        return torch.float8_e4m3fn if self.code == "e4m3" else torch.int8
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A rounded input: codes [T, K] and their scale, float32 [] or [T]."""
+
+    x: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class Folded:
+    """An RMSNorm folded into a product: its input is ``residual * g``, its result is scaled by the inverse RMS.
+
+    Attributes:
+        sums: float32 [M, 16], squares of the residual.
+        clear: the sums of the other norm, cleared by the way.
+        eps: of the norm.
+    """
+
+    sums: Tensor
+    clear: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Where a product is added: res float32 [M, N]; the next norm's weight g [N]; its sums [M, 16]; counters."""
+
+    res: Tensor
+    g: Tensor
+    sums: Tensor
+    count: Tensor
+
+
+class GpuLinear(ABC):
+    """Prepared weights of one linear, or of several that read the same input and lie one below the other.
+
+    Attributes:
+        n, k: rows and columns.
+        rounding: how the input is rounded; None: it stays bfloat16.
+        kind: see `tiles.tile`.
+    """
+
+    kind: str
+
+    def __init__(self, pieces: Sequence[LinearWeights], gpu: str, gated: bool) -> None:
+        self.n = sum(piece.weight.shape[0] for piece in pieces)
+        self.k = pieces[0].weight.shape[1]
+        self.gpu = gpu
+        device = pieces[0].weight.codes.device if hasattr(pieces[0].weight, "codes") else pieces[0].weight.device
+        self.rounding = _rounding(pieces[0])
+        self.bias = _bias(pieces, gated, device)
+        self._none = torch.zeros(1, device=device)  # stands for arguments that a variant does not read
+
+    @property
+    def padded_k(self) -> int:
+        """Columns as the kernels see them."""
+        return self.k
+
+    def tile(self, m: int, ending: str) -> Tile:
+        """How the product is cut for `m` tokens."""
+        return tile(self.kind, self.n, self.padded_k, m, ending, self.gpu)
+
+    def rounds_itself(self, m: int) -> bool:
+        """Whether `few` rounds its input on the way; else it wants codes (if it has a `rounding`)."""
+        return bool(self.tile(m, "store")["gemv"])
+
+    @property
+    def few_dtype(self) -> torch.dtype:
+        """What `few` wants codes stored in."""
+        return self.rounding.dtype if self.rounding else torch.bfloat16
+
+    @abstractmethod
+    def few(
+        self, x: Tensor | Codes, out: Tensor, *, ending: str = "store", norm: Folded | None = None,
+        residual: Residual | None = None, out_rounding: Rounding | None = None, pdl: bool = False, ptx: bool = True,
+    ) -> None:  # fmt: skip
+        """The product of up to `FEW` tokens.
+
+        Args:
+            x: [M, K] bfloat16, or codes where `rounds_itself` says no.
+            out: see `triton_epilogue`; with ``add`` float32 [M, N] that is zero before.
+            ending: ``store``, ``add``, ``silu`` or ``residual``.
+            norm: fold an RMSNorm in.
+            residual: for ``residual``.
+            out_rounding: for ``silu``: store codes under its scale.
+            pdl: start before the kernel before is complete (compute capability 9.0 and later).
+            ptx: False under Triton's interpreter.
+        """
+
+    @abstractmethod
+    def many(self, x: Tensor | Codes) -> Tensor:
+        """[T, K] to bfloat16 [T, N] for many tokens: bfloat16, or codes if there is a `rounding`."""
+
+    def wants(self, tokens: int) -> tuple[Rounding | None, torch.dtype | None]:
+        """How `product` wants its input of so many tokens rounded, and what the codes are stored in."""
+        if self.rounding is None or (tokens <= FEW and self.rounds_itself(tokens)):
+            return None, None
+        return self.rounding, self.few_dtype if tokens <= FEW else None
+
+    def product(self, x: Tensor | Codes) -> Tensor:
+        """[T, K] as `wants` says, to bfloat16 [T, N]."""
+        rows = x.x if isinstance(x, Codes) else x
+        if rows.shape[0] > FEW:
+            return self.many(x)
+        out = torch.empty(rows.shape[0], self.n, dtype=torch.bfloat16, device=rows.device)
+        self.few(x, out)
+        return out
+
+
+def ending_of(ending: str, split: int) -> str:
+    """The kernel's ending: what several programs add to cannot be stored."""
+    if ending == "add":
+        return "atomic" if split > 1 else "store"
+    return ending
+
+
+def launch_options(cut: Tile, pdl: bool) -> dict[str, Any]:
+    """Options of a launch; the interpreter knows none of dependent launches."""
+    return {"num_warps": cut["num_warps"], **({"launch_pdl": True} if pdl else {})}
+
+
+class GpuKernel(ABC):
+    """A `LinearKernel` whose prepared weights are a `GpuLinear`."""
+
+    name: str
+
+    def why_not(self, problem: LinearProblem) -> str | None:
+        """See `LinearKernel.why_not`."""
+        if problem.device.kind != "cuda":
+            return "needs an NVIDIA GPU"
+        if problem.device.capability < (8, 0):
+            return f"needs compute capability 8.0, this GPU has {_version(problem.device.capability)}"
+        if not _has_triton():
+            return "the package triton is not installed"
+        if problem.dtype != torch.bfloat16:
+            return f"computes in bfloat16, the model in {str(problem.dtype).removeprefix('torch.')}"
+        if problem.quant.prescale:
+            return "cannot multiply inputs by a stored vector"
+        return self.declines(problem)
+
+    @abstractmethod
+    def declines(self, problem: LinearProblem) -> str | None:
+        """The part of `why_not` that is this kernel's own."""
+
+    @abstractmethod
+    def weight_bytes(self, problem: LinearProblem) -> int:
+        """See `LinearKernel.weight_bytes`."""
+
+    @abstractmethod
+    def join(self, pieces: Sequence[LinearWeights], gpu: str = "", gated: bool = False) -> GpuLinear:
+        """Prepare linears that read the same input as one; `gated`: gate above up, for the ending ``silu``."""
+
+    def prepare(self, weights: LinearWeights, dtype: torch.dtype) -> GpuLinear:
+        """See `LinearKernel.prepare`."""
+        return self.join([weights], gpu_name(weights))
+
+    def run(self, x: Tensor, prepared: GpuLinear) -> Tensor:
+        """See `LinearKernel.run`."""
+        from fewbit.ops.rows.rows import rounded
+
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        rounding, dtype = prepared.wants(len(rows))
+        out = prepared.product(rows if rounding is None else rounded(rows, rounding, dtype))
+        return out.view(*x.shape[:-1], -1)
+
+
+def gpu_name(weights: LinearWeights) -> str:
+    """The name of the GPU that holds `weights`; empty elsewhere."""
+    weight = weights.weight
+    device = weight.device if isinstance(weight, Tensor) else weight.codes.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
+def input_why_not(problem: LinearProblem, element: str) -> str | None:
+    """None if the kernels can round inputs so: ``element`` codes, one scale a token or one calibrated."""
+    fmt, how = problem.quant.input, problem.quant.input_scale
+    if fmt is None:
+        return None
+    whole_row = fmt.block[1] == -1
+    if fmt.element.name != element or not whole_row or (how == "dynamic" and fmt.block[0] != 1) or how == "outer":
+        return f"cannot round inputs to {fmt} ({how})"
+    if element == "e4m3" and problem.device.capability < (8, 9):
+        return f"FP8 needs compute capability 8.9, this GPU has {_version(problem.device.capability)}"
+    return None
+
+
+def _rounding(weights: LinearWeights) -> Rounding | None:
+    fmt = weights.quant.input
+    if fmt is None:
+        return None
+    scale = weights.input_scale if weights.quant.input_scale == "static" else None
+    return Rounding(fmt.element.name, None if scale is None else scale.float().reshape(()))
+
+
+def _bias(pieces: Sequence[LinearWeights], gated: bool, device: torch.device) -> Tensor | None:
+    from fewbit.ops.linear.layouts import interleave
+
+    if all(piece.bias is None for piece in pieces):
+        return None
+    zero = [torch.zeros(p.weight.shape[0], device=device) if p.bias is None else p.bias.float() for p in pieces]
+    bias = torch.cat(zero)
+    return interleave(bias) if gated else bias
+
+
+def _version(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -1,0 +1,77 @@
+"""How a skinny product is cut into programs: measured for the shapes that were tuned, a rule for all others.
+
+The tables lie in ``tuned/``, one a GPU, made by ``benchmarks/tune_linear.py``. Nothing is tuned while a request waits.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from importlib.resources import files
+from typing import Any
+
+Tile = dict[str, Any]
+
+
+def tile(kind: str, n: int, k: int, m: int, ending: str, gpu: str) -> Tile:
+    """The constants of a kernel's launch.
+
+    Args:
+        kind: ``bf16``, ``8``, ``int4`` or ``fp4``: what a weight is.
+        n, k: rows and columns of the weight (k as the kernel sees it, filled up).
+        m: tokens; 1: the answer may be a GEMV (``gemv`` is True).
+        ending: how the product ends, see `triton_epilogue`.
+        gpu: the name of the GPU.
+    """
+    bm = 1 if m == 1 else next((b for b in (16, 32) if m <= b), 64)
+    found = _table(gpu).get(f"{kind} {n}x{k} {bm}")
+    made = dict(found) if found else _rule(kind, n, k, bm)
+    if not made["gemv"]:
+        made["BM"] = max(bm, 16)
+        if ending == "silu":
+            made["SPLIT"] = 1
+    return made
+
+
+def _rule(kind: str, n: int, k: int, bm: int) -> Tile:
+    if bm == 1 and kind in ("bf16", "8"):
+        width = min(_power_of_two(k), 4096)
+        if width < 512:  # few numbers in a row, or an odd number of them: one masked piece after another
+            width = min(1 << (k - 1).bit_length(), 2048)
+        steps = -(-k // width)
+        return {"gemv": True, "BN": 4, "BK": width, "NIT": steps, "num_warps": 4}
+    if bm == 1 and kind == "int4":
+        blocks = k // 256
+        columns = min(_power_of_two(blocks), 16)
+        rows = 16 if columns == 16 else 8
+        return {"gemv": True, "BN": rows, "KC": columns, "NIT": blocks // columns, "num_warps": 4 if rows == 16 else 2}
+    if kind in ("bf16", "8"):
+        bytes_ = 2 if kind == "bf16" else 1
+        bk = next(b // bytes_ for b in (256, 128, 64) if k % (b // bytes_) == 0)
+        rows = 128 if n >= 16384 else 64
+        return {
+            "gemv": False, "BN": rows, "BK": bk, "num_warps": 4, "STAGES": 3 if rows == 128 else 4,
+            "SPLIT": _split(n // rows, k // bk), "PREFETCH": 2,
+        }  # fmt: skip
+    rows = 128 if n >= 16384 and bm > 16 else 64
+    return {
+        "gemv": False, "BN": rows, "num_warps": 8 if rows == 128 else 4, "STAGES": 3,
+        "SPLIT": _split(-(-n // rows), k // 256), "PREFETCH": 128,
+    }  # fmt: skip
+
+
+def _split(programs: int, steps: int) -> int:
+    """In how many pieces the reduction is cut: two programs a multiprocessor, at least two steps each."""
+    fitting = [s for s in (2, 4, 7, 8) if steps % s == 0 and steps // s >= 2 and programs * s <= 400]
+    return max(fitting, default=1)
+
+
+def _power_of_two(number: int) -> int:
+    return number & -number
+
+
+@functools.cache
+def _table(gpu: str) -> dict[str, Tile]:
+    name = next((n for n in ("H100", "H200") if n in gpu), None)
+    path = files("fewbit.ops.linear") / "tuned" / f"{name}.json"
+    return json.loads(path.read_text()) if name and path.is_file() else {}

@@ -1,0 +1,106 @@
+"""What the skinny kernels do with a finished tile of ``x @ weight.T``: four endings, chosen by ``OUT``.
+
+- ``store``: out [M, N] in its own dtype.
+- ``atomic``: added to out [M, N], float32 and zero before (several programs share one tile of out).
+- ``silu``: out [M, N / 2] = silu(gate) * up; gate and up rows of the weight lie interleaved in blocks of 8.
+- ``residual``: added to res [M, N], float32. Who finishes a tile of res also writes ``out = res * g`` (g: the weight of
+  the next RMSNorm) and adds the squares of res to ``sums`` [M, 16]. The next linear multiplies its result by
+  ``rsqrt(sum / K + eps)``: so no kernel is left for the norm itself.
+
+``sums`` is cut in 16 so that fewer programs add to one address.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fewbit.ops.triton_common import round_code
+
+
+@triton.jit
+def inverse_rms(sums_ptr, rm, mask, K, eps):
+    """``rsqrt(mean of squares + eps)`` of rows `rm`, float32 [BM]."""
+    parts = tl.load(sums_ptr + rm[:, None] * 16 + tl.arange(0, 16)[None, :], mask=mask[:, None], other=1.0)
+    return tl.rsqrt(tl.sum(parts, 1) / K + eps)
+
+
+@triton.jit
+def _silu(gate, up):
+    return gate / (1 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def gemm_epilogue(
+    acc, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_ptr, count_ptr, zero_ptr, rn, rm, pid_n, pid_k, pid_m, M, N,
+    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, OUT: tl.constexpr, CODE: tl.constexpr, BIAS: tl.constexpr,
+    ZERO: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """acc float32 [BN, BM]: features `rn`, tokens `rm`. ZERO: sums [M, 16] at `zero_ptr` are cleared by the way."""
+    real = rm < M
+    mask = real[None, :] & (rn < N)[:, None]
+    if BIAS and pid_k == 0:
+        acc += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)[:, None]
+    if ZERO and ((pid_n == 0) & (pid_k == 0)):
+        at = rm[:, None] * 16 + tl.arange(0, 16)[None, :]
+        tl.store(zero_ptr + at, tl.zeros((BM, 16), tl.float32), mask=real[:, None])
+    if OUT == "silu":
+        gate, up = tl.split(tl.permute(tl.reshape(acc, (BN // 16, 2, 8, BM)), (0, 2, 3, 1)))
+        y = tl.reshape(_silu(gate, up), (BN // 2, BM))
+        if CODE != "none":
+            y = round_code(y / tl.load(out_scale_ptr), CODE, PTX)
+        ro = pid_n * (BN // 2) + tl.arange(0, BN // 2)
+        where = real[None, :] & (ro < N // 2)[:, None]
+        tl.store(out_ptr + rm[None, :] * (N // 2) + ro[:, None], y.to(out_ptr.dtype.element_ty), mask=where)
+    else:
+        offs = rm[None, :] * N + rn[:, None]
+        if OUT == "store":
+            tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        elif OUT == "atomic":
+            tl.atomic_add(out_ptr + offs, acc, mask=mask, sem="relaxed")
+        else:
+            tl.atomic_add(res_ptr + offs, acc, mask=mask, sem="relaxed")
+            tl.debug_barrier()  # every thread's adds before the counter
+            count = count_ptr + pid_m * tl.num_programs(0) + pid_n
+            done = tl.atomic_add(count, 1, sem="acq_rel")
+            if done == SPLIT - 1:
+                g = tl.load(g_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)
+                r = tl.load(res_ptr + offs, mask=mask, other=0.0, cache_modifier=".cg")
+                tl.store(out_ptr + offs, (r * g[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+                tl.atomic_add(sums_ptr + rm * 16 + pid_n % 16, tl.sum(r * r, 0), mask=real, sem="relaxed")
+                tl.store(count, 0)
+
+
+@triton.jit
+def gemv_rows(pid, BN: tl.constexpr, OUT: tl.constexpr):
+    """Weight rows [BN] of a program: neighbours, or for ``silu`` BN / 2 gate rows and then their up rows."""
+    i = tl.arange(0, BN)
+    if OUT == "silu":
+        unit = pid * (BN // 2) + i % (BN // 2)
+        return unit // 8 * 16 + i // (BN // 2) * 8 + unit % 8
+    return pid * BN + i
+
+
+@triton.jit
+def gemv_epilogue(
+    r, bias_ptr, out_ptr, res_ptr, g_ptr, sums_ptr, zero_ptr, row, pid, N,
+    BN: tl.constexpr, OUT: tl.constexpr, BIAS: tl.constexpr, ZERO: tl.constexpr,
+):  # fmt: skip
+    """r float32 [BN], one token. ``atomic`` does not occur: a program has whole rows."""
+    real = row < N
+    if BIAS:
+        r += tl.load(bias_ptr + row, mask=real, other=0.0).to(tl.float32)
+    if ZERO and pid == 0:
+        tl.store(zero_ptr + tl.arange(0, 16), tl.zeros((16,), tl.float32))
+    if OUT == "silu":
+        gate, up = tl.split(tl.permute(tl.reshape(r, (2, BN // 2)), (1, 0)))
+        ro = pid * (BN // 2) + tl.arange(0, BN // 2)
+        tl.store(out_ptr + ro, _silu(gate, up).to(out_ptr.dtype.element_ty), mask=ro < N // 2)
+    elif OUT == "residual":
+        r += tl.load(res_ptr + row, mask=real, other=0.0)
+        tl.store(res_ptr + row, r, mask=real)
+        g = tl.load(g_ptr + row, mask=real, other=0.0).to(tl.float32)
+        tl.store(out_ptr + row, (r * g).to(out_ptr.dtype.element_ty), mask=real)
+        tl.atomic_add(sums_ptr + pid % 16, tl.sum(tl.where(real, r * r, 0.0), 0), sem="relaxed")
+    else:
+        tl.store(out_ptr + row, r.to(out_ptr.dtype.element_ty), mask=real)

@@ -1,0 +1,141 @@
+"""Skinny products with 16- and 8-bit weights: few tokens, every weight read once, at the speed of memory.
+
+`wide_gemv`: one token, on the CUDA cores; rounds the token to the codes of a quantized input by itself.
+`wide_gemm`: up to 128 tokens on the matrix units, the weight on the M side of the instruction, so that few tokens waste
+nothing; the reduction is cut in SPLIT pieces where rows alone do not fill the GPU.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fewbit.ops.linear.triton_epilogue import gemm_epilogue, gemv_epilogue, gemv_rows, inverse_rms
+from fewbit.ops.triton_common import prefetch_line, round_code, start_next, top_of, wait_previous
+
+
+@triton.jit
+def _load_x(x_ptr, rk, K, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(x_ptr + rk).to(tl.float32)
+    return tl.load(x_ptr + rk, mask=rk < K, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_w(p, rk, K, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(p, eviction_policy="evict_first")
+    if p.dtype.element_ty == tl.int8:
+        return tl.load(p, mask=(rk < K)[None, :], other=0, eviction_policy="evict_first")
+    return tl.load(p, mask=(rk < K)[None, :], other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def wide_gemv(
+    x_ptr, w_ptr, sw_ptr, sx_ptr, bias_ptr, sums_ptr, out_ptr, res_ptr, g_ptr, sums_out_ptr, zero_ptr, N, K, eps,
+    BN: tl.constexpr, BK: tl.constexpr, NIT: tl.constexpr, CODE: tl.constexpr, DYNAMIC: tl.constexpr, SCALED: tl.constexpr,
+    BIAS: tl.constexpr, OUT: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Grid (N / BN,). x [K]; w [N, K]; sw float32 [N]; sx float32 []: the scale of a static CODE. BK * NIT >= K.
+
+    NORM: x is multiplied by the inverse RMS that `sums` gives. NIT = 1 is fastest: all loads of the program's weights
+    are under way before the wait for the kernel before this one.
+    """
+    pid = tl.program_id(0)
+    row = gemv_rows(pid, BN, OUT)
+    rk = tl.arange(0, BK)
+    wp = w_ptr + tl.minimum(row, N - 1)[:, None].to(tl.int64) * K + rk[None, :]
+    w = _load_w(wp, rk, K, EVEN)
+    start_next(PDL)
+    wait_previous(PDL)
+    rms = 1.0
+    if NORM:
+        rms = tl.rsqrt(tl.sum(tl.load(sums_ptr + tl.arange(0, 16)), 0) / K + eps)
+    factor = rms
+    inverse = 1.0
+    if CODE != "none":
+        if DYNAMIC:  # the scale follows the row, so the norm's factor cancels in the codes
+            top = tl.zeros((BK,), tl.float32)
+            for it in tl.range(0, NIT):
+                top = tl.maximum(top, tl.abs(_load_x(x_ptr, it * BK + rk, K, EVEN)))
+            amax = tl.max(top, 0)
+            amax = tl.where(amax > 0, amax, 1.0)
+            inverse = top_of(CODE) / amax
+            factor = rms / inverse
+        else:
+            factor = tl.load(sx_ptr)
+            inverse = rms / factor
+    acc = tl.zeros((BN, BK), tl.float32)
+    for it in tl.range(0, NIT):
+        wn = w
+        if NIT > 1:
+            nx = tl.minimum(it + 1, NIT - 1) * BK
+            wn = _load_w(wp + nx, nx + rk, K, EVEN)
+        x = _load_x(x_ptr, it * BK + rk, K, EVEN)
+        if CODE != "none":
+            x = round_code(x * inverse, CODE, PTX)
+        if w_ptr.dtype.element_ty == tl.float8e4nv:
+            acc += w.to(tl.float16).to(tl.float32) * x[None, :]  # two numbers to a conversion
+        else:
+            acc += w.to(tl.float32) * x[None, :]
+        w = wn
+    r = tl.sum(acc, 1) * factor
+    if SCALED:
+        r = r * tl.load(sw_ptr + tl.minimum(row, N - 1))
+    gemv_epilogue(r, bias_ptr, out_ptr, res_ptr, g_ptr, sums_out_ptr, zero_ptr, row, pid, N, BN, OUT, BIAS, NORM)
+
+
+@triton.jit(do_not_specialize=["M"])
+def wide_gemm(
+    x_ptr, w_ptr, sw_ptr, sx_ptr, bias_ptr, sums_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, count_ptr,
+    zero_ptr, M, N, K, eps,
+    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, SX: tl.constexpr,
+    SCALED: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr, CODE: tl.constexpr, NORM: tl.constexpr,
+    PREFETCH: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Grid (N / BN, SPLIT, M / BM). x [M, K] numbers, or the codes of w's dtype; K a multiple of BK * SPLIT.
+
+    sw float32 [N]; SX: ``none``, ``one`` (sx float32 []) or ``rows`` (sx float32 [M]), the scale of the codes.
+    CODE: the codes in which ``silu`` stores, under the scale at `out_scale_ptr`. PREFETCH: lines of 128 bytes a row.
+    """
+    pid_n = tl.program_id(0)
+    pid_k = tl.program_id(1)
+    pid_m = tl.program_id(2)
+    per = K // BK // SPLIT
+    k0 = pid_k * per
+    rn = pid_n * BN + tl.arange(0, BN)
+    rm = pid_m * BM + tl.arange(0, BM)
+    rk = tl.arange(0, BK)
+    wrow = w_ptr + tl.minimum(rn, N - 1).to(tl.int64) * K
+    wp = wrow[:, None] + rk[None, :]
+    xp = x_ptr + rm[:, None] * K + rk[None, :]
+    INT: tl.constexpr = x_ptr.dtype.element_ty == tl.int8
+    if PDL:
+        start_next(PDL)
+        line: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
+        for j in tl.static_range(PREFETCH):
+            prefetch_line(wrow + k0 * BK + j * line, PTX)
+        wait_previous(PDL)
+    acc = tl.zeros((BN, BM), tl.int32 if INT else tl.float32)
+    for kb in tl.range(k0, k0 + per, num_stages=STAGES):
+        w = tl.load(wp + kb * BK, eviction_policy="evict_first")
+        if INT:
+            x = tl.load(xp + kb * BK, mask=rm[:, None] < M, other=0)  # 0.0 does not cast to int8, 0 not to fp8
+        else:
+            x = tl.load(xp + kb * BK, mask=rm[:, None] < M, other=0.0)
+        if w.dtype != x.dtype:
+            w = w.to(x.dtype)
+        acc = tl.dot(w, x.T, acc, out_dtype=acc.dtype)
+    r = acc.to(tl.float32)
+    if SCALED:
+        r = r * tl.load(sw_ptr + tl.minimum(rn, N - 1))[:, None]
+    if SX == "one":
+        r = r * tl.load(sx_ptr)
+    elif SX == "rows":
+        r = r * tl.load(sx_ptr + rm, mask=rm < M, other=0.0)[None, :]
+    if NORM:
+        r = r * inverse_rms(sums_ptr, rm, rm < M, K, eps)[None, :]
+    gemm_epilogue(
+        r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, count_ptr, zero_ptr, rn, rm, pid_n, pid_k, pid_m,
+        M, N, BN, BM, SPLIT, OUT, CODE, BIAS, NORM, PTX,
+    )  # fmt: skip

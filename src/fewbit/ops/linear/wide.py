@@ -1,0 +1,148 @@
+"""16- and 8-bit weights on an NVIDIA GPU: BF16, FP8 and INT8, with inputs as they are or rounded alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewbit.numerics.qtensor import QTensor
+from fewbit.ops.linear.gpu import (
+    Codes,
+    Folded,
+    GpuKernel,
+    GpuLinear,
+    Residual,
+    Rounding,
+    ending_of,
+    input_why_not,
+    launch_options,
+)
+from fewbit.ops.linear.layouts import interleave
+from fewbit.ops.linear.problem import LinearProblem, LinearWeights
+
+_STORAGE = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
+
+
+class Wide(GpuKernel):
+    """Weights stay as they are stored: bfloat16, or one byte a weight with a scale a row."""
+
+    name = "wide"
+
+    def declines(self, problem: LinearProblem) -> str | None:
+        """See `GpuKernel.declines`."""
+        fmt = problem.quant.weight
+        if problem.k % 64:
+            return f"{problem.k} columns do not divide by 64"
+        if fmt is None:
+            return None if problem.quant.input is None else "cannot round inputs of unquantized weights"
+        if fmt.element.name not in _STORAGE or fmt.grouped:
+            return f"holds BF16, and FP8 or INT8 with a scale a row or a tensor, not {fmt}"
+        if fmt.element.name == "e4m3" and problem.device.capability < (8, 9):
+            return "FP8 needs compute capability 8.9"
+        if problem.quant.input is not None and (problem.n % 16 or problem.k % 16):
+            return "the library's 8-bit product needs multiples of 16"
+        return input_why_not(problem, fmt.element.name)
+
+    def weight_bytes(self, problem: LinearProblem) -> int:
+        """See `LinearKernel.weight_bytes`."""
+        if problem.quant.weight is None:
+            return problem.n * problem.k * 2
+        return problem.n * (problem.k + 4)
+
+    def join(self, pieces: Sequence[LinearWeights], gpu: str = "", gated: bool = False) -> GpuLinear:
+        """See `GpuKernel.join`."""
+        return _WideLinear(pieces, gpu, gated)
+
+
+class _WideLinear(GpuLinear):
+    def __init__(self, pieces: Sequence[LinearWeights], gpu: str, gated: bool) -> None:
+        super().__init__(pieces, gpu, gated)
+        first = pieces[0].weight
+        self.scale: Tensor | None = None  # float32 [N]
+        self.uniform = False  # one scale for all rows
+        if isinstance(first, QTensor):
+            self.kind = "8"
+            storage = _STORAGE[first.format.element.name]
+            parts = [p.weight for p in pieces]
+            weight = torch.cat([p.codes.view(storage).view(torch.uint8) for p in parts])
+            scale = torch.cat([p.scales().reshape(-1, 1).expand(p.shape[0], 1).reshape(-1) for p in parts])
+            self.uniform = bool((scale == scale[0]).all())
+            if gated:
+                weight, scale = interleave(weight), interleave(scale)
+            self.weight, self.scale = weight.view(storage), scale.contiguous()
+        else:
+            self.kind = "bf16"
+            weight = torch.cat([p.weight for p in pieces]) if len(pieces) > 1 else first
+            self.weight = interleave(weight) if gated else weight.contiguous()
+
+    def few(
+        self, x: Tensor | Codes, out: Tensor, *, ending: str = "store", norm: Folded | None = None,
+        residual: Residual | None = None, out_rounding: Rounding | None = None, pdl: bool = False, ptx: bool = True,
+    ) -> None:  # fmt: skip
+        """See `GpuLinear.few`."""
+        from fewbit.ops.linear.triton_wide import wide_gemm, wide_gemv
+
+        codes = x if isinstance(x, Codes) else None
+        rows = codes.x if codes else x
+        assert isinstance(rows, Tensor)
+        m, none = rows.shape[0], self._none
+        cut = self.tile(m, ending)
+        sums, clear, eps = (norm.sums, norm.clear, norm.eps) if norm else (none, none, 0.0)
+        res, g, added, count = (
+            (residual.res, residual.g, residual.sums, residual.count) if residual else (none, none, none, none)
+        )
+        scale, bias = none if self.scale is None else self.scale, none if self.bias is None else self.bias
+        if cut["gemv"]:
+            r = self.rounding
+            static = none if r is None or r.scale is None else r.scale
+            wide_gemv[(-(-self.n // cut["BN"]),)](
+                rows, self.weight, scale, static, bias, sums, out, res, g, added, clear, self.n, self.k, eps,
+                BN=cut["BN"], BK=cut["BK"], NIT=cut["NIT"], CODE=r.code if r else "none",
+                DYNAMIC=r is not None and r.scale is None, SCALED=self.scale is not None, BIAS=self.bias is not None,
+                OUT="store" if ending == "add" else ending, NORM=norm is not None, EVEN=self.k % cut["BK"] == 0,
+                PDL=pdl, PTX=ptx, **launch_options(cut, pdl),
+            )  # fmt: skip
+            return
+        split = cut["SPLIT"]
+        how = "none" if codes is None else "one" if codes.scale.ndim == 0 else "rows"
+        wide_gemm[(-(-self.n // cut["BN"]), split, -(-m // cut["BM"]))](
+            rows, self.weight, scale, none if codes is None else codes.scale, bias, sums, out,
+            none if out_rounding is None else out_rounding.scale, res, g, added, count, clear, m, self.n, self.k, eps,
+            BN=cut["BN"], BM=cut["BM"], BK=cut["BK"], SPLIT=split, STAGES=cut["STAGES"], SX=how,
+            SCALED=self.scale is not None, BIAS=self.bias is not None, OUT=ending_of(ending, split),
+            CODE=out_rounding.code if out_rounding else "none", NORM=norm is not None, PREFETCH=cut["PREFETCH"],
+            PDL=pdl, PTX=ptx, **launch_options(cut, pdl),
+        )  # fmt: skip
+
+    def many(self, x: Tensor | Codes) -> Tensor:
+        """See `GpuLinear.many`."""
+        bias = None if self.bias is None else self.bias.to(torch.bfloat16)
+        if isinstance(x, Codes):
+            assert self.scale is not None
+            if self.weight.dtype == torch.int8:
+                return _int8_product(x, self.weight, self.scale, bias)
+            if self.uniform and x.scale.ndim == 0:
+                a, b = x.scale, self.scale[0]
+            else:
+                a, b = x.scale.expand(x.x.shape[0]).contiguous()[:, None], self.scale[None]
+            out = torch._scaled_mm(
+                x.x, self.weight.t(), scale_a=a, scale_b=b, out_dtype=torch.bfloat16, use_fast_accum=True
+            )
+            return out if bias is None else out + bias
+        if self.scale is None:
+            return F.linear(x, self.weight, bias)
+        # the codes are bfloat16 numbers as they are; what is left of a scale multiplies the result
+        out = (F.linear(x, self.weight.to(torch.bfloat16)).float() * self.scale).to(torch.bfloat16)
+        return out if bias is None else out + bias
+
+
+def _int8_product(x: Codes, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    from fewbit.ops.rows.rows import scaled
+
+    rows = x.x.shape[0]
+    codes = x.x if rows > 16 else F.pad(x.x, (0, 0, 0, 17 - rows))  # the library wants more than 16 rows
+    out = scaled(torch._int_mm(codes, weight.t())[:rows], x.scale, scale)
+    return out if bias is None else out + bias

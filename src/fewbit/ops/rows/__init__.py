@@ -1,0 +1,1 @@
+"""Row-wise operations of the GPU path. Their definition is the plain torch of `fewbit.model.decoder`."""

@@ -1,0 +1,195 @@
+"""What the Triton kernels share: dependent launches, rounding, and 4-bit decoding.
+
+Inline PTX and ``gdc_wait`` do not run under Triton's interpreter, and neither does arithmetic on bfloat16. So each
+helper takes ``PTX: tl.constexpr``; False selects plain operations that compute the same numbers in float32.
+
+Dependent launches (PDL): a kernel launched with ``launch_pdl=True`` may start while the one before it still runs. It
+must call `wait_previous` before it reads or writes what any kernel of the same graph writes; weights, page tables and
+lengths may be read before. All blocks of every such kernel wait, so a kernel that is done implies that all before it
+are done.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def start_next(PDL: tl.constexpr):
+    """Allow the next kernel of the stream to start."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_previous(PDL: tl.constexpr):
+    """Wait until the kernel before this one is complete and its writes are visible."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def prefetch_line(p, PTX: tl.constexpr):
+    """Bring the 128-byte lines at these addresses to L2."""
+    if PTX:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [p], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def prefetch_run(p, n, PTX: tl.constexpr):
+    """Bring `n` bytes (a multiple of 16) at each address to L2."""
+    if PTX:
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
+            "=r,l,r",
+            [p, n],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def nearest_int(x):
+    """The nearest whole number, ties to even, for magnitudes below 2**22."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def round_e4m3(x, PTX: tl.constexpr):
+    """float32 to the nearest E4M3 number, ties to even, saturating; float32."""
+    x = tl.minimum(tl.maximum(x, -448.0), 448.0)
+    if PTX:
+        return x.to(tl.float8e4nv).to(tl.float32)
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576  # 3 bits of mantissa
+    small = (x + 24576.0) - 24576.0  # subnormals are multiples of 2**-9
+    return tl.where(tl.abs(x) < 0.015625, small, bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def round_code(x, CODE: tl.constexpr, PTX: tl.constexpr):
+    """float32 in units of its scale to the nearest number of the element set `CODE` (``e4m3`` or ``int8``)."""
+    if CODE == "e4m3":
+        return round_e4m3(x, PTX)
+    return tl.minimum(tl.maximum(nearest_int(x), -128.0), 127.0)
+
+
+@triton.jit
+def top_of(CODE: tl.constexpr):
+    """What a largest magnitude is divided by for its scale; see `fewbit.numerics.reference.amax_scale`."""
+    top: tl.constexpr = 448.0 if CODE == "e4m3" else 127.5
+    return top
+
+
+@triton.jit
+def int4_planes(w, offset, PTX: tl.constexpr):
+    """Int16 words of four nibbles u to four planes of ``u + 128 + offset``, `offset` the negative of 128 + zero.
+
+    One LOP3 puts a nibble into the mantissa of 128.0, one packed FMA adds the offset: 1.6 operations a weight.
+    """
+    if PTX:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t, m, c, e; mov.b32 m, 0x000F000F; mov.b32 c, 0x43004300; mov.b32 e, 0x3F803F80;
+            lop3.b32 $0, $4, m, c, 0xEA;  fma.rn.bf16x2 $0, $0, e, $5;
+            shr.u32 t, $4, 4;  lop3.b32 $1, t, m, c, 0xEA;  fma.rn.bf16x2 $1, $1, e, $5;
+            shr.u32 t, $4, 8;  lop3.b32 $2, t, m, c, 0xEA;  fma.rn.bf16x2 $2, $2, e, $5;
+            shr.u32 t, $4, 12; lop3.b32 $3, t, m, c, 0xEA;  fma.rn.bf16x2 $3, $3, e, $5; }""",
+            "=&r,=&r,=&r,=&r,r,r",
+            [w, offset],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    v = w.to(tl.int32)
+    o = offset.to(tl.float32) + 128.0
+    return (
+        (v & 15).to(tl.float32) + o,
+        ((v >> 4) & 15).to(tl.float32) + o,
+        ((v >> 8) & 15).to(tl.float32) + o,
+        ((v >> 12) & 15).to(tl.float32) + o,
+    )
+
+
+@triton.jit
+def _e2m1(v):
+    m = (v & 7).to(tl.float32)
+    a = tl.where(m < 4, m * 0.5, tl.where(m < 6, m - 2, m * 2 - 8))
+    return tl.where((v & 8) > 0, -a, a)
+
+
+@triton.jit
+def e2m1_planes(w, s0, s1, s2, s3, PTX: tl.constexpr):
+    """Int16 words of four E2M1 codes and a scale for each to four planes of value * 2**-126 * scale.
+
+    Sign to bit 15, magnitude to bits 8..6: read as bfloat16 this is the value times 2**-126, exactly.
+    """
+    if PTX:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t, u, m, g, z; mov.b32 m, 0x01C001C0; mov.b32 g, 0x80008000; mov.b32 z, 0x80008000;
+            shl.b32 t, $4, 6; and.b32 t, t, m; shl.b32 u, $4, 12; lop3.b32 t, u, g, t, 0xEA; fma.rn.bf16x2 $0, t, $5, z;
+            shl.b32 t, $4, 2; and.b32 t, t, m; shl.b32 u, $4, 8;  lop3.b32 t, u, g, t, 0xEA; fma.rn.bf16x2 $1, t, $6, z;
+            shr.u32 t, $4, 2; and.b32 t, t, m; shl.b32 u, $4, 4;  lop3.b32 t, u, g, t, 0xEA; fma.rn.bf16x2 $2, t, $7, z;
+            shr.u32 t, $4, 6; and.b32 t, t, m; lop3.b32 t, $4, g, t, 0xEA; fma.rn.bf16x2 $3, t, $8, z; }""",
+            "=&r,=&r,=&r,=&r,r,r,r,r,r",
+            [w, s0, s1, s2, s3],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    v = w.to(tl.int32)
+    small: tl.constexpr = 2.0**-126
+    return (
+        _e2m1(v) * small * s0.to(tl.float32),
+        _e2m1(v >> 4) * small * s1.to(tl.float32),
+        _e2m1(v >> 8) * small * s2.to(tl.float32),
+        _e2m1(v >> 12) * small * s3.to(tl.float32),
+    )
+
+
+@triton.jit
+def nibble4(w, PTX: tl.constexpr):
+    """The nibble at bits 16-19 as float32 128 + u. One LOP3: written as ``(w & a) | b`` ptxas needs two."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 m, c; mov.b32 m, 0x000F0000; mov.b32 c, 0x43000000; lop3.b32 $0, $1, m, c, 0xEA; }",
+            "=r,r",
+            [w],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return ((w & 0xF0000) | 0x43000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def nibble3(w, PTX: tl.constexpr):
+    """The nibble at bits 12-15 as float32 2048 + u."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 m, c; mov.b32 m, 0x0000F000; mov.b32 c, 0x45000000; lop3.b32 $0, $1, m, c, 0xEA; }",
+            "=r,r",
+            [w],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return ((w & 0xF000) | 0x45000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def low_bf16(v):
+    """The bfloat16 in the low half of an int32, as float32."""
+    return (v << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def high_bf16(v):
+    """The bfloat16 in the high half of an int32, as float32."""
+    return (v & -65536).to(tl.float32, bitcast=True)

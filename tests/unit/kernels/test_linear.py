@@ -1,0 +1,166 @@
+"""The skinny products against float64: every format, every ending. On a CPU through Triton's interpreter."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from interpreter import DEVICE, GPU
+
+from fewbit.numerics.format import FORMATS
+from fewbit.numerics.quantspec import QuantSpec
+from fewbit.numerics.reference import fake_quantize, quantize
+from fewbit.ops.linear.four import Fp4, Int4
+from fewbit.ops.linear.gpu import Folded, Residual, Rounding
+from fewbit.ops.linear.problem import LinearWeights
+from fewbit.ops.linear.wide import Wide
+from fewbit.ops.rows.rows import rounded
+
+EPS = 1e-5
+KINDS = [
+    (Wide(), None, None, "dynamic"),
+    (Wide(), "int8_row", None, "dynamic"),
+    (Wide(), "int8_row", "int8_row", "dynamic"),
+    (Wide(), "fp8", "fp8", "static"),
+    (Wide(), "fp8_row", "fp8_row", "dynamic"),
+    (Int4(), "int4_g128", None, "dynamic"),
+    (Int4(), "int4_g128", "fp8_row", "dynamic"),
+    (Int4(), "int4_g64", None, "dynamic"),
+    (Int4(), "int4_g32", None, "dynamic"),
+    (Int4(), "int4_g128_asym", None, "dynamic"),
+    (Int4(), "int4_g64_asym", None, "dynamic"),
+    (Int4(), "int4_g32_asym", None, "dynamic"),
+    (Fp4(), "nvfp4", None, "dynamic"),
+    (Fp4(), "mxfp4", None, "dynamic"),
+]
+SHAPES = [(192, 256), (200, 640)] + ([(4096, 4096), (6144, 4096), (4096, 14336), (28672, 4096)] if GPU else [])
+ROWS = [1, 3, 20] + ([32, 64, 100, 128] if GPU else [])
+
+
+def name(kind):
+    kernel, weight, input_, how = kind
+    return f"{kernel.name}-{weight}-{input_}-{how}"
+
+
+def make(kind, n, k, gated=False):
+    kernel, weight, input_, how = kind
+    quant = QuantSpec(FORMATS[weight] if weight else None, FORMATS[input_] if input_ else None, how)
+    pieces = []
+    for rows in (n // 2, n // 2) if gated else (n,):
+        w = torch.randn(rows, k, device=DEVICE) * 0.05
+        if weight:
+            w = quantize(w, FORMATS[weight])
+        elif GPU:
+            w = w.bfloat16()
+        scale = torch.tensor(0.011, device=DEVICE) if how == "static" else None
+        pieces.append(LinearWeights(quant, w, torch.randn(rows, device=DEVICE), scale))
+    gpu = torch.cuda.get_device_name() if GPU else ""
+    linear = kernel.join(pieces, gpu, gated)
+    dense = torch.cat([(p.weight.dequantize() if weight else p.weight).double() for p in pieces])
+    return linear, dense, torch.cat([p.bias for p in pieces]).double()
+
+
+def error(found, expected):
+    assert found.isfinite().all()
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def given(linear, x, rms):
+    """What `few` is handed, and the number that each row of it stands for, float64."""
+    m, r = len(x), linear.rounding
+    held = torch.bfloat16 if GPU else torch.float32
+    if r is None:
+        at_once = linear.tile(m, "store")["gemv"] and linear.kind == "int4"
+        return (x if at_once else x.to(held)), x.double() * rms.double()
+    fmt = FORMATS["fp8_row" if r.code == "e4m3" else "int8_row"]
+    exact = x.float() * rms
+    seen = fake_quantize(exact, fmt, scale=None if r.scale is None else r.scale.reshape(1, 1)).double()
+    if linear.rounds_itself(m):
+        return (x if linear.kind == "int4" else x.to(held)), seen
+    dtype = (torch.bfloat16 if GPU else torch.float32) if linear.kind == "int4" else None
+    return rounded(exact, r, dtype), seen
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("kind", KINDS, ids=name)
+def test_product(kind, rows, norm):
+    torch.manual_seed(rows)
+    for n, k in SHAPES:
+        for ending in ("store", "add", "residual", "silu"):
+            if ending == "silu" and n % 16:
+                continue
+            linear, dense, bias = make(kind, n, k, ending == "silu")
+            x = torch.randn(rows, k, device=DEVICE).bfloat16()
+            sums, clear = torch.rand(rows, 16, device=DEVICE) * k / 8, torch.ones(rows, 16, device=DEVICE)
+            rms = torch.rsqrt(sums.sum(1, keepdim=True) / k + EPS) if norm else torch.ones(rows, 1, device=DEVICE)
+            handed, seen = given(linear, x, rms)
+            itself = linear.rounding is None or linear.rounds_itself(rows)
+            folded = Folded(sums, clear, EPS) if norm and itself else None
+            expected = seen @ dense.t() + bias
+            # a sum that lies on the border between two codes may fall on either side
+            limit = 1.5e-2 if linear.rounding else 8e-3 if GPU else 1e-5
+            act = torch.bfloat16 if GPU else torch.float32
+            case = f"{name(kind)} {n}x{k} m={rows} {ending} {linear.tile(rows, ending)}"
+            options = {"norm": folded, "pdl": False, "ptx": GPU}
+            if ending == "silu":
+                out = torch.full((rows, n // 2), float("nan"), device=DEVICE, dtype=act)
+                linear.few(handed, out, ending=ending, **options)
+                expected = F.silu(expected[:, : n // 2]) * expected[:, n // 2 :]
+                assert error(out, expected) < limit, case
+            elif ending == "residual":
+                res, g = torch.randn(rows, n, device=DEVICE), torch.rand(n, device=DEVICE)
+                added, count = torch.zeros(rows, 16, device=DEVICE), torch.zeros(4096, dtype=torch.int32, device=DEVICE)
+                expected = res.double() + expected
+                out = torch.full((rows, n), float("nan"), device=DEVICE, dtype=act)
+                linear.few(handed, out, ending=ending, residual=Residual(res, g, added, count), **options)
+                assert error(res, expected) < limit, case
+                assert error(out, expected * g.double()) < limit, case
+                assert error(added.sum(1), expected.square().sum(1)) < limit, case
+                assert not count.any(), case
+            else:
+                out = torch.zeros(rows, n, device=DEVICE) if ending == "add" else torch.full((rows, n), float("nan"), device=DEVICE, dtype=act)  # fmt: skip
+                linear.few(handed, out, ending=ending, **options)
+                assert error(out, expected) < limit, case
+            assert not (folded and clear.any()), case
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k[2] is not None and k[3] == "static"], ids=name)
+def test_silu_can_store_codes(kind):
+    linear, dense, bias = make(kind, 256, 256, gated=True)
+    x = torch.randn(5, 256, device=DEVICE).bfloat16()
+    handed, seen = given(linear, x, torch.ones(5, 1, device=DEVICE))
+    r = Rounding("e4m3", torch.tensor(0.01, device=DEVICE))
+    out = torch.empty(5, 128, device=DEVICE, dtype=torch.float8_e4m3fn if GPU else torch.float32)
+    linear.few(handed, out, ending="silu", out_rounding=r, ptx=GPU)
+    y = seen @ dense.t() + bias
+    expected = fake_quantize((F.silu(y[:, :128]) * y[:, 128:]).float(), FORMATS["fp8"], scale=r.scale.reshape(1, 1))
+    assert error(out.float() * 0.01, expected.double()) < 2e-2
+
+
+@pytest.mark.skipif(not GPU, reason="library products of a GPU")
+@pytest.mark.parametrize("kind", KINDS, ids=name)
+def test_many_tokens(kind):
+    linear, dense, bias = make(kind, 512, 768)
+    x = torch.randn(300, 768, device=DEVICE).bfloat16()
+    r = linear.rounding
+    seen = x.double()
+    if r is not None:
+        fmt = FORMATS["fp8_row" if r.code == "e4m3" else "int8_row"]
+        seen = fake_quantize(x.float(), fmt, scale=None if r.scale is None else r.scale.reshape(1, 1)).double()
+    found = linear.many(x if r is None else rounded(x, r))
+    again = 3e-2 if linear.kind == "int4" and r else 8e-3  # the E4M3 scratch rounds INT4 weights once more
+    assert error(found, seen @ dense.t() + bias) < again
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if isinstance(k[0], Int4 | Fp4)], ids=name)
+def test_decoding_to_a_scratch(kind):
+    linear, dense, _ = make(kind, 200, 640)
+    found = linear.decode(torch.bfloat16, ptx=GPU) if isinstance(kind[0], Int4) else linear.decode(ptx=GPU)
+    assert error(found.float(), dense) < 4e-3
