@@ -93,7 +93,7 @@ def int4_planes(w, offset, PTX: tl.constexpr):
     One LOP3 puts a nibble into the mantissa of 128.0, one packed FMA adds the offset: 1.6 operations a weight.
     """
     if PTX:
-        return tl.inline_asm_elementwise(
+        planes = tl.inline_asm_elementwise(
             """{
             .reg .b32 t, m, c, e; mov.b32 m, 0x000F000F; mov.b32 c, 0x43004300; mov.b32 e, 0x3F803F80;
             lop3.b32 $0, $4, m, c, 0xEA;  fma.rn.bf16x2 $0, $0, e, $5;
@@ -106,14 +106,16 @@ def int4_planes(w, offset, PTX: tl.constexpr):
             is_pure=True,
             pack=2,
         )
-    v = w.to(tl.int32)
-    o = offset.to(tl.float32) + 128.0
-    return (
-        (v & 15).to(tl.float32) + o,
-        ((v >> 4) & 15).to(tl.float32) + o,
-        ((v >> 8) & 15).to(tl.float32) + o,
-        ((v >> 12) & 15).to(tl.float32) + o,
-    )
+    else:
+        v = w.to(tl.int32)
+        o = offset.to(tl.float32) + 128.0
+        planes = (
+            (v & 15).to(tl.float32) + o,
+            ((v >> 4) & 15).to(tl.float32) + o,
+            ((v >> 8) & 15).to(tl.float32) + o,
+            ((v >> 12) & 15).to(tl.float32) + o,
+        )
+    return planes
 
 
 @triton.jit
@@ -130,7 +132,7 @@ def e2m1_planes(w, s0, s1, s2, s3, PTX: tl.constexpr):
     Sign to bit 15, magnitude to bits 8..6: read as bfloat16 this is the value times 2**-126, exactly.
     """
     if PTX:
-        return tl.inline_asm_elementwise(
+        planes = tl.inline_asm_elementwise(
             """{
             .reg .b32 t, u, m, g, z; mov.b32 m, 0x01C001C0; mov.b32 g, 0x80008000; mov.b32 z, 0x80008000;
             shl.b32 t, $4, 6; and.b32 t, t, m; shl.b32 u, $4, 12; lop3.b32 t, u, g, t, 0xEA; fma.rn.bf16x2 $0, t, $5, z;
@@ -143,14 +145,16 @@ def e2m1_planes(w, s0, s1, s2, s3, PTX: tl.constexpr):
             is_pure=True,
             pack=2,
         )
-    v = w.to(tl.int32)
-    small: tl.constexpr = 2.0**-126
-    return (
-        _e2m1(v) * small * s0.to(tl.float32),
-        _e2m1(v >> 4) * small * s1.to(tl.float32),
-        _e2m1(v >> 8) * small * s2.to(tl.float32),
-        _e2m1(v >> 12) * small * s3.to(tl.float32),
-    )
+    else:
+        v = w.to(tl.int32)
+        small: tl.constexpr = 2.0**-126
+        planes = (
+            _e2m1(v) * small * s0.to(tl.float32),
+            _e2m1(v >> 4) * small * s1.to(tl.float32),
+            _e2m1(v >> 8) * small * s2.to(tl.float32),
+            _e2m1(v >> 12) * small * s3.to(tl.float32),
+        )
+    return planes
 
 
 @triton.jit

@@ -28,7 +28,7 @@ def tile(kind: str, n: int, k: int, m: int, ending: str, gpu: str) -> Tile:
     made = dict(found) if found else _rule(kind, n, k, bm)
     if not made["gemv"]:
         made["BM"] = max(bm, 16)
-        if ending == "silu":
+        if ending in ("store", "silu"):  # nobody adds up what several programs store
             made["SPLIT"] = 1
     return made
 
