@@ -20,7 +20,7 @@ from fewbit.ops.attention.decode import decode_attention, splits_of
 from fewbit.ops.linear.gpu import FEW, Codes, Folded, GpuLinear, Residual, Rounding
 from fewbit.ops.rows.rows import block_of
 
-PIECES = 32
+PIECES = 16
 """Programs that look for the largest logit of a row."""
 
 
@@ -104,8 +104,7 @@ class DecodeStep:
             qkv, clear = (self.qkv[(i + j) % 2][: m * n].view(m, n) for j in range(2))
             x = self.x[:m]
             self._apply(layer.qkv, x, qkv, "add", Folded(norm_a, norm_b, eps.pre_attn.eps))
-            rounding = layer.o.wants(m)[0]
-            static = rounding if rounding is not None and rounding.scale is not None else None
+            static = _static(layer.o)
             seen = self.seen[: m * layer.o.k].view(m, layer.o.k)
             target = seen if static is None else self._codes(m, layer.o.k, layer.o.few_dtype)
             cos, sin = self.angles[a.position, a.head_dim]
@@ -116,8 +115,7 @@ class DecodeStep:
             )  # fmt: skip
             after = Residual(self.res[:m], layer.norms["pre_mlp"], norm_b, self.count)
             self._apply(layer.o, seen, x, "residual", residual=after, coded=None if static is None else target)
-            rounding = layer.down.wants(m)[0]
-            static = rounding if rounding is not None and rounding.scale is not None else None
+            static = _static(layer.down)
             act = self.act[: m * layer.down.k].view(m, layer.down.k)
             norm = Folded(norm_b, norm_a, eps.pre_mlp.eps)
             if static is None:
@@ -154,13 +152,15 @@ class DecodeStep:
     ) -> None:  # fmt: skip
         """One linear; `coded`: its input, rounded already under the linear's own scale."""
         rounding, dtype = linear.wants(len(x))
-        if rounding is None:
+        if rounding is None and coded is None:
             linear.few(x, out, ending=ending, norm=norm, residual=residual, out_rounding=out_rounding, pdl=self.pdl)
             return
         if coded is not None:
-            assert rounding.scale is not None
-            codes = Codes(coded, rounding.scale)
+            assert linear.rounding is not None
+            assert linear.rounding.scale is not None
+            codes = Codes(coded, linear.rounding.scale)
         else:
+            assert rounding is not None
             codes = self._round(x, rounding, dtype or rounding.dtype, norm)
         linear.few(codes, out, ending=ending, residual=residual, out_rounding=out_rounding, pdl=self.pdl)
 
@@ -184,6 +184,12 @@ class DecodeStep:
         from fewbit.ops.rows.triton_rows import argmax
 
         argmax[(m, PIECES)](
-            logits, self.parts, self.part_ids, self.row_count, self.best, self.chosen, self.decoder.spec.vocab, BLOCK=1024,
+            logits, self.parts, self.part_ids, self.row_count, self.best, self.chosen, self.decoder.spec.vocab, BLOCK=4096,
             PIECES=PIECES, PDL=self.pdl, num_warps=4, **({"launch_pdl": True} if self.pdl else {}),
         )  # fmt: skip
+
+
+def _static(linear: GpuLinear) -> Rounding | None:
+    """The rounding of a linear whose input's producer can round it: the scale is known before."""
+    r = linear.rounding
+    return r if r is not None and r.scale is not None else None

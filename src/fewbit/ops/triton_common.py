@@ -62,13 +62,22 @@ def nearest_int(x):
 @triton.jit
 def round_e4m3(x, PTX: tl.constexpr):
     """float32 to the nearest E4M3 number, ties to even, saturating; float32."""
-    x = tl.minimum(tl.maximum(x, -448.0), 448.0)
     if PTX:
-        return x.to(tl.float8e4nv).to(tl.float32)
+        return x.to(tl.float8e4nv).to(tl.float32)  # the instruction saturates
+    x = tl.minimum(tl.maximum(x, -448.0), 448.0)
     bits = x.to(tl.int32, bitcast=True)
     bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576  # 3 bits of mantissa
     small = (x + 24576.0) - 24576.0  # subnormals are multiples of 2**-9
     return tl.where(tl.abs(x) < 0.015625, small, bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def e4m3_bits(x):
+    """The code of a float32 that is an E4M3 number, int8; by integers alone."""
+    bits = x.to(tl.int32, bitcast=True)
+    normal = ((bits >> 20) & 0x7FF) - (120 << 3)  # exponent and mantissa, the bias of 127 made 7
+    code = tl.where(tl.abs(x) < 0.015625, (tl.abs(x) * 512.0).to(tl.int32), normal)
+    return (code | ((bits >> 24) & 0x80)).to(tl.int8)
 
 
 @triton.jit
@@ -185,6 +194,19 @@ def nibble3(w, PTX: tl.constexpr):
             pack=1,
         )
     return ((w & 0xF000) | 0x45000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def dot4(a, b, c, PTX: tl.constexpr):
+    """c + the product of the four int8 in a and those in b, int32."""
+    if PTX:
+        r = tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        r = c + (a << 24 >> 24) * (b << 24 >> 24) + (a << 16 >> 24) * (b << 16 >> 24)
+        r += (a << 8 >> 24) * (b << 8 >> 24) + (a >> 24) * (b >> 24)
+    return r
 
 
 @triton.jit

@@ -80,18 +80,24 @@ def test_new_token_is_written_and_sees_the_past(kv, heads, kv_heads, depth, wind
     for i, length in enumerate(lengths):
         past_k, past_v = (torch.randn(max(length - 1, 0), kv_heads, depth, device=DEVICE, dtype=ACT) for _ in range(2))
         parts = [
-            (int(table[i, start // size]), start, 0, min(size, length - 1 - start)) for start in range(0, length - 1, size)
+            (int(table[i, start // size]), start, 0, min(size, length - 1 - start))
+            for start in range(0, length - 1, size)
         ]
         if parts:
-            store_pages(past_k, past_v, k_pages, v_pages, codec, torch.tensor(parts, device=DEVICE).int(), size, ptx=GPU)
+            store_pages(past_k, past_v, k_pages, v_pages, codec, torch.tensor(parts, device=DEVICE).int(), size)
         q, k, v = qkv[i].view(-1, depth).split((heads, kv_heads, kv_heads))
         if norm:
-            q, k = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * norms[n] for x, n in ((q, "q_norm"), (k, "k_norm")))
+            q, k = (
+                x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * norms[n]
+                for x, n in ((q, "q_norm"), (k, "k_norm"))
+            )
         c, s = (torch.cat((x[max(length - 1, 0)],) * 2) for x in (cos, sin))
         q, k = rotate_plain(q, c, s), rotate_plain(k, c, s)
         k, v = codec.load(*codec.store(k[None], v[None]), torch.float32)
         keys, values = torch.cat((past_k.float(), k)), torch.cat((past_v.float(), v))
-        expected.append(exact(q, keys, values, a).flatten() if length else torch.zeros(heads * depth, device=DEVICE).double())
+        expected.append(
+            exact(q, keys, values, a).flatten() if length else torch.zeros(heads * depth, device=DEVICE).double()
+        )
     decode_attention(
         qkv, out, k_pages, v_pages, codec, table, torch.tensor(lengths, device=DEVICE).int(), a, size, scratch,
         write=(cos, sin, norms), clear=clear, ptx=GPU,
@@ -107,7 +113,9 @@ def test_new_token_is_written_and_sees_the_past(kv, heads, kv_heads, depth, wind
     ready = qkv.clone()
     for i, length in enumerate(lengths):
         one = slice(max(length - 1, 0), max(length - 1, 0) + 1)
-        rotate(ready[i : i + 1], cos[one], sin[one], heads, kv_heads, depth, norms.get("q_norm"), norms.get("k_norm"), 1e-6)
+        rotate(
+            ready[i : i + 1], cos[one], sin[one], heads, kv_heads, depth, norms.get("q_norm"), norms.get("k_norm"), 1e-6
+        )
     decode_attention(
         ready.to(ACT), again, k_pages, v_pages, codec, table, torch.tensor(lengths, device=DEVICE).int(), a, size, scratch,
         ptx=GPU,
@@ -142,7 +150,7 @@ def test_pages_hold_what_the_codec_says_and_the_rows_become_it(kv):
     k, v = rows[:, :heads], rows[:, heads : 2 * heads]
     plain = [x.clone() for x in (k, v)]
     parts = torch.tensor([(2, 0, 5, 11), (0, 11, 0, 16), (3, 27, 0, 13)], device=DEVICE).int()
-    store_pages(k, v, k_pages, v_pages, codec, parts, size, ptx=GPU)
+    store_pages(k, v, k_pages, v_pages, codec, parts, size)
     stored = codec.store(*plain)
     for x, pages, codes in zip((k, v), (k_pages, v_pages), stored, strict=True):
         turned = codec.spec is not None and pages is v_pages

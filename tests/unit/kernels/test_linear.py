@@ -16,7 +16,7 @@ from interpreter import DEVICE, GPU
 from fewbit.numerics.format import FORMATS
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.numerics.reference import fake_quantize, quantize
-from fewbit.ops.linear.four import Fp4, Int4
+from fewbit.ops.linear.four import Fp4, Int4, _Int4Linear
 from fewbit.ops.linear.gpu import Folded, Residual, Rounding
 from fewbit.ops.linear.problem import LinearWeights
 from fewbit.ops.linear.wide import Wide
@@ -76,14 +76,14 @@ def given(linear, x, rms):
     m, r = len(x), linear.rounding
     held = torch.bfloat16 if GPU else torch.float32
     if r is None:
-        at_once = linear.tile(m, "store")["gemv"] and linear.kind == "int4"
+        at_once = linear.tile(m, "store")["gemv"] and isinstance(linear, _Int4Linear)
         return (x if at_once else x.to(held)), x.double() * rms.double()
     fmt = FORMATS["fp8_row" if r.code == "e4m3" else "int8_row"]
     exact = x.float() * rms
     seen = fake_quantize(exact, fmt, scale=None if r.scale is None else r.scale.reshape(1, 1)).double()
     if linear.rounds_itself(m):
-        return (x if linear.kind == "int4" else x.to(held)), seen
-    dtype = (torch.bfloat16 if GPU else torch.float32) if linear.kind == "int4" else None
+        return (x if isinstance(linear, _Int4Linear) else x.to(held)), seen
+    dtype = (torch.bfloat16 if GPU else torch.float32) if isinstance(linear, _Int4Linear) else None
     return rounded(exact, r, dtype), seen
 
 
@@ -132,16 +132,27 @@ def test_product(kind, rows, norm):
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k[2] is not None and k[3] == "static"], ids=name)
-def test_silu_can_store_codes(kind):
+@pytest.mark.parametrize("rows", [1, 5])
+def test_silu_can_store_codes(kind, rows):
     linear, dense, bias = make(kind, 256, 256, gated=True)
-    x = torch.randn(5, 256, device=DEVICE).bfloat16()
-    handed, seen = given(linear, x, torch.ones(5, 1, device=DEVICE))
+    x = torch.randn(rows, 256, device=DEVICE).bfloat16()
+    handed, seen = given(linear, x, torch.ones(rows, 1, device=DEVICE))
     r = Rounding("e4m3", torch.tensor(0.01, device=DEVICE))
-    out = torch.empty(5, 128, device=DEVICE, dtype=torch.float8_e4m3fn if GPU else torch.float32)
+    out = torch.empty(rows, 128, device=DEVICE, dtype=torch.float8_e4m3fn if GPU else torch.float32)
     linear.few(handed, out, ending="silu", out_rounding=r, ptx=GPU)
     y = seen @ dense.t() + bias
     expected = fake_quantize((F.silu(y[:, :128]) * y[:, 128:]).float(), FORMATS["fp8"], scale=r.scale.reshape(1, 1))
     assert error(out.float() * 0.01, expected.double()) < 2e-2
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_codes_that_were_made_before(rows):
+    linear, dense, bias = make(KINDS[3], 192, 256)
+    x = torch.randn(rows, 256, device=DEVICE)
+    codes = rounded(x, linear.rounding, None if GPU else torch.float32)
+    out = torch.full((rows, 192), float("nan"), device=DEVICE)
+    linear.few(codes, out, ptx=GPU)
+    assert error(out, codes.x.double() * codes.scale.double() @ dense.t() + bias) < 1e-3
 
 
 @pytest.mark.skipif(not GPU, reason="library products of a GPU")
@@ -155,7 +166,7 @@ def test_many_tokens(kind):
         fmt = FORMATS["fp8_row" if r.code == "e4m3" else "int8_row"]
         seen = fake_quantize(x.float(), fmt, scale=None if r.scale is None else r.scale.reshape(1, 1)).double()
     found = linear.many(x if r is None else rounded(x, r))
-    again = 3e-2 if linear.kind == "int4" and r else 8e-3  # the E4M3 scratch rounds INT4 weights once more
+    again = 3e-2 if isinstance(linear, _Int4Linear) and r else 8e-3  # the E4M3 scratch rounds INT4 weights once more
     assert error(found, seen @ dense.t() + bias) < again
 
 

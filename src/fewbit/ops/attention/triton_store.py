@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fewbit.ops.triton_common import round_code
+from fewbit.ops.triton_common import e4m3_bits, round_code
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def rotate(
 @triton.jit
 def store_pages(
     k_in, v_in, k_ptr, v_ptr, ks_ptr, vs_ptr, part_ptr, k_stride, v_stride,
-    HK: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KV: tl.constexpr, PTX: tl.constexpr,
+    HK: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KV: tl.constexpr,
 ):  # fmt: skip
     """Grid (parts, HK). Each part is a run of tokens within one page: int32 (page, first row, first slot, count).
 
@@ -73,9 +73,14 @@ def store_pages(
     else:
         ks = tl.load(ks_ptr + h)
         vs = tl.load(vs_ptr + h)
-        kc = round_code(k.to(tl.float32) / ks, KV, PTX)
-        vc = round_code(v.to(tl.float32) / vs, KV, PTX)
-        tl.store(k_ptr + base + slot * D + rd[None, :], kc.to(k_ptr.dtype.element_ty), mask=mask)
-        tl.store(v_ptr + base + rd[None, :] * PAGE + slot, vc.to(v_ptr.dtype.element_ty), mask=mask)
+        # plain rounding: Triton 3.6's conversion to float8 gives wrong bytes in the layout that the transposed V takes
+        kc = round_code(k.to(tl.float32) / ks, KV, False)
+        vc = round_code(v.to(tl.float32) / vs, KV, False)
+        if KV == "e4m3":
+            kb, vb = e4m3_bits(kc), e4m3_bits(vc)
+        else:
+            kb, vb = kc.to(tl.int8), vc.to(tl.int8)
+        tl.store(k_ptr + base + slot * D + rd[None, :], kb, mask=mask)
+        tl.store(v_ptr + base + rd[None, :] * PAGE + slot, vb, mask=mask)
         tl.store(kp, (kc * ks).to(k_in.dtype.element_ty), mask=mask)
         tl.store(vp, (vc * vs).to(v_in.dtype.element_ty), mask=mask)

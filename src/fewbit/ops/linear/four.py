@@ -23,6 +23,7 @@ from fewbit.ops.linear.gpu import (
 )
 from fewbit.ops.linear.layouts import interleave, pack_block_scales, pack_scale_pairs, pack_tiles
 from fewbit.ops.linear.problem import LinearProblem, LinearWeights
+from fewbit.ops.linear.tiles import Tile
 
 
 class Int4(GpuKernel):
@@ -72,7 +73,7 @@ class _FourLinear(GpuLinear):
         """Tiles along K."""
         return self.padded_k // (4 * self.columns)
 
-    def tile(self, m: int, ending: str) -> dict[str, object]:
+    def tile(self, m: int, ending: str) -> Tile:
         """See `GpuLinear.tile`; the reduction is cut in pieces of whole tiles."""
         cut = super().tile(m, ending)
         while not cut["gemv"] and self.blocks % cut["SPLIT"]:
@@ -106,9 +107,13 @@ class _Int4Linear(_FourLinear):
             self.zeros = F.pad(zero, (0, missing[0], 0, missing[1])).t().contiguous()
         self.row = (scale.float().amax(1) / 32).contiguous() if self.rounding else None  # of the E4M3 scratch
 
-    def tile(self, m: int, ending: str) -> dict[str, object]:
+    def tile(self, m: int, ending: str) -> Tile:
         """The GEMV knows symmetric groups of 128 alone."""
         return super().tile(m if self.pairs is not None else max(m, 2), ending)
+
+    def kind_of(self, m: int) -> str:
+        """A GEMV that rounds its input is another."""
+        return "w4a8" if m == 1 and self.rounding else "int4"
 
     @property
     def few_dtype(self) -> torch.dtype:
@@ -135,11 +140,12 @@ class _Int4Linear(_FourLinear):
         even = self.k == self.padded_k
         if cut["gemv"]:
             int4_gemv[(-(-self.n // cut["BN"]),)](
-                rows.view(torch.int32), self.words.view(torch.int32), self.pairs, bias, sums, out, res, g, added, clear,
+                rows.view(torch.int32), self.words.view(torch.int32), self.pairs, bias, sums, out,
+                none if out_rounding is None else out_rounding.scale, res, g, added, clear,
                 self.n, self.k, eps,
                 BN=cut["BN"], KC=cut["KC"], NIT=cut["NIT"], CODE=self.rounding.code if self.rounding else "none",
                 BIAS=self.bias is not None, OUT="store" if ending == "add" else ending, NORM=norm is not None, EVEN=even,
-                PDL=pdl, PTX=ptx, **launch_options(cut, pdl),
+                OUT_CODE=out_rounding.code if out_rounding else "none", PDL=pdl, PTX=ptx, **launch_options(cut, pdl),
             )  # fmt: skip
             return
         split = cut["SPLIT"]
@@ -216,7 +222,7 @@ class _Fp4Linear(_FourLinear):
         outer = [row.new_ones(w.shape[0]) if w.outer is None else w.outer.expand(w.shape[0]) for w in weights]
         self.row = row * order(torch.cat(outer))  # float32 [N]
 
-    def tile(self, m: int, ending: str) -> dict[str, object]:
+    def tile(self, m: int, ending: str) -> Tile:
         """There is no GEMV."""
         return super().tile(max(m, 2), ending)
 

@@ -96,7 +96,11 @@ class GpuLinear(ABC):
 
     def tile(self, m: int, ending: str) -> Tile:
         """How the product is cut for `m` tokens."""
-        return tile(self.kind, self.n, self.padded_k, m, ending, self.gpu)
+        return tile(self.kind_of(m), self.n, self.padded_k, m, ending, self.gpu)
+
+    def kind_of(self, m: int) -> str:
+        """What the product of `m` tokens was tuned as."""
+        return self.kind
 
     def rounds_itself(self, m: int) -> bool:
         """Whether `few` rounds its input on the way; else it wants codes (if it has a `rounding`)."""

@@ -17,14 +17,16 @@ def tile(kind: str, n: int, k: int, m: int, ending: str, gpu: str) -> Tile:
     """The constants of a kernel's launch.
 
     Args:
-        kind: ``bf16``, ``8``, ``int4`` or ``fp4``: what a weight is.
+        kind: ``bf16``, ``fp8``, ``int8``, ``int4``, ``w4a8`` or ``fp4``: what a weight is.
         n, k: rows and columns of the weight (k as the kernel sees it, filled up).
         m: tokens; 1: the answer may be a GEMV (``gemv`` is True).
         ending: how the product ends, see `triton_epilogue`.
         gpu: the name of the GPU.
     """
     bm = 1 if m == 1 else next((b for b in (16, 32) if m <= b), 64)
-    found = _table(gpu).get(f"{kind} {n}x{k} {bm}")
+    table = _table(gpu)
+    # what was tuned for 32 tokens is closer than the rule for a few less or more
+    found = table.get(f"{kind} {n}x{k} {bm}") or (table.get(f"{kind} {n}x{k} 32") if bm > 1 else None)
     made = dict(found) if found else _rule(kind, n, k, bm)
     if not made["gemv"]:
         made["BM"] = max(bm, 16)
@@ -34,18 +36,18 @@ def tile(kind: str, n: int, k: int, m: int, ending: str, gpu: str) -> Tile:
 
 
 def _rule(kind: str, n: int, k: int, bm: int) -> Tile:
-    if bm == 1 and kind in ("bf16", "8"):
+    if bm == 1 and kind in ("bf16", "fp8", "int8"):
         width = min(_power_of_two(k), 4096)
         if width < 512:  # few numbers in a row, or an odd number of them: one masked piece after another
             width = min(1 << (k - 1).bit_length(), 2048)
         steps = -(-k // width)
         return {"gemv": True, "BN": 4, "BK": width, "NIT": steps, "num_warps": 4}
-    if bm == 1 and kind == "int4":
+    if bm == 1 and kind in ("int4", "w4a8"):
         blocks = k // 256
         columns = min(_power_of_two(blocks), 16)
         rows = 16 if columns == 16 else 8
         return {"gemv": True, "BN": rows, "KC": columns, "NIT": blocks // columns, "num_warps": 4 if rows == 16 else 2}
-    if kind in ("bf16", "8"):
+    if kind in ("bf16", "fp8", "int8"):
         bytes_ = 2 if kind == "bf16" else 1
         bk = next(b // bytes_ for b in (256, 128, 64) if k % (b // bytes_) == 0)
         rows = 128 if n >= 16384 else 64

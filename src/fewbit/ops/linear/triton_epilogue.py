@@ -83,8 +83,8 @@ def gemv_rows(pid, BN: tl.constexpr, OUT: tl.constexpr):
 
 @triton.jit
 def gemv_epilogue(
-    r, bias_ptr, out_ptr, res_ptr, g_ptr, sums_ptr, zero_ptr, row, pid, N,
-    BN: tl.constexpr, OUT: tl.constexpr, BIAS: tl.constexpr, ZERO: tl.constexpr,
+    r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_ptr, zero_ptr, row, pid, N,
+    BN: tl.constexpr, OUT: tl.constexpr, CODE: tl.constexpr, BIAS: tl.constexpr, ZERO: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """r float32 [BN], one token. ``atomic`` does not occur: a program has whole rows."""
     real = row < N
@@ -95,7 +95,10 @@ def gemv_epilogue(
     if OUT == "silu":
         gate, up = tl.split(tl.permute(tl.reshape(r, (2, BN // 2)), (1, 0)))
         ro = pid * (BN // 2) + tl.arange(0, BN // 2)
-        tl.store(out_ptr + ro, _silu(gate, up).to(out_ptr.dtype.element_ty), mask=ro < N // 2)
+        y = _silu(gate, up)
+        if CODE != "none":
+            y = round_code(y / tl.load(out_scale_ptr), CODE, PTX)
+        tl.store(out_ptr + ro, y.to(out_ptr.dtype.element_ty), mask=ro < N // 2)
     elif OUT == "residual":
         r += tl.load(res_ptr + row, mask=real, other=0.0)
         tl.store(res_ptr + row, r, mask=real)

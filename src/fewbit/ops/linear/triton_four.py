@@ -41,9 +41,11 @@ def _pairs(x_ptr, at, K, EVEN: tl.constexpr):
 
 @triton.jit
 def int4_gemv(
-    x_ptr, w_ptr, s_ptr, bias_ptr, sums_ptr, out_ptr, res_ptr, g_ptr, sums_out_ptr, zero_ptr, N, K, eps,
+    x_ptr, w_ptr, s_ptr, bias_ptr, sums_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, zero_ptr, N, K,
+    eps,
     BN: tl.constexpr, KC: tl.constexpr, NIT: tl.constexpr, CODE: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr,
-    NORM: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+    NORM: tl.constexpr, EVEN: tl.constexpr, OUT_CODE: tl.constexpr,
+    PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One token, symmetric groups of 128, C = 64. Grid (N / BN,). 256 * KC * NIT >= K.
 
@@ -111,7 +113,10 @@ def int4_gemv(
         w = wn
         s = sn
     r = tl.sum(acc, 1) * factor
-    gemv_epilogue(r, bias_ptr, out_ptr, res_ptr, g_ptr, sums_out_ptr, zero_ptr, row, pid, N, BN, OUT, BIAS, NORM)
+    gemv_epilogue(
+        r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, zero_ptr, row, pid, N,
+        BN, OUT, OUT_CODE, BIAS, NORM, PTX,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from fewbit.ops.linear.triton_epilogue import gemm_epilogue, gemv_epilogue, gemv_rows, inverse_rms
-from fewbit.ops.triton_common import prefetch_line, round_code, start_next, top_of, wait_previous
+from fewbit.ops.triton_common import dot4, prefetch_line, round_code, start_next, top_of, wait_previous
 
 
 @triton.jit
@@ -31,12 +31,24 @@ def _load_w(p, rk, K, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _load_words(p, rk, K, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(p, eviction_policy="evict_first")
+    return tl.load(p, mask=(rk * 4 < K)[None, :], other=0, eviction_policy="evict_first")
+
+
+@triton.jit
 def wide_gemv(
-    x_ptr, w_ptr, sw_ptr, sx_ptr, bias_ptr, sums_ptr, out_ptr, res_ptr, g_ptr, sums_out_ptr, zero_ptr, N, K, eps,
-    BN: tl.constexpr, BK: tl.constexpr, NIT: tl.constexpr, CODE: tl.constexpr, DYNAMIC: tl.constexpr, SCALED: tl.constexpr,
-    BIAS: tl.constexpr, OUT: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+    x_ptr, w_ptr, sw_ptr, sx_ptr, bias_ptr, sums_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, zero_ptr, N, K,
+    eps,
+    BN: tl.constexpr, BK: tl.constexpr, NIT: tl.constexpr, CODE: tl.constexpr, DYNAMIC: tl.constexpr, SX: tl.constexpr,
+    SCALED: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, OUT_CODE: tl.constexpr,
+    PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N / BN,). x [K]; w [N, K]; sw float32 [N]; sx float32 []: the scale of a static CODE. BK * NIT >= K.
+    """Grid (N / BN,). x [K]; w [N, K]; sw float32 [N]. BK * NIT >= K.
+
+    CODE: x is rounded to such codes here, under a scale of its own (DYNAMIC) or sx float32 []; SX: x holds codes already,
+    in units of sx.
 
     NORM: x is multiplied by the inverse RMS that `sums` gives. NIT = 1 is fastest: all loads of the program's weights
     are under way before the wait for the kernel before this one.
@@ -52,6 +64,8 @@ def wide_gemv(
     if NORM:
         rms = tl.rsqrt(tl.sum(tl.load(sums_ptr + tl.arange(0, 16)), 0) / K + eps)
     factor = rms
+    if SX:
+        factor = tl.load(sx_ptr)
     inverse = 1.0
     if CODE != "none":
         if DYNAMIC:  # the scale follows the row, so the norm's factor cancels in the codes
@@ -82,7 +96,64 @@ def wide_gemv(
     r = tl.sum(acc, 1) * factor
     if SCALED:
         r = r * tl.load(sw_ptr + tl.minimum(row, N - 1))
-    gemv_epilogue(r, bias_ptr, out_ptr, res_ptr, g_ptr, sums_out_ptr, zero_ptr, row, pid, N, BN, OUT, BIAS, NORM)
+    gemv_epilogue(
+        r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, zero_ptr, row, pid, N,
+        BN, OUT, OUT_CODE, BIAS, NORM, PTX,
+    )  # fmt: skip
+
+
+@triton.jit
+def int8_gemv(
+    x_ptr, w_ptr, sw_ptr, sx_ptr, bias_ptr, sums_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, zero_ptr, N, K,
+    eps,
+    BN: tl.constexpr, BK: tl.constexpr, NIT: tl.constexpr, DYNAMIC: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr,
+    NORM: tl.constexpr, EVEN: tl.constexpr, OUT_CODE: tl.constexpr,
+    PDL: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """`wide_gemv` for INT8 weights and inputs: four products to an instruction, sums exact. w int32 [N, K / 4].
+
+    x [K] is rounded here, under a scale of its own (DYNAMIC) or sx float32 [].
+    """
+    pid = tl.program_id(0)
+    row = gemv_rows(pid, BN, OUT)
+    words: tl.constexpr = BK // 4
+    rk = tl.arange(0, words)
+    wp = w_ptr + tl.minimum(row, N - 1)[:, None].to(tl.int64) * (K // 4) + rk[None, :]
+    w = _load_words(wp, rk, K, EVEN)
+    start_next(PDL)
+    wait_previous(PDL)
+    rms = 1.0
+    if NORM:
+        rms = tl.rsqrt(tl.sum(tl.load(sums_ptr + tl.arange(0, 16)), 0) / K + eps)
+    ra = tl.arange(0, BK)
+    if DYNAMIC:
+        top = tl.zeros((BK,), tl.float32)
+        for it in tl.range(0, NIT):
+            top = tl.maximum(top, tl.abs(_load_x(x_ptr, it * BK + ra, K, EVEN)))
+        amax = tl.max(top, 0)
+        amax = tl.where(amax > 0, amax, 1.0)
+        inverse = 127.5 / amax
+        factor = rms / inverse
+    else:
+        factor = tl.load(sx_ptr)
+        inverse = rms / factor
+    r4 = tl.arange(0, 4)
+    at = rk[:, None] * 4 + r4[None, :]
+    acc = tl.zeros((BN, words), tl.int32)
+    for it in tl.range(0, NIT):
+        wn = w
+        if NIT > 1:
+            nx = tl.minimum(it + 1, NIT - 1) * words
+            wn = _load_words(wp + nx, nx + rk, K, EVEN)
+        x = round_code(_load_x(x_ptr, it * BK + at, K, EVEN) * inverse, "int8", PTX).to(tl.int32)
+        packed = tl.sum((x & 255) << (r4 * 8)[None, :], 1)
+        acc = dot4(w, tl.broadcast_to(packed[None, :], (BN, words)), acc, PTX)
+        w = wn
+    r = tl.sum(acc, 1).to(tl.float32) * factor * tl.load(sw_ptr + tl.minimum(row, N - 1))
+    gemv_epilogue(
+        r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, zero_ptr, row, pid, N,
+        BN, OUT, OUT_CODE, BIAS, NORM, PTX,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -64,8 +64,8 @@ class _WideLinear(GpuLinear):
         self.scale: Tensor | None = None  # float32 [N]
         self.uniform = False  # one scale for all rows
         if isinstance(first, QTensor):
-            self.kind = "8"
             storage = _STORAGE[first.format.element.name]
+            self.kind = "fp8" if storage == torch.float8_e4m3fn else "int8"
             parts = [p.weight for p in pieces]
             weight = torch.cat([p.codes.view(storage).view(torch.uint8) for p in parts])
             scale = torch.cat([p.scales().reshape(-1, 1).expand(p.shape[0], 1).reshape(-1) for p in parts])
@@ -83,7 +83,7 @@ class _WideLinear(GpuLinear):
         residual: Residual | None = None, out_rounding: Rounding | None = None, pdl: bool = False, ptx: bool = True,
     ) -> None:  # fmt: skip
         """See `GpuLinear.few`."""
-        from fewbit.ops.linear.triton_wide import wide_gemm, wide_gemv
+        from fewbit.ops.linear.triton_wide import int8_gemv, wide_gemm, wide_gemv
 
         codes = x if isinstance(x, Codes) else None
         rows = codes.x if codes else x
@@ -95,19 +95,31 @@ class _WideLinear(GpuLinear):
             (residual.res, residual.g, residual.sums, residual.count) if residual else (none, none, none, none)
         )
         scale, bias = none if self.scale is None else self.scale, none if self.bias is None else self.bias
+        how = "none" if codes is None else "one" if codes.scale.ndim == 0 else "rows"
         if cut["gemv"]:
-            r = self.rounding
-            static = none if r is None or r.scale is None else r.scale
-            wide_gemv[(-(-self.n // cut["BN"]),)](
-                rows, self.weight, scale, static, bias, sums, out, res, g, added, clear, self.n, self.k, eps,
-                BN=cut["BN"], BK=cut["BK"], NIT=cut["NIT"], CODE=r.code if r else "none",
-                DYNAMIC=r is not None and r.scale is None, SCALED=self.scale is not None, BIAS=self.bias is not None,
-                OUT="store" if ending == "add" else ending, NORM=norm is not None, EVEN=self.k % cut["BK"] == 0,
-                PDL=pdl, PTX=ptx, **launch_options(cut, pdl),
-            )  # fmt: skip
+            r = self.rounding if codes is None else None
+            dynamic = r is not None and r.scale is None
+            given = codes.scale if codes else none if r is None or r.scale is None else r.scale
+            common = {
+                "BN": cut["BN"], "BK": cut["BK"], "NIT": cut["NIT"], "BIAS": self.bias is not None,
+                "OUT": "store" if ending == "add" else ending, "NORM": norm is not None, "EVEN": self.k % cut["BK"] == 0,
+                "OUT_CODE": out_rounding.code if out_rounding else "none", "PDL": pdl, "PTX": ptx, **launch_options(cut, pdl),
+            }  # fmt: skip
+            grid = (-(-self.n // cut["BN"]),)
+            oscale = none if out_rounding is None else out_rounding.scale
+            if r is not None and r.code == "int8":
+                int8_gemv[grid](
+                    rows, self.weight.view(torch.int32), scale, given, bias, sums, out, oscale, res, g, added, clear, self.n, self.k,
+                    eps, DYNAMIC=dynamic, **common,
+                )  # fmt: skip
+            else:
+                wide_gemv[grid](
+                    rows, self.weight, scale, given, bias, sums, out, oscale, res, g, added, clear, self.n, self.k, eps,
+                    CODE=r.code if r else "none", DYNAMIC=dynamic, SX=codes is not None, SCALED=self.scale is not None,
+                    **common,
+                )  # fmt: skip
             return
         split = cut["SPLIT"]
-        how = "none" if codes is None else "one" if codes.scale.ndim == 0 else "rows"
         wide_gemm[(-(-self.n // cut["BN"]), split, -(-m // cut["BM"]))](
             rows, self.weight, scale, none if codes is None else codes.scale, bias, sums, out,
             none if out_rounding is None else out_rounding.scale, res, g, added, count, clear, m, self.n, self.k, eps,
