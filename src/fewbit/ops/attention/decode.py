@@ -22,10 +22,21 @@ def splits_of(rows: int, kv_heads: int) -> int:
     return min(16, 1 << (wanted.bit_length() - 1))
 
 
+def cut_of(rows: int, kv_heads: int, page: int) -> dict[str, Any]:
+    """How the work of `rows` sequences is cut and launched."""
+    splits = splits_of(rows, kv_heads)
+    few = rows <= 4
+    return {
+        "SPLITS": splits, "STAGES": 3, "num_warps": 2 if splits >= 8 and page <= 64 else 4, "PDL": few, "PREFETCH": few,
+        "LATE": True,
+    }  # fmt: skip
+
+
 def decode_attention(
     qkv: Tensor, out: Tensor, k: Tensor, v: Tensor, codec: Any, table: Tensor, lengths: Tensor, a: Attention, page: int,
     scratch: tuple[Tensor, Tensor, Tensor], *, write: tuple[Tensor, Tensor, Mapping[str, Tensor]] | None = None,
     clear: Tensor | None = None, rounding: Any = None, pdl: bool = False, ptx: bool = True,
+    cut: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Attention of one new token a sequence.
 
@@ -41,23 +52,23 @@ def decode_attention(
         write: cosines and sines by position and the layer's norms: rotate q and k, and store the new K and V.
         clear: set to zero by the way.
         pdl, ptx: see `GpuLinear.few`.
+        cut: see `cut_of`; for measuring others.
     """
     from fewbit.ops.attention.triton_decode import decode_attention as kernel
 
     m = len(lengths)
-    splits = splits_of(m, a.kv_heads)
+    cut = dict(cut or cut_of(m, a.kv_heads, page))
+    cut["PDL"] = cut["PDL"] and pdl
+    cut["PREFETCH"] = cut["PREFETCH"] and cut["PDL"]
+    options: dict[str, Any] = {"launch_pdl": True} if cut["PDL"] else {}
     cos, sin, norms = write or (qkv, qkv, {})
     kv = codec.spec.k.element.name if codec.spec else "none"
-    small = splits >= 8
-    pdl = pdl and m <= 4
-    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    kernel[(a.kv_heads, splits, m)](
+    kernel[(a.kv_heads, cut["SPLITS"], m)](
         qkv, norms.get("q_norm", qkv), norms.get("k_norm", qkv), cos, sin, k, v,
         qkv if codec.spec is None else codec.k_scale, qkv if codec.spec is None else codec.v_scale,
         table, lengths, out, qkv if rounding is None else rounding.scale, *scratch, qkv if clear is None else clear,
         a.scale * math.log2(math.e), a.qk_norm.eps if a.qk_norm else 0.0, table.shape[1], a.window or 0, qkv.stride(0),
-        H=a.heads, HK=a.kv_heads, D=a.head_dim, PAGE=page, SPLITS=splits, STAGES=3, KV=kv, WRITE=write is not None,
+        H=a.heads, HK=a.kv_heads, D=a.head_dim, PAGE=page, KV=kv, WRITE=write is not None,
         QK_NORM=write is not None and a.qk_norm is not None, WINDOW=a.window is not None,
-        CODE=rounding.code if rounding is not None else "none", CLEAR=clear is not None, PDL=pdl, PREFETCH=pdl, LATE=True,
-        PTX=ptx, num_warps=2 if small and page <= 64 else 4, **options,
+        CODE=rounding.code if rounding is not None else "none", CLEAR=clear is not None, PTX=ptx, **cut, **options,
     )  # fmt: skip

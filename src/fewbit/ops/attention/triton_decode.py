@@ -101,18 +101,6 @@ def decode_attention(
         c = tl.arange(0, 2 * GP)[:, None] * D + rd[None, :]
         to = clear_ptr + b.to(tl.int64) * ((H + 2 * HK) * D) + h * ((G + 2) * D) + c
         tl.store(to, tl.zeros((2 * GP, D), tl.float32), mask=c < (G + 2) * D)
-    if WRITE and ((p1 == pages) & (p0 < p1)):  # the program of the last page brings the new token
-        kn = _norm_rope(row + (H + h) * D, kn_ptr, cos_ptr, sin_ptr, pos, rd, eps, D, QK_NORM, True)
-        vn = tl.load(row + (H + HK + h) * D + rd).to(tl.float32)
-        slot = (tl.load(table + pages - 1).to(tl.int64) * HK + h) * (PAGE * D)
-        at = pos % PAGE
-        if KV == "none":
-            tl.store(k_ptr + slot + at * D + rd, kn.to(k_ptr.dtype.element_ty))
-            tl.store(v_ptr + slot + at * D + rd, vn.to(v_ptr.dtype.element_ty))
-        else:
-            tl.store(k_ptr + slot + at * D + rd, round_code(kn / ks, KV, PTX).to(k_ptr.dtype.element_ty))
-            tl.store(v_ptr + slot + rd * PAGE + at, round_code(vn / vs, KV, PTX).to(v_ptr.dtype.element_ty))
-        tl.debug_barrier()
     heads = h * G + tl.minimum(rg, G - 1)
     q = _norm_rope(row + heads[:, None] * D, qn_ptr, cos_ptr, sin_ptr, pos, rd[None, :], eps, D, QK_NORM, WRITE)
     if PTX:
@@ -121,6 +109,28 @@ def decode_attention(
     m = tl.full((GP,), -1e30, tl.float32)
     l = tl.zeros((GP,), tl.float32)
     acc = tl.zeros((GP, D), tl.float32)
+    stored = n
+    if WRITE:  # the program of the last page brings the new token; its scores need not wait for the cache
+        stored = n - 1
+        last = (p1 == pages) & (p0 < p1)
+        kn = _norm_rope(row + (H + h) * D, kn_ptr, cos_ptr, sin_ptr, pos, rd, eps, D, QK_NORM, True)
+        vn = tl.load(row + (H + HK + h) * D + rd).to(tl.float32)
+        slot = (tl.load(table + tl.maximum(pages - 1, 0)).to(tl.int64) * HK + h) * (PAGE * D)
+        at = pos % PAGE
+        if KV != "none":
+            kn = round_code(kn / ks, KV, PTX)
+            vn = round_code(vn / vs, KV, PTX)
+        here = (rd < D) & last
+        v_at = at * D + rd if KV == "none" else rd * PAGE + at
+        tl.store(k_ptr + slot + at * D + rd, kn.to(k_ptr.dtype.element_ty), mask=here)
+        tl.store(v_ptr + slot + v_at, vn.to(v_ptr.dtype.element_ty), mask=here)
+        if PTX:  # what the cache stores is what is seen
+            kn = kn.to(k_ptr.dtype.element_ty).to(tl.float32)
+            vn = vn.to(v_ptr.dtype.element_ty).to(tl.float32)
+        sn = tl.sum(q.to(tl.float32) * kn[None, :], 1) * scale
+        m = tl.where(last, sn, m)
+        l = tl.where(last, l + 1.0, l)
+        acc = tl.where(last, acc + vn[None, :], acc)
     ko = rt[:, None] * D + rd[None, :]
     vo = ko if KV == "none" else rd[:, None] * PAGE + rt[None, :]
     for t in tl.range(p0, p1, num_stages=STAGES):
@@ -132,7 +142,7 @@ def decode_attention(
         v = v.to(q.dtype)
         token = t * PAGE + rt
         s = tl.dot(q, k.T) * scale
-        ok = token < n
+        ok = token < stored
         if WINDOW:
             ok = ok & (token >= first)
         s = tl.where(ok[None, :], s, -1e30)
