@@ -268,6 +268,8 @@ class PageAttend:
         """See `fewbit.model.attend.Attend`; codes are written back into k and v decoded."""
         codec, pages = self.decoder.codecs[layer], self.pages
         store_pages(k, v, pages.k[layer], pages.v[layer], codec, self.parts, pages.size)
+        if self.single_rows is None and len(self.chunks) == 1:
+            return self._chunk_attention(layer, q, k, v, a, self.chunks[0])
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if self.single_rows is not None:
             rows, at = q[self.single_rows], 0
@@ -282,15 +284,16 @@ class PageAttend:
                 at += m
             out[self.single_rows] = seen.view(rows.shape)
         for chunk in self.chunks:
-            queries, keys, values = (x[chunk.rows] for x in (q, k, v))
-            if chunk.blocks is None:
-                shape = (chunk.sequences, chunk.end)
-                queries, keys, values = (x.unflatten(0, shape) for x in (queries, keys, values))
-                out[chunk.rows] = _causal(queries, keys, values, a).flatten(0, 1)
-            else:
-                keys, values = self._read(layer, chunk)
-                out[chunk.rows] = _continued(queries, keys, values, a, chunk.first)
+            out[chunk.rows] = self._chunk_attention(layer, q, k, v, a, chunk)
         return out
+
+    def _chunk_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, a: Attention, chunk: _Chunk) -> Tensor:
+        queries, keys, values = (x[chunk.rows] for x in (q, k, v))
+        if chunk.blocks is not None:
+            return _continued(queries, *self._read(layer, chunk), a, chunk.first)
+        shape = (chunk.sequences, chunk.end)
+        queries, keys, values = (x.unflatten(0, shape) for x in (queries, keys, values))
+        return _causal(queries, keys, values, a).flatten(0, 1)
 
     def _read(self, layer: int, chunk: _Chunk) -> tuple[Tensor, Tensor]:
         """K and V of a sequence from its pages, [tokens, kv, D]."""

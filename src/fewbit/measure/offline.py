@@ -83,10 +83,8 @@ class Offline:
 
 def ceilings(device: torch.device) -> Ceilings:
     """Measure them; about half a second."""
-    big = torch.empty(1 << 31, dtype=torch.uint8, device=device)
-    half = big.numel() // 2
-    copy = 2 * half / _seconds(lambda: big[:half].copy_(big[half:]))
-    del big
+    ends = torch.empty(2, 1 << 30, dtype=torch.uint8, device=device)
+    copy = ends.numel() / _seconds(lambda: ends[0].copy_(ends[1]))
     size = 8192
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
     flops = 2.0 * size**3
@@ -154,7 +152,7 @@ def bench_offline(
     weights = torch.cuda.memory_allocated(device)
     settings = EngineOptions(
         device=str(device), max_batch=batch, max_model_len=longest, prefix_cache=False,
-        num_blocks=batch * -(-longest // 64) + 1, **dict(options or {}),
+        num_blocks=batch * -(-longest // 64) + 1, **{"max_batch_tokens": 16384 + batch} | dict(options or {}),
     )  # fmt: skip
     resolved = resolve(
         settings,
@@ -203,7 +201,7 @@ def check_fit(checkpoint: Checkpoint, device: torch.device, batch: int, longest:
     weights += checkpoint.spec.vocab * checkpoint.spec.hidden * 2 * (not checkpoint.spec.tied)
     kv = decode_bytes(checkpoint, 1, -(-longest // 64) * 64)[1]
     widest = max(layer.mlp.width for layer in checkpoint.spec.layers)
-    work = (8192 + batch) * (widest * 3 + checkpoint.spec.hidden * 6) * 2 + batch * checkpoint.spec.vocab * 8
+    work = (16384 + batch) * (widest * 3 + checkpoint.spec.hidden * 6) * 2 + batch * checkpoint.spec.vocab * 8
     if checkpoint.quant:
         work += widest * checkpoint.spec.hidden * 4  # weights decoded for prompts
     graphs = 64 << 20

@@ -170,14 +170,14 @@ def decode_attention(
         if done == SPLITS - 1:
             top = tl.full((GP,), -1e30, tl.float32)
             for i in tl.static_range(SPLITS):
-                at = stat_ptr + (mine + i) * 2 * G + rg
-                top = tl.maximum(top, tl.load(at, mask=real, other=0.0, cache_modifier=".cg"))
+                stat = stat_ptr + (mine + i) * 2 * G + rg
+                top = tl.maximum(top, tl.load(stat, mask=real, other=0.0, cache_modifier=".cg"))
             den = tl.zeros((GP,), tl.float32)
             num = tl.zeros((GP, D), tl.float32)
             for i in tl.static_range(SPLITS):
-                at = stat_ptr + (mine + i) * 2 * G + rg
-                w = tl.exp2(tl.load(at, mask=real, other=0.0, cache_modifier=".cg") - top)
-                den += w * tl.load(at + G, mask=real, other=0.0, cache_modifier=".cg")
+                stat = stat_ptr + (mine + i) * 2 * G + rg
+                w = tl.exp2(tl.load(stat, mask=real, other=0.0, cache_modifier=".cg") - top)
+                den += w * tl.load(stat + G, mask=real, other=0.0, cache_modifier=".cg")
                 piece = part_ptr + ((mine + i) * G + rg)[:, None] * D + rd[None, :]
                 num += w[:, None] * tl.load(piece, mask=real[:, None], other=0.0, cache_modifier=".cg")
             y = num * vs / tl.where(den > 0, den, 1.0)[:, None]

@@ -11,7 +11,7 @@ from fewbit.ops.linear.gpu import Codes, Rounding
 def block_of(width: int) -> tuple[int, int]:
     """Numbers a program covers (a power of two) and its warps."""
     block = 1 << (width - 1).bit_length()
-    return block, 4 if block <= 4096 else 8 if block <= 8192 else 16
+    return block, min(max(block // 512, 1), 16)
 
 
 def _codes(rows: int, width: int, rounding: Rounding, dtype: torch.dtype | None, device: torch.device) -> Codes:

@@ -20,11 +20,12 @@ def _store_row(
     if CODE != "none":
         if DYNAMIC:
             amax = tl.max(tl.where(mask, tl.abs(y), 0.0), 0)
-            scale = tl.where(amax > 0, amax / top_of(CODE), 1.0)
-            tl.store(s_ptr + row, scale)
+            amax = tl.where(amax > 0, amax, top_of(CODE))
+            tl.store(s_ptr + row, amax / top_of(CODE))
+            inverse = top_of(CODE) / amax
         else:
-            scale = tl.load(s_ptr)
-        y = round_code(y / scale, CODE, PTX)
+            inverse = 1.0 / tl.load(s_ptr)
+        y = round_code(y * inverse, CODE, PTX)
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
