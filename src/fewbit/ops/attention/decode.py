@@ -27,7 +27,7 @@ def cut_of(rows: int, kv_heads: int, page: int) -> dict[str, Any]:
     splits = splits_of(rows, kv_heads)
     few = rows <= 4
     return {
-        "SPLITS": splits, "STAGES": 3, "num_warps": 2 if splits >= 8 and page <= 64 else 4, "PDL": few, "PREFETCH": few,
+        "SPLITS": splits, "STAGES": 3, "num_warps": 2 if splits >= 8 and page <= 64 else 4, "PDL": few, "PREFETCH": False,
         "LATE": True,
     }  # fmt: skip
 
