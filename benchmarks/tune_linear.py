@@ -81,7 +81,7 @@ def candidates(kind: str, n: int, k: int, bm: int, ending: str) -> list[dict]:
                 for stages in (2, 3, 4):
                     for split in splits:
                         if blocks % split == 0 and 100 <= -(-n // bn) * split <= 600:
-                            found.append({"gemv": False, "BN": bn, "num_warps": warps, "STAGES": stages, "SPLIT": split, "PREFETCH": 128})  # fmt: skip
+                            found.append({"gemv": False, "BN": bn, "num_warps": warps, "STAGES": stages, "SPLIT": split, "PREFETCH": 2})  # fmt: skip
     unique = []
     for cut in found:
         if not cut["gemv"]:

@@ -40,11 +40,12 @@ def prefetch_line(p, PTX: tl.constexpr):
 
 
 @triton.jit
-def prefetch_run(p, n, PTX: tl.constexpr):
-    """Bring `n` bytes (a multiple of 16) at each address to L2."""
+def prefetch_block(p, n, PTX: tl.constexpr):
+    """Bring the `n` bytes (a multiple of 16) at the scalar address `p` to L2: one request, made by the first thread."""
     if PTX:
         tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
+            """{ .reg .pred q; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 q, t, 0;
+            @q cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }""",
             "=r,l,r",
             [p, n],
             dtype=tl.int32,

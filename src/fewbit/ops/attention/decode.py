@@ -27,7 +27,7 @@ def cut_of(rows: int, kv_heads: int, page: int) -> dict[str, Any]:
     splits = splits_of(rows, kv_heads)
     few = rows <= 4
     return {
-        "SPLITS": splits, "STAGES": 3, "num_warps": 2 if splits >= 8 and page <= 64 else 4, "PDL": few, "PREFETCH": False,
+        "SPLITS": splits, "STAGES": 3, "num_warps": 2 if splits >= 8 and page <= 64 else 4, "PDL": few, "PREFETCH": 2,
         "LATE": True,
     }  # fmt: skip
 
@@ -59,7 +59,8 @@ def decode_attention(
     m = len(lengths)
     cut = dict(cut or cut_of(m, a.kv_heads, page))
     cut["PDL"] = cut["PDL"] and pdl
-    cut["PREFETCH"] = cut["PREFETCH"] and cut["PDL"]
+    if not pdl:  # the instruction is as old as dependent launches
+        cut["PREFETCH"] = 0
     options: dict[str, Any] = {"launch_pdl": True} if cut["PDL"] else {}
     cos, sin, norms = write or (qkv, qkv, {})
     kv = codec.spec.k.element.name if codec.spec else "none"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fewbit.ops.triton_common import prefetch_run, round_code, start_next, wait_previous
+from fewbit.ops.triton_common import prefetch_block, round_code, start_next, wait_previous
 
 
 @triton.jit
@@ -74,17 +74,15 @@ def decode_attention(
     p1 = tl.minimum(pages, p0 + per)
     table = table_ptr + b * max_pages
     page = tl.load(table + tl.minimum(p0, max_pages - 1))
+    if PREFETCH > 0:  # the first pages come while q is made ready; the new token is in none of what is read of them
+        tile: tl.constexpr = PAGE * D * k_ptr.dtype.element_ty.primitive_bitwidth // 8
+        for t in range(p0, tl.minimum(p1, p0 + PREFETCH)):
+            o = (tl.load(table + t).to(tl.int64) * HK + h) * (PAGE * D)
+            prefetch_block(k_ptr + o, tile, PTX)
+            prefetch_block(v_ptr + o, tile, PTX)
     if PDL:
         if not LATE:
             start_next(PDL)
-        if PREFETCH:
-            lane = tl.arange(0, 128)
-            bytes_: tl.constexpr = PAGE * D * k_ptr.dtype.element_ty.primitive_bitwidth // 1024
-            size = tl.full((128,), bytes_, tl.int32)
-            for t in range(p0, p1):
-                o = (tl.load(table + t).to(tl.int64) * HK + h) * (PAGE * D) + lane * (PAGE * D // 128)
-                prefetch_run(k_ptr + o, size, PTX)
-                prefetch_run(v_ptr + o, size, PTX)
         wait_previous(PDL)
     rg = tl.arange(0, GP)
     rd = tl.arange(0, D)

@@ -58,7 +58,7 @@ def _rule(kind: str, n: int, k: int, bm: int) -> Tile:
     rows = 128 if n >= 16384 and bm > 16 else 64
     return {
         "gemv": False, "BN": rows, "num_warps": 8 if rows == 128 else 4, "STAGES": 3,
-        "SPLIT": _split(-(-n // rows), k // 256), "PREFETCH": 128,
+        "SPLIT": _split(-(-n // rows), k // 256), "PREFETCH": 2,
     }  # fmt: skip
 
 

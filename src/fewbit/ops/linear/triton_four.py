@@ -19,7 +19,7 @@ from fewbit.ops.triton_common import (
     low_bf16,
     nibble3,
     nibble4,
-    prefetch_run,
+    prefetch_block,
     round_code,
     start_next,
     top_of,
@@ -127,14 +127,11 @@ def _plane_of_x(xp, at, rc, K, real, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _prefetch_tiles(
-    w_ptr, pid_n, k0, blocks, BN: tl.constexpr, C: tl.constexpr, BYTES: tl.constexpr, PTX: tl.constexpr
-):
-    """The first tile of every 64 rows on its way to L2 (it depends on no kernel before)."""
-    lane = tl.arange(0, 128)
-    tiles: tl.constexpr = BN // 64
-    tile = (pid_n * tiles + lane % tiles).to(tl.int64) * blocks + k0
-    prefetch_run(w_ptr + tile * (64 * C) + (lane // tiles) * (BYTES // 2), tl.full((128,), BYTES, tl.int32), PTX)
+def _prefetch_tiles(w_ptr, pid_n, k0, blocks, BN: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr, PTX: tl.constexpr):
+    """The first tiles of every 64 rows on their way to L2 (they depend on no kernel before)."""
+    for i in tl.static_range(BN // 64):
+        tile = (pid_n * (BN // 64) + i).to(tl.int64) * blocks + k0
+        prefetch_block(w_ptr + tile * (64 * C), TILES * 128 * C, PTX)
 
 
 @triton.jit
