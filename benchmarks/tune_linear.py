@@ -66,7 +66,8 @@ def candidates(kind: str, n: int, k: int, bm: int, ending: str) -> list[dict]:
                         for split in splits:
                             if k % (bytes_ // size * split) or not 120 <= -(-n // bn) * split <= 600:
                                 continue
-                            found.append({"gemv": False, "BN": bn, "BK": bytes_ // size, "num_warps": warps, "STAGES": stages, "SPLIT": split, "PREFETCH": 2})  # fmt: skip
+                            cut = {"gemv": False, "BN": bn, "BK": bytes_ // size, "num_warps": warps}
+                            found.append(cut | {"STAGES": stages, "SPLIT": split, "PREFETCH": 2})
     else:
         blocks = -(-k // 256)
         if bm == 1 and base == "int4":
@@ -81,7 +82,8 @@ def candidates(kind: str, n: int, k: int, bm: int, ending: str) -> list[dict]:
                 for stages in (2, 3, 4):
                     for split in splits:
                         if blocks % split == 0 and 100 <= -(-n // bn) * split <= 600:
-                            found.append({"gemv": False, "BN": bn, "num_warps": warps, "STAGES": stages, "SPLIT": split, "PREFETCH": 2})  # fmt: skip
+                            cut = {"gemv": False, "BN": bn, "num_warps": warps}
+                            found.append(cut | {"STAGES": stages, "SPLIT": split, "PREFETCH": 2})
     unique = []
     for cut in found:
         if not cut["gemv"]:
@@ -180,6 +182,7 @@ def _compile(job):
 
 
 def main() -> None:
+    """Tune."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--models", default="llama3-8b")

@@ -18,6 +18,9 @@ import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # kernels run in Triton's interpreter; Triton looks when it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
 torch.set_num_threads(1)
 # The folder's limit is the deadline; in CI the same examples every time, elsewhere new ones.
 hypothesis.settings.register_profile("fewbit", deadline=None, derandomize="CI" in os.environ, print_blob=True)

@@ -480,7 +480,7 @@ WRONG = [
     ("inspect nobody/nothing", "where there is a network: hf download nobody/nothing"),
     ("inspect {tiny} --device tpu", "unknown device 'tpu'; expected cpu, cuda or cuda:N"),
     ("explain {tiny} --device cuda:64", "no device 'cuda:64' here"),
-    ("explain {tiny} --backend marlin", "unknown backend 'marlin'; known: auto, dense, reference"),
+    ("explain {tiny} --backend marlin", "unknown backend 'marlin'; known: auto, dense, fp4, int4, reference, wide"),
     ("inspect", "Missing argument 'DIR'"),
     ("inspect {tiny} --jsn", "No such option: --jsn"),
     ("inspct {tiny}", "No such command 'inspct'"),

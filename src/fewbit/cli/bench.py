@@ -35,7 +35,7 @@ def offline(
     output_tokens: Annotated[int, typer.Option("--output", min=2, help="Tokens of each answer.")] = 512,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Runs that are counted.")] = 3,
     dummy_weights: Annotated[
-        bool, typer.Option("--dummy-weights", help="Random weights, the only kind so far.")
+        bool, typer.Option("--dummy-weights", help="Random weights; the only kind so far.")
     ] = True,
     profile: Annotated[bool, typer.Option("--profile", help="Also the time of each kernel in a decode step.")] = False,
     json: JsonOption = False,
@@ -61,8 +61,8 @@ def offline(
         chosen = (chosen or Recipe("kv", "", ())).with_kv(kv)
     if input_tokens + output_tokens > shape["max_position_embeddings"]:
         raise RequestError(
-            f"--input {input_tokens} + --output {output_tokens} exceed the {shape['max_position_embeddings']} positions "
-            f"of {config}; ask for fewer"
+            f"--input {input_tokens} + --output {output_tokens} exceed the {shape['max_position_embeddings']} "
+            f"positions of {config}; ask for fewer"
         )
     found = bench_offline(
         shape,
@@ -91,9 +91,8 @@ def offline(
         print()
         total = sum(entry["seconds"] for entry in found.kernels.values())
         for name, entry in found.kernels.items():
-            print(
-                f"{entry['seconds'] * 1e6:10.1f} µs {entry['seconds'] / total:6.1%} {int(entry['count']):5} x {name[:80]}"
-            )
+            share, count = entry["seconds"] / total, int(entry["count"])
+            print(f"{entry['seconds'] * 1e6:10.1f} µs {share:6.1%} {count:5} x {name[:80]}")
     return None
 
 

@@ -11,7 +11,6 @@ import msgspec
 
 from fewbit.engine.types import SamplingParams, TokenLogprobs
 
-
 PENDING = -1
 """Stands for a token that the step before this one is still choosing; the runner finds it on the device."""
 

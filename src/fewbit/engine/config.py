@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from fewbit.errors import RecipeError
@@ -92,27 +92,26 @@ def resolve(
         RecipeError: a setting is out of range, contradicts another, or leaves no room for a sequence.
     """
     gpu = options.device != "cpu"
-    if options.block_size is None:
-        options = replace(options, block_size=64 if gpu else 16)
+    block_size = options.block_size if options.block_size is not None else (64 if gpu else 16)
     max_batch = options.max_batch if options.max_batch is not None else (256 if gpu else 32)
     budget = options.max_batch_tokens
     if budget is None:
         budget = 8192 + max_batch if gpu else max(512, max_batch)
     _check_ranges(options, max_batch, budget, spec)
     wanted = options.max_model_len if options.max_model_len is not None else spec.context
-    num_blocks, how = _num_blocks(options, wanted * max_batch, token_bytes, free_bytes)
-    capacity = num_blocks * options.block_size
+    num_blocks, how = _num_blocks(options, block_size, wanted * max_batch, token_bytes, free_bytes)
+    capacity = num_blocks * block_size
     # the last token of a sequence is never stored: nothing comes after it
     if capacity < 1 or (options.max_model_len is not None and wanted - 1 > capacity):
-        least = -(-(wanted - 1) // options.block_size) * options.block_size * token_bytes
+        least = -(-(wanted - 1) // block_size) * block_size * token_bytes
         raise RecipeError(
-            f"the K/V cache holds {num_blocks} blocks of {options.block_size} = {capacity} tokens ({how}, "
+            f"the K/V cache holds {num_blocks} blocks of {block_size} = {capacity} tokens ({how}, "
             f"{token_bytes} bytes a token), not one sequence of {wanted}; give it at least {least} bytes (kv_bytes) or "
             f"lower max_model_len"
         )
     return EngineConfig(
         device=options.device,
-        block_size=options.block_size,
+        block_size=block_size,
         num_blocks=num_blocks,
         token_bytes=token_bytes,
         max_batch=max_batch,
@@ -158,17 +157,19 @@ def _check_ranges(options: EngineOptions, max_batch: int, budget: int, spec: Dec
         )
 
 
-def _num_blocks(options: EngineOptions, useful_tokens: int, token_bytes: int, free_bytes: int) -> tuple[int, str]:
+def _num_blocks(
+    options: EngineOptions, block_size: int, useful_tokens: int, token_bytes: int, free_bytes: int
+) -> tuple[int, str]:
     """Number of blocks, and where it comes from in words."""
     if options.num_blocks is not None:
-        need = options.num_blocks * options.block_size * token_bytes
+        need = options.num_blocks * block_size * token_bytes
         if need > free_bytes:
             raise RecipeError(
-                f"num_blocks {options.num_blocks} x {options.block_size} tokens x {token_bytes} bytes = {need} bytes, "
+                f"num_blocks {options.num_blocks} x {block_size} tokens x {token_bytes} bytes = {need} bytes, "
                 f"but only {free_bytes} are free on {options.device}; lower num_blocks"
             )
         return options.num_blocks, "num_blocks"
-    block_bytes = options.block_size * token_bytes
+    block_bytes = block_size * token_bytes
     if options.kv_bytes is not None:
         if options.kv_bytes > free_bytes:
             raise RecipeError(f"kv_bytes {options.kv_bytes} exceeds the {free_bytes} bytes free on {options.device}")
@@ -180,5 +181,5 @@ def _num_blocks(options: EngineOptions, useful_tokens: int, token_bytes: int, fr
     # on a CPU, for everybody else.
     fraction = 0.5 if options.device == "cpu" else 0.9
     size = int(free_bytes * fraction)
-    useful_blocks = -(-useful_tokens // options.block_size)
+    useful_blocks = -(-useful_tokens // block_size)
     return min(useful_blocks, size // block_bytes), f"{fraction} of {free_bytes} free bytes"

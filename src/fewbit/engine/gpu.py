@@ -189,7 +189,10 @@ class GpuRunner:
 
     def _prompt(self, pieces: Sequence[Piece]) -> Tensor:
         """Any mix of chunks and single tokens; the states [n, hidden] of those that are due a token."""
-        tokens, sources, positions, last = [], [], [], []
+        tokens: list[int] = []
+        sources: list[int] = []
+        positions: list[int] = []
+        last: list[int] = []
         for piece in pieces:
             tokens += [max(t, 0) for t in piece.tokens]
             sources += [self._rows[piece.id] if t == PENDING else -1 for t in piece.tokens]

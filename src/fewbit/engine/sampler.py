@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -60,15 +60,12 @@ class Choice:
     def to_host(self) -> Choice:
         """The same on its way to pinned memory; who waits for the stream may `read` it without waiting again."""
 
-        def moved(x: Tensor | None) -> Tensor | None:
-            return (
-                None if x is None else torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-            )
+        def moved(x: Tensor) -> Tensor:
+            return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
-        return replace(
-            self, tokens=moved(self.tokens), best=moved(self.best), logprobs=moved(self.logprobs),
-            alternatives=moved(self.alternatives),
-        )  # fmt: skip
+        reports = self.logprobs, self.alternatives
+        logprobs, alternatives = (None if x is None else moved(x) for x in reports)
+        return Choice(self.draws, moved(self.tokens), moved(self.best), logprobs, alternatives)
 
     def _reports(self) -> Iterator[TokenLogprobs]:
         if self.logprobs is None or self.alternatives is None:

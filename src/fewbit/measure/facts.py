@@ -10,8 +10,8 @@ import torch
 from fewbit.checkpoint import Checkpoint
 from fewbit.compress import Plan, bits_per_weight, group_name, summary
 from fewbit.model.load import choices
-from fewbit.numerics.format import FORMATS
-from fewbit.numerics.quantspec import KVSpec, QuantSpec
+from fewbit.numerics.format import ALL, FORMATS
+from fewbit.numerics.quantspec import InputScale, KVSpec, QuantSpec
 from fewbit.ops.device import arithmetic_dtype, device_info
 from fewbit.ops.linear import LinearProblem, choose
 from fewbit.spec.decoder import DecoderSpec
@@ -218,7 +218,8 @@ def support_table(device: torch.device, dtype: torch.dtype) -> list[tuple[str, s
     """For each numeric format the kernel of a weight-only linear, and of one with inputs in the same format."""
     info, rows = device_info(device), []
     for name, fmt in FORMATS.items():
-        kinds = [QuantSpec(fmt), QuantSpec(fmt, fmt, "outer" if fmt.outer else "dynamic")]
+        how: InputScale = "outer" if fmt.outer else "static" if fmt.block == (ALL, ALL) else "dynamic"
+        kinds = [QuantSpec(fmt), QuantSpec(fmt, fmt, how)]
         if fmt.zero or fmt.block[0] > 1:
             kinds.pop()  # inputs have no zeros, and their blocks do not span tokens
         kernels = [choose(LinearProblem(kind, 4096, 4096, dtype, info)).kernel.name for kind in kinds]

@@ -104,7 +104,7 @@ def ceilings(device: torch.device) -> Ceilings:
 def _seconds(call: Callable[[], Any], times: int = 10, repeats: int = 5) -> float:
     """Median time of one call on the GPU."""
     call()
-    found = []
+    found: list[float] = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -126,7 +126,9 @@ def bench_offline(
         config: a config.json.
         recipe: numerics of the weights and of K and V; None: as they are.
         device: a GPU.
-        batch, prompt, output: the protocol.
+        batch: sequences.
+        prompt: tokens of each.
+        output: tokens of each answer.
         runs: that are counted.
         profile: also the time of each kernel in a step.
         tell: told in words what is going on.
@@ -172,7 +174,7 @@ def bench_offline(
         tell("warming up" if index == 0 else f"run {index} of {runs}")
         found.append(_run(engine, prompts, output, f"r{index}"))
     counted = sorted(found[1:], key=lambda run: run[0])
-    total, first, between, last_first = counted[len(counted) // 2]
+    _, first, between, last_first = counted[len(counted) // 2]
     step, graph = _step_times(engine, prompts, prompt + output // 2)
     read = sum(decode_bytes(checkpoint, batch, prompt + output / 2))
     linear, scores = (batch * f for f in prefill_flops(checkpoint, prompt))
@@ -323,9 +325,7 @@ def compare_slice(
         )
     )
     while sliced.has_work:
-        for event in sliced.step():
-            if event.token is not None:
-                said.append(event.token)
+        said += [event.token for event in sliced.step() if event.token is not None]
     # once more, a token at a time, for the logits of each step
     blocks = [0, 1]
     params = SamplingParams(max_tokens=steps, temperature=0.0)
@@ -346,7 +346,7 @@ def compare_slice(
     limit = 0.25 if rounded else 0.1 if small.kv else 0.04
     if not difference < limit:
         raise UnsupportedError(
-            f"the engine's logits differ from the reference's by {difference:.3f} (relative, limit {limit}) over {steps} "
-            "steps of a two-layer slice: a fault of a kernel; nothing was timed"
+            f"the engine's logits differ from the reference's by {difference:.3f} (relative, limit {limit}) over "
+            f"{steps} steps of a two-layer slice: a fault of a kernel; nothing was timed"
         )
     return difference, agreement

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewbit.model import rope
 from fewbit.model.attend import Attend, KVCodec
-from fewbit.ops.linear.gpu import GpuLinear, Rounding
+from fewbit.ops.linear.gpu import Codes, GpuLinear, Rounding
 from fewbit.ops.rows.rows import add_norm, gated, rotate, rounded
 from fewbit.spec.decoder import Attention, DecoderSpec, Layer, Rope
 
@@ -26,13 +26,11 @@ class FusedLayer:
     Args:
         index: its place in the model.
         layer: its shape.
-        qkv, o, gate_up, down: its products; gate and up rows interleaved.
+        linears: its products ``qkv``, ``o``, ``gate_up`` and ``down``; gate and up rows interleaved.
         norms: as in `decoder.DecoderLayer`.
     """
 
-    def __init__(
-        self, index: int, layer: Layer, linears: dict[str, GpuLinear], norms: dict[str, Tensor]
-    ) -> None:  # fmt: skip
+    def __init__(self, index: int, layer: Layer, linears: dict[str, GpuLinear], norms: dict[str, Tensor]) -> None:
         self.index, self.layer, self.norms = index, layer, norms
         self.qkv, self.o, self.gate_up, self.down = (linears[name] for name in ("qkv", "o", "gate_up", "down"))
 
@@ -88,12 +86,12 @@ class FusedDecoder:
         return torch.cat(pieces).float()
 
 
-def _rounded(x: Tensor, rounding: Rounding | None, dtype: torch.dtype | None):  # type: ignore[no-untyped-def]
+def _rounded(x: Tensor, rounding: Rounding | None, dtype: torch.dtype | None) -> Tensor | Codes:
     return x if rounding is None else rounded(x, rounding, dtype)
 
 
 def split(qkv: Tensor, a: Attention) -> tuple[Tensor, Tensor, Tensor]:
-    """q [T, h, D] and k, v [T, kv, D], views of qkv [T, (h + 2 kv) D]."""
+    """The q [T, h, D] and k, v [T, kv, D] of qkv, views of qkv [T, (h + 2 kv) D]."""
     heads = qkv.unflatten(-1, (-1, a.head_dim))
     return heads[:, : a.heads], heads[:, a.heads : a.heads + a.kv_heads], heads[:, a.heads + a.kv_heads :]
 

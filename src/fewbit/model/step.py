@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fewbit.model.fused import FusedDecoder, cosines
 from fewbit.ops.attention.decode import decode_attention, splits_of
+from fewbit.ops.device import dependent_launches
 from fewbit.ops.linear.gpu import FEW, Codes, Folded, GpuLinear, Residual, Rounding
 from fewbit.ops.rows.rows import block_of
 
@@ -48,7 +49,9 @@ class DecodeStep:
         self.decoder, self.pages, self.rows = decoder, pages, rows
         self.table_width = -(-longest // pages.size)
         spec, device = decoder.spec, decoder.device
-        self.pdl = torch.cuda.get_device_capability(device) >= (9, 0)
+        self.pdl = dependent_launches(device)
+
+        self._dependent = {"launch_pdl": True} if self.pdl else {}
 
         def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
@@ -142,8 +145,8 @@ class DecodeStep:
         clear = first.qkv.n
         embed[(m,)](
             tokens, sources, self.chosen, decoder.embed_weight, first.norms["pre_attn"], self.res, self.x, self.sums[0],
-            self.qkv[0], decoder.spec.hidden, clear, BLOCK=block, CLEAR=1 << (clear - 1).bit_length(), PDL=self.pdl,
-            num_warps=warps,
+            self.qkv[0], decoder.spec.hidden, clear, BLOCK=block, CLEAR=1 << (clear - 1).bit_length(),
+            PDL=int(self.pdl), num_warps=warps,
         )  # fmt: skip
 
     def _apply(
@@ -173,10 +176,10 @@ class DecodeStep:
         m, width = x.shape
         codes = Codes(self._codes(m, width, dtype), self.code_scale[:m] if rounding.scale is None else rounding.scale)
         block, warps = block_of(width)
+        sums, clear, eps = (norm.sums, norm.clear, norm.eps) if norm else (x, x, 0.0)
         round_rows[(m,)](
-            x, norm.sums if norm else x, norm.clear if norm else x, codes.x, codes.scale, width, norm.eps if norm else 0.0,
-            BLOCK=block, NORM=norm is not None, CODE=rounding.code, DYNAMIC=rounding.scale is None, PDL=self.pdl, PTX=True,
-            num_warps=warps, **({"launch_pdl": True} if self.pdl else {}),
+            x, sums, clear, codes.x, codes.scale, width, eps, BLOCK=block, NORM=norm is not None, CODE=rounding.code,
+            DYNAMIC=rounding.scale is None, PDL=int(self.pdl), PTX=True, num_warps=warps, **self._dependent,
         )  # fmt: skip
         return codes
 
@@ -184,8 +187,8 @@ class DecodeStep:
         from fewbit.ops.rows.triton_rows import argmax
 
         argmax[(m, PIECES)](
-            logits, self.parts, self.part_ids, self.row_count, self.best, self.chosen, self.decoder.spec.vocab, BLOCK=4096,
-            PIECES=PIECES, PDL=self.pdl, num_warps=4, **({"launch_pdl": True} if self.pdl else {}),
+            logits, self.parts, self.part_ids, self.row_count, self.best, self.chosen, self.decoder.spec.vocab,
+            BLOCK=4096, PIECES=PIECES, PDL=int(self.pdl), num_warps=4, **self._dependent,
         )  # fmt: skip
 
 

@@ -110,6 +110,11 @@ def _available_bytes() -> int:
     return 0
 
 
+def dependent_launches(device: torch.device) -> bool:
+    """Whether a kernel may start before the one before it is complete: compute capability 9.0 and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def gpu_count() -> int:
     """How many CUDA devices PyTorch sees."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

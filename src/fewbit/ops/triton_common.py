@@ -6,7 +6,8 @@ helper takes ``PTX: tl.constexpr``; False selects plain operations that compute 
 Dependent launches (PDL): a kernel launched with ``launch_pdl=True`` may start while the one before it still runs. It
 must call `wait_previous` before it reads or writes what any kernel of the same graph writes; weights, page tables and
 lengths may be read before. All blocks of every such kernel wait, so a kernel that is done implies that all before it
-are done.
+are done. ``PDL: tl.constexpr`` is 0 (an ordinary launch), 1 (the next kernel may start at once: several can stand in
+line with their weights under way), 2 (when this one has stopped waiting) or 3 (where it says `start_last`).
 """
 
 from __future__ import annotations
@@ -19,15 +20,24 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 @triton.jit
 def start_next(PDL: tl.constexpr):
     """Allow the next kernel of the stream to start."""
-    if PDL:
+    if PDL == 1:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def start_last(PDL: tl.constexpr):
+    """What `start_next` is under PDL 3."""
+    if PDL == 3:
         gdc_launch_dependents()
 
 
 @triton.jit
 def wait_previous(PDL: tl.constexpr):
     """Wait until the kernel before this one is complete and its writes are visible."""
-    if PDL:
+    if PDL > 0:
         gdc_wait()
+        if PDL == 2:
+            gdc_launch_dependents()
 
 
 @triton.jit
@@ -199,7 +209,7 @@ def nibble3(w, PTX: tl.constexpr):
 
 @triton.jit
 def dot4(a, b, c, PTX: tl.constexpr):
-    """c + the product of the four int8 in a and those in b, int32."""
+    """The product of the four int8 in a and those in b, added to c, int32."""
     if PTX:
         r = tl.inline_asm_elementwise(
             "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1

@@ -23,6 +23,7 @@ MEANT = {
     "int8": QuantSpec(F["int8_row"], F["int8_row"]),
     "int8_wo": QuantSpec(F["int8_row"]),
     "int4": QuantSpec(F["int4_g128"]),
+    "w4a8": QuantSpec(F["int4_g128"], F["fp8_row"]),
     "nvfp4": QuantSpec(F["nvfp4"], F["nvfp4"], "outer"),
     "nvfp4_wo": QuantSpec(F["nvfp4"]),
     "mxfp4": QuantSpec(F["mxfp4"], F["mxfp4"]),

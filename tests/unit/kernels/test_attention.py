@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from pathlib import Path
 
@@ -9,8 +10,6 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from interpreter import DEVICE, GPU
 
 from fewbit.model.attend import KVCodec
 from fewbit.model.fused import cosines
@@ -22,9 +21,13 @@ from fewbit.ops.attention.store import store_pages
 from fewbit.ops.linear.gpu import Rounding
 from fewbit.ops.rows.rows import rotate
 from fewbit.spec.decoder import Attention, Norm, Rope
+from interpreter import DEVICE, GPU
 
 ACT = torch.bfloat16 if GPU else torch.float32
 KV = ["none", "int8"] + (["fp8"] if GPU else [])
+HEADS = [(4, 2, 64), (8, 1, 32), (3, 3, 128)]
+MATRIX = [(kv, *heads, window, norm) for kv in KV for heads in HEADS for window in (None, 40) for norm in (False, True)]
+QUICK = set(random.Random(0).sample(MATRIX, 5))
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
@@ -53,10 +56,10 @@ def exact(q, k, v, a):
     return torch.einsum("hs,shd->hd", scores.softmax(-1), v)
 
 
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize("kv", KV)
-@pytest.mark.parametrize(("heads", "kv_heads", "depth"), [(4, 2, 64), (8, 1, 32), (3, 3, 128)])
+@pytest.mark.parametrize(
+    ("kv", "heads", "kv_heads", "depth", "window", "norm"),
+    [pytest.param(*c, marks=[] if c in QUICK else [pytest.mark.slow]) for c in MATRIX],
+)
 def test_new_token_is_written_and_sees_the_past(kv, heads, kv_heads, depth, window, norm):
     torch.manual_seed(heads)
     size, lengths = 16, [1, 16, 17, 75, 0]
@@ -116,10 +119,8 @@ def test_new_token_is_written_and_sees_the_past(kv, heads, kv_heads, depth, wind
         rotate(
             ready[i : i + 1], cos[one], sin[one], heads, kv_heads, depth, norms.get("q_norm"), norms.get("k_norm"), 1e-6
         )
-    decode_attention(
-        ready.to(ACT), again, k_pages, v_pages, codec, table, torch.tensor(lengths, device=DEVICE).int(), a, size, scratch,
-        ptx=GPU,
-    )  # fmt: skip
+    known = torch.tensor(lengths, device=DEVICE).int()
+    decode_attention(ready.to(ACT), again, k_pages, v_pages, codec, table, known, a, size, scratch, ptx=GPU)
     assert (again.double() - expected).norm() / expected.norm() < limit
 
 
@@ -129,16 +130,17 @@ def test_output_as_codes():
     pages = pages_of(codec, "none", 2, 2, 16, 32)
     qkv = torch.randn(1, 8 * 32, device=DEVICE)
     cos, sin = cosines(a.position, 32, torch.arange(8, device=DEVICE))
-    r = Rounding("e4m3" if GPU else "int8", torch.tensor(0.02, device=DEVICE))
+    r = Rounding("e4m3" if GPU else "int8", torch.tensor(0.04, device=DEVICE))
     out = torch.zeros(1, 128, device=DEVICE, dtype=r.dtype)
     groups = splits_of(1, 2) * 4
-    scratch = torch.zeros(groups * 32, device=DEVICE), torch.zeros(groups * 2, device=DEVICE), torch.zeros(2, dtype=torch.int32, device=DEVICE)  # fmt: skip
+    table, count = (torch.zeros(shape, dtype=torch.int32, device=DEVICE) for shape in ((1, 1), 2))
+    length = torch.ones(1, dtype=torch.int32, device=DEVICE)
+    scratch = torch.zeros(groups * 32, device=DEVICE), torch.zeros(groups * 2, device=DEVICE), count
     decode_attention(
-        qkv, out, *pages, codec, torch.zeros(1, 1, dtype=torch.int32, device=DEVICE), torch.ones(1, dtype=torch.int32, device=DEVICE),
-        a, 16, scratch, write=(cos, sin, {}), rounding=r, ptx=GPU,
+        qkv, out, *pages, codec, table, length, a, 16, scratch, write=(cos, sin, {}), rounding=r, ptx=GPU
     )  # fmt: skip
     expected = qkv[:, 6 * 32 :].view(2, 32).repeat_interleave(2, 0).flatten()  # one token: its own values
-    assert (out.float() * 0.02 - expected).abs().max() <= (0.02 if not GPU else 0.15)
+    assert (out.float() * 0.04 - expected).abs().max() <= (0.15 if GPU else 0.0201)
 
 
 @pytest.mark.parametrize("kv", KV)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,6 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from interpreter import DEVICE, GPU
 
 from fewbit.numerics.format import FORMATS
 from fewbit.numerics.quantspec import QuantSpec
@@ -21,6 +21,7 @@ from fewbit.ops.linear.gpu import Folded, Residual, Rounding
 from fewbit.ops.linear.problem import LinearWeights
 from fewbit.ops.linear.wide import Wide
 from fewbit.ops.rows.rows import rounded
+from interpreter import DEVICE, GPU
 
 EPS = 1e-5
 KINDS = [
@@ -41,6 +42,9 @@ KINDS = [
 ]
 SHAPES = [(192, 256), (200, 640)] + ([(4096, 14336)] if GPU else [])
 ROWS = [1, 3, 20] + ([100] if GPU else [])
+ENDINGS = ("store", "add", "residual", "silu")
+MATRIX = [c for c in product(KINDS, ROWS, (False, True), SHAPES, ENDINGS) if c[-1] != "silu" or c[-2][0] % 16 == 0]
+QUICK = {id(c) for kind in KINDS for c in random.Random(0).sample([c for c in MATRIX if c[0] is kind], 4)}
 
 
 def name(kind):
@@ -87,48 +91,47 @@ def given(linear, x, rms):
     return rounded(exact, r, dtype), seen
 
 
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("kind", KINDS, ids=name)
-def test_product(kind, rows, norm):
+def label(cell):
+    kind, rows, norm, (n, k), ending = cell
+    return f"{name(kind)} {n}x{k} {rows} {ending}{' norm' * norm}"
+
+
+@pytest.mark.parametrize(
+    "cell", [pytest.param(c, id=label(c), marks=[] if id(c) in QUICK else [pytest.mark.slow]) for c in MATRIX]
+)
+def test_product(cell):
+    kind, rows, norm, (n, k), ending = cell
     torch.manual_seed(rows)
-    for n, k in SHAPES:
-        for ending in ("store", "add", "residual", "silu"):
-            if ending == "silu" and n % 16:
-                continue
-            linear, dense, bias = make(kind, n, k, ending == "silu")
-            x = torch.randn(rows, k, device=DEVICE).bfloat16()
-            sums, clear = torch.rand(rows, 16, device=DEVICE) * k / 8, torch.ones(rows, 16, device=DEVICE)
-            rms = torch.rsqrt(sums.sum(1, keepdim=True) / k + EPS) if norm else torch.ones(rows, 1, device=DEVICE)
-            handed, seen = given(linear, x, rms)
-            itself = linear.rounding is None or linear.rounds_itself(rows)
-            folded = Folded(sums, clear, EPS) if norm and itself else None
-            expected = seen @ dense.t() + bias
-            # a sum that lies on the border between two codes may fall on either side
-            limit = 1.5e-2 if linear.rounding else 8e-3 if GPU else 1e-5
-            act = torch.bfloat16 if GPU else torch.float32
-            case = f"{name(kind)} {n}x{k} m={rows} {ending} {linear.tile(rows, ending)}"
-            options = {"norm": folded, "pdl": False, "ptx": GPU}
-            if ending == "silu":
-                out = torch.full((rows, n // 2), float("nan"), device=DEVICE, dtype=act)
-                linear.few(handed, out, ending=ending, **options)
-                expected = F.silu(expected[:, : n // 2]) * expected[:, n // 2 :]
-                assert error(out, expected) < limit, case
-            elif ending == "residual":
-                res, g = torch.randn(rows, n, device=DEVICE), torch.rand(n, device=DEVICE)
-                added, count = torch.zeros(rows, 16, device=DEVICE), torch.zeros(4096, dtype=torch.int32, device=DEVICE)
-                expected = res.double() + expected
-                out = torch.full((rows, n), float("nan"), device=DEVICE, dtype=act)
-                linear.few(handed, out, ending=ending, residual=Residual(res, g, added, count), **options)
-                assert error(res, expected) < limit, case
-                assert error(out, expected * g.double()) < limit, case
-                assert error(added.sum(1), expected.square().sum(1)) < limit, case
-                assert not count.any(), case
-            else:
-                out = torch.zeros(rows, n, device=DEVICE) if ending == "add" else torch.full((rows, n), float("nan"), device=DEVICE, dtype=act)  # fmt: skip
-                linear.few(handed, out, ending=ending, **options)
-                assert error(out, expected) < limit, case
-            assert not (folded and clear.any()), case
+    linear, dense, bias = make(kind, n, k, ending == "silu")
+    x = torch.randn(rows, k, device=DEVICE).bfloat16()
+    sums, clear = torch.rand(rows, 16, device=DEVICE) * k / 8, torch.ones(rows, 16, device=DEVICE)
+    rms = torch.rsqrt(sums.sum(1, keepdim=True) / k + EPS) if norm else torch.ones(rows, 1, device=DEVICE)
+    handed, seen = given(linear, x, rms)
+    itself = linear.rounding is None or linear.rounds_itself(rows)
+    folded = Folded(sums, clear, EPS) if norm and itself else None
+    expected = seen @ dense.t() + bias
+    # a sum that lies on the border between two codes may fall on either side
+    limit = 1.5e-2 if linear.rounding else 8e-3 if GPU else 1e-5
+    act = torch.bfloat16 if GPU else torch.float32
+    options = {"ending": ending, "norm": folded, "pdl": False, "ptx": GPU}
+    poisoned = torch.full((rows, n // 2 if ending == "silu" else n), float("nan"), device=DEVICE, dtype=act)
+    if ending == "silu":
+        linear.few(handed, out := poisoned, **options)
+        expected = F.silu(expected[:, : n // 2]) * expected[:, n // 2 :]
+    elif ending == "residual":
+        res, g = torch.randn(rows, n, device=DEVICE), torch.rand(n, device=DEVICE)
+        added, count = torch.zeros(rows, 16, device=DEVICE), torch.zeros(4096, dtype=torch.int32, device=DEVICE)
+        whole = res.double() + expected
+        expected = whole * g.double()
+        linear.few(handed, out := poisoned, residual=Residual(res, g, added, count), **options)
+        assert error(res, whole) < limit
+        assert error(added.sum(1), whole.square().sum(1)) < limit
+        assert not count.any()
+    else:
+        out = torch.zeros(rows, n, device=DEVICE) if ending == "add" else poisoned
+        linear.few(handed, out, **options)
+    assert error(out, expected) < limit, linear.tile(rows, ending)
+    assert not (folded and clear.any())
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k[2] is not None and k[3] == "static"], ids=name)

@@ -9,7 +9,7 @@ from fewbit.errors import UnsupportedError
 from fewbit.numerics.format import ALL, FORMATS
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.numerics.reference import choose_scale, quantize
-from fewbit.ops.device import device_info
+from fewbit.ops.device import DeviceInfo, device_info
 from fewbit.ops.linear import KERNELS, LinearProblem, LinearWeights, choose
 from fewbit.ops.linear.reference import Reference
 
@@ -41,7 +41,7 @@ def drawn(quant: QuantSpec) -> tuple[torch.Tensor, LinearWeights]:
     return x, LinearWeights(quant, quantize(weight, quant.weight) if quant.weight else weight, bias, scale)
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k.device is None], ids=lambda k: k.name)
 @pytest.mark.parametrize("quant", specs(), ids=str)
 def test_computes_what_the_reference_does(kernel, quant):
     assert kernel.why_not(problem(quant)) is None  # both take everything in float32; one that declines is skipped then
@@ -72,8 +72,33 @@ def test_the_reference_is_last_and_takes_everything():
         for dtype in (torch.float32, torch.bfloat16):
             choice = choose(problem(quant, dtype))
             assert choice.kernel.why_not(problem(quant, dtype)) is None
-            better = KERNELS[: KERNELS.index(choice.kernel)]
+            better = [k for k in KERNELS[: KERNELS.index(choice.kernel)] if k.device is None]
             assert [name for name, _ in choice.declined] == [kernel.name for kernel in better]
+
+
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k.device == "cuda"], ids=lambda k: k.name)
+def test_a_kernel_of_a_gpu_says_what_it_misses(kernel):
+    assert kernel.why_not(problem(QuantSpec())) == "needs an NVIDIA GPU"
+    with pytest.raises(UnsupportedError, match=f"backend '{kernel.name}' cannot run .*needs an NVIDIA GPU"):
+        choose(problem(QuantSpec()), kernel.name)
+    old = DeviceInfo("cuda", "an old GPU", (7, 5), 1, 1)
+    assert "needs compute capability 8.0, this GPU has 7.5" in kernel.why_not(on(old, QuantSpec()))
+
+
+def test_what_a_gpu_lacks_falls_to_the_next_kernel():
+    ampere, hopper = (DeviceInfo("cuda", f"sm_{a}{b}", (a, b), 1, 1) for a, b in ((8, 0), (9, 0)))
+    fp8 = QuantSpec(FORMATS["fp8"], FORMATS["fp8"], "static")
+    assert choose(on(hopper, fp8)).kernel.name == "wide"
+    old = choose(on(ampere, fp8))
+    assert old.kernel.name == "reference"
+    assert old.declined[0] == ("wide", "FP8 needs compute capability 8.9, this GPU has 8.0")
+    assert choose(on(ampere, QuantSpec(FORMATS["int4_g128"]))).kernel.name == "int4"
+    assert choose(on(ampere, QuantSpec(FORMATS["int8_row"], FORMATS["int8_row"]))).kernel.name == "wide"
+    assert choose(on(hopper, QuantSpec(FORMATS["mxfp4"]))).kernel.name == "fp4"
+
+
+def on(device: DeviceInfo, quant: QuantSpec) -> LinearProblem:
+    return LinearProblem(quant, N, K, torch.bfloat16, device)
 
 
 def test_a_kernel_that_would_round_once_more_says_so():

@@ -25,10 +25,8 @@ def splits_of(rows: int, kv_heads: int) -> int:
 def cut_of(rows: int, kv_heads: int, page: int) -> dict[str, Any]:
     """How the work of `rows` sequences is cut and launched."""
     splits = splits_of(rows, kv_heads)
-    few = rows <= 4
     return {
-        "SPLITS": splits, "STAGES": 3, "num_warps": 2 if splits >= 8 and page <= 64 else 4, "PDL": few, "PREFETCH": 2,
-        "LATE": True,
+        "SPLITS": splits, "STAGES": 3, "num_warps": 2 if splits >= 8 and page <= 64 else 4, "PDL": 0, "PREFETCH": 2
     }  # fmt: skip
 
 
@@ -43,22 +41,26 @@ def decode_attention(
     Args:
         qkv: [m, (heads + 2 kv_heads) * head_dim]; `write`: raw float32; else bfloat16, rotated and stored already.
         out: [m, heads * head_dim], or its codes under `rounding`.
-        k, v: the pages of this layer.
+        k: pages of this layer.
+        v: likewise; see the kernel for the layouts.
         codec: its `KVCodec`.
-        table: int32 [m, pages]; lengths: int32 [m], the new token included.
+        table: int32 [m, pages].
+        lengths: int32 [m], the new token included; 0: no sequence.
         a: the shape.
         page: tokens of a page.
         scratch: parts, statistics and counters (zero) for sequences that are cut.
         write: cosines and sines by position and the layer's norms: rotate q and k, and store the new K and V.
         clear: set to zero by the way.
-        pdl, ptx: see `GpuLinear.few`.
+        rounding: of the next linear, under a scale that is known before.
+        pdl: see `GpuLinear.few`.
+        ptx: likewise.
         cut: see `cut_of`; for measuring others.
     """
     from fewbit.ops.attention.triton_decode import decode_attention as kernel
 
     m = len(lengths)
     cut = dict(cut or cut_of(m, a.kv_heads, page))
-    cut["PDL"] = cut["PDL"] and pdl
+    cut["PDL"] = cut["PDL"] if pdl else 0
     if not pdl:  # the instruction is as old as dependent launches
         cut["PREFETCH"] = 0
     options: dict[str, Any] = {"launch_pdl": True} if cut["PDL"] else {}

@@ -12,8 +12,10 @@ def store_pages(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, codec: A
     """Store k, v [T, kv_heads, head_dim] (any row stride) as `codec` says and leave in them what was stored.
 
     Args:
-        k, v: bfloat16.
-        k_pages, v_pages: the pages of the layer.
+        k: bfloat16.
+        v: bfloat16.
+        k_pages: pages of the layer.
+        v_pages: likewise; see `triton_store` for the layouts.
         codec: its `KVCodec`.
         parts: int32 [n, 4]: page, first row, first slot in the page, count.
         page: tokens of a page.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fewbit.ops.triton_common import prefetch_block, round_code, start_next, wait_previous
+from fewbit.ops.triton_common import prefetch_block, round_code, start_last, start_next, wait_previous
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def decode_attention(
     part_ptr, stat_ptr, count_ptr, clear_ptr, scale, eps, max_pages, window, qkv_stride,
     H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
     KV: tl.constexpr, WRITE: tl.constexpr, QK_NORM: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr,
-    CLEAR: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr, LATE: tl.constexpr, PTX: tl.constexpr,
+    CLEAR: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Grid (HK, SPLITS, B).
 
@@ -56,7 +56,6 @@ def decode_attention(
         part_ptr: float32 [B, HK, SPLITS, G, D]; stat_ptr: [B, HK, SPLITS, 2, G]; count_ptr: int32 [B * HK], zero.
         clear_ptr: CLEAR: [B, (H + 2 HK) * D] float32, set to zero by the way: the next layer's product is added there.
         scale: softmax scale * log2(e).
-        LATE: let the next kernel start only when the cache has been read.
     """
     h = tl.program_id(0)
     sp = tl.program_id(1)
@@ -80,10 +79,8 @@ def decode_attention(
             o = (tl.load(table + t).to(tl.int64) * HK + h) * (PAGE * D)
             prefetch_block(k_ptr + o, tile, PTX)
             prefetch_block(v_ptr + o, tile, PTX)
-    if PDL:
-        if not LATE:
-            start_next(PDL)
-        wait_previous(PDL)
+    start_next(PDL)
+    wait_previous(PDL)
     rg = tl.arange(0, GP)
     rd = tl.arange(0, D)
     rt = tl.arange(0, PAGE)
@@ -150,8 +147,7 @@ def decode_attention(
         l = l * a + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v if KV == "none" else v.T, acc * a[:, None])
         m = mn
-    if PDL and LATE:
-        start_next(PDL)
+    start_last(PDL)
     op = out_ptr + (b * H + h * G + rg)[:, None] * D + rd[None, :]
     if SPLITS == 1:
         y = acc * vs / tl.where(l > 0, l, 1.0)[:, None]

@@ -19,7 +19,7 @@ KERNELS: tuple[LinearKernel, ...] = (Wide(), Int4(), Fp4(), Dense(), Reference()
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel chosen, and why each better one declined."""
+    """The kernel chosen, and why each better one of this kind of device declined."""
 
     kernel: LinearKernel
     declined: tuple[tuple[str, str], ...] = ()
@@ -40,6 +40,8 @@ def choose(problem: LinearProblem, backend: str = "auto") -> Choice:
         return Choice(named[backend])
     declined: list[tuple[str, str]] = []
     for kernel in KERNELS:
+        if kernel.device not in (None, problem.device.kind):  # nothing to say about kernels of another machine
+            continue
         reason = kernel.why_not(problem)
         if reason is None:
             return Choice(kernel, tuple(declined))

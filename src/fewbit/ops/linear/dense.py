@@ -21,6 +21,7 @@ class Dense:
     """Holds the dequantized weight in the dtype of activations: on a CPU float32, four bytes a weight."""
 
     name = "dense"
+    device: str | None = None
 
     def why_not(self, problem: LinearProblem) -> str | None:
         """Declines where dequantizing ahead would round once more than the format does."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,17 +11,7 @@ from torch import Tensor
 
 from fewbit.numerics.element import Element
 from fewbit.numerics.qtensor import QTensor
-from fewbit.ops.linear.gpu import (
-    Codes,
-    Folded,
-    GpuKernel,
-    GpuLinear,
-    Residual,
-    Rounding,
-    ending_of,
-    input_why_not,
-    launch_options,
-)
+from fewbit.ops.linear.gpu import Codes, GpuKernel, GpuLinear, input_why_not
 from fewbit.ops.linear.layouts import interleave, pack_block_scales, pack_scale_pairs, pack_tiles
 from fewbit.ops.linear.problem import LinearProblem, LinearWeights
 from fewbit.ops.linear.tiles import Tile
@@ -120,44 +111,29 @@ class _Int4Linear(_FourLinear):
         """E4M3 numbers are bfloat16 numbers, which is what the weights become."""
         return torch.bfloat16
 
-    def few(
-        self, x: Tensor | Codes, out: Tensor, *, ending: str = "store", norm: Folded | None = None,
-        residual: Residual | None = None, out_rounding: Rounding | None = None, pdl: bool = False, ptx: bool = True,
-    ) -> None:  # fmt: skip
-        """See `GpuLinear.few`."""
+    def _launch(
+        self,
+        cut: Tile,
+        x: Tensor,
+        scale: Tensor | None,
+        ends: tuple[Tensor, ...],
+        eps: float,
+        constants: dict[str, Any],
+    ) -> None:
         from fewbit.ops.linear.triton_four import int4_gemm, int4_gemv
 
-        codes = x if isinstance(x, Codes) else None
-        rows = codes.x if codes else x
-        assert isinstance(rows, Tensor)
-        m, none = rows.shape[0], self._none
-        cut = self.tile(m, ending)
-        sums, clear, eps = (norm.sums, norm.clear, norm.eps) if norm else (none, none, 0.0)
-        res, g, added, count = (
-            (residual.res, residual.g, residual.sums, residual.count) if residual else (none, none, none, none)
-        )
-        bias = none if self.bias is None else self.bias
-        even = self.k == self.padded_k
+        m, grid, even = len(x), self._grid(cut, len(x)), self.k == self.padded_k
         if cut["gemv"]:
-            int4_gemv[(-(-self.n // cut["BN"]),)](
-                rows.view(torch.int32), self.words.view(torch.int32), self.pairs, bias, sums, out,
-                none if out_rounding is None else out_rounding.scale, res, g, added, clear,
-                self.n, self.k, eps,
-                BN=cut["BN"], KC=cut["KC"], NIT=cut["NIT"], CODE=self.rounding.code if self.rounding else "none",
-                BIAS=self.bias is not None, OUT="store" if ending == "add" else ending, NORM=norm is not None, EVEN=even,
-                OUT_CODE=out_rounding.code if out_rounding else "none", PDL=pdl, PTX=ptx, **launch_options(cut, pdl),
+            int4_gemv[grid](
+                x.view(torch.int32), self.words.view(torch.int32), self.pairs, *ends, self.n, self.k, eps, KC=cut["KC"],
+                NIT=cut["NIT"], CODE=self.rounding.code if self.rounding else "none", EVEN=even, **constants,
             )  # fmt: skip
             return
-        split = cut["SPLIT"]
-        int4_gemm[(-(-self.n // cut["BN"]), split, -(-m // cut["BM"]))](
-            rows, self.words, self.scales, none if self.zeros is None else self.zeros,
-            none if codes is None else codes.scale, bias, sums, out,
-            none if out_rounding is None else out_rounding.scale, res, g, added, count, clear,
-            m, self.n, self.k, self.blocks, eps,
-            BN=cut["BN"], BM=cut["BM"], C=self.columns, PER=self.per, SPLIT=split, STAGES=cut["STAGES"],
-            ASYM=self.zeros is not None, SX="none" if codes is None else "rows", BIAS=self.bias is not None,
-            OUT=ending_of(ending, split), CODE=out_rounding.code if out_rounding else "none", NORM=norm is not None,
-            EVEN=even, PREFETCH=cut["PREFETCH"], PDL=pdl, PTX=ptx, **launch_options(cut, pdl),
+        zeros, given = (self._none if t is None else t for t in (self.zeros, scale))
+        int4_gemm[grid](
+            x, self.words, self.scales, zeros, given, *ends, m, self.n, self.k, self.blocks, eps, BM=cut["BM"],
+            C=self.columns, PER=self.per, SPLIT=cut["SPLIT"], STAGES=cut["STAGES"], ASYM=self.zeros is not None,
+            SX="none" if scale is None else "rows", EVEN=even, PREFETCH=cut["PREFETCH"], **constants,
         )  # fmt: skip
 
     def many(self, x: Tensor | Codes) -> Tensor:
@@ -226,28 +202,21 @@ class _Fp4Linear(_FourLinear):
         """There is no GEMV."""
         return super().tile(max(m, 2), ending)
 
-    def few(
-        self, x: Tensor | Codes, out: Tensor, *, ending: str = "store", norm: Folded | None = None,
-        residual: Residual | None = None, out_rounding: Rounding | None = None, pdl: bool = False, ptx: bool = True,
-    ) -> None:  # fmt: skip
-        """See `GpuLinear.few`."""
+    def _launch(
+        self,
+        cut: Tile,
+        x: Tensor,
+        scale: Tensor | None,
+        ends: tuple[Tensor, ...],
+        eps: float,
+        constants: dict[str, Any],
+    ) -> None:
         from fewbit.ops.linear.triton_four import fp4_gemm
 
-        assert isinstance(x, Tensor)
-        m, none = x.shape[0], self._none
-        cut = self.tile(m, ending)
-        sums, clear, eps = (norm.sums, norm.clear, norm.eps) if norm else (none, none, 0.0)
-        res, g, added, count = (
-            (residual.res, residual.g, residual.sums, residual.count) if residual else (none, none, none, none)
-        )
-        split = cut["SPLIT"]
-        fp4_gemm[(-(-self.n // cut["BN"]), split, -(-m // cut["BM"]))](
-            x, self.words, self.scales, self.row, none if self.bias is None else self.bias, sums, out,
-            none if out_rounding is None else out_rounding.scale, res, g, added, count, clear,
-            m, self.n, self.k, self.blocks, eps,
-            BN=cut["BN"], BM=cut["BM"], SPLIT=split, STAGES=cut["STAGES"], BIAS=self.bias is not None,
-            OUT=ending_of(ending, split), CODE=out_rounding.code if out_rounding else "none", NORM=norm is not None,
-            EVEN=self.k == self.padded_k, PREFETCH=cut["PREFETCH"], PDL=pdl, PTX=ptx, **launch_options(cut, pdl),
+        fp4_gemm[self._grid(cut, len(x))](
+            x, self.words, self.scales, self.row, *ends, len(x), self.n, self.k, self.blocks, eps, BM=cut["BM"],
+            SPLIT=cut["SPLIT"], STAGES=cut["STAGES"], EVEN=self.k == self.padded_k, PREFETCH=cut["PREFETCH"],
+            **constants,
         )  # fmt: skip
 
     def many(self, x: Tensor | Codes) -> Tensor:

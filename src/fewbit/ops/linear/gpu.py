@@ -84,7 +84,7 @@ class GpuLinear(ABC):
         self.n = sum(piece.weight.shape[0] for piece in pieces)
         self.k = pieces[0].weight.shape[1]
         self.gpu = gpu
-        device = pieces[0].weight.codes.device if hasattr(pieces[0].weight, "codes") else pieces[0].weight.device
+        device = device_of(pieces[0])
         self.rounding = _rounding(pieces[0])
         self.bias = _bias(pieces, gated, device)
         self._none = torch.zeros(1, device=device)  # stands for arguments that a variant does not read
@@ -111,7 +111,6 @@ class GpuLinear(ABC):
         """What `few` wants codes stored in."""
         return self.rounding.dtype if self.rounding else torch.bfloat16
 
-    @abstractmethod
     def few(
         self, x: Tensor | Codes, out: Tensor, *, ending: str = "store", norm: Folded | None = None,
         residual: Residual | None = None, out_rounding: Rounding | None = None, pdl: bool = False, ptx: bool = True,
@@ -125,9 +124,45 @@ class GpuLinear(ABC):
             norm: fold an RMSNorm in.
             residual: for ``residual``.
             out_rounding: for ``silu``: store codes under its scale.
-            pdl: start before the kernel before is complete (compute capability 9.0 and later).
+            pdl: may start before the kernel before is complete (compute capability 9.0 and later).
             ptx: False under Triton's interpreter.
         """
+        rows, scale = (x.x, x.scale) if isinstance(x, Codes) else (x, None)
+        cut, none = self.tile(len(rows), ending), self._none
+        start = cut.get("PDL", 1) if pdl else 0
+        sums, clear, eps = (norm.sums, norm.clear, norm.eps) if norm else (none, none, 0.0)
+        res, g, added, count = (
+            (residual.res, residual.g, residual.sums, residual.count) if residual else (none, none, none, none)
+        )
+        out_scale = none if out_rounding is None or out_rounding.scale is None else out_rounding.scale
+        ends = none if self.bias is None else self.bias, sums, out, out_scale, res, g, added, count, clear
+        if ending == "add":  # what several programs add to cannot be stored
+            ending = "atomic" if cut.get("SPLIT", 1) > 1 else "store"
+        constants = {
+            "BN": cut["BN"], "BIAS": self.bias is not None, "OUT": ending, "NORM": norm is not None,
+            "OUT_CODE": out_rounding.code if out_rounding else "none", "PDL": start, "PTX": ptx,
+            "num_warps": cut["num_warps"], **({"launch_pdl": True} if start else {}),
+        }  # fmt: skip
+        self._launch(cut, rows, scale, ends, eps, constants)
+
+    @abstractmethod
+    def _launch(
+        self,
+        cut: Tile,
+        x: Tensor,
+        scale: Tensor | None,
+        ends: tuple[Tensor, ...],
+        eps: float,
+        constants: dict[str, Any],
+    ) -> None:
+        """Launch the kernel that `cut` is for: x [M, K] bfloat16, or codes in units of `scale` [] or [M].
+
+        `ends` and `constants`: the arguments that all kernels take alike.
+        """
+
+    def _grid(self, cut: Tile, m: int) -> tuple[int, ...]:
+        programs = -(-self.n // cut["BN"])
+        return (programs,) if cut["gemv"] else (programs, cut["SPLIT"], -(-m // cut["BM"]))
 
     @abstractmethod
     def many(self, x: Tensor | Codes) -> Tensor:
@@ -149,29 +184,18 @@ class GpuLinear(ABC):
         return out
 
 
-def ending_of(ending: str, split: int) -> str:
-    """The kernel's ending: what several programs add to cannot be stored."""
-    if ending == "add":
-        return "atomic" if split > 1 else "store"
-    return ending
-
-
-def launch_options(cut: Tile, pdl: bool) -> dict[str, Any]:
-    """Options of a launch; the interpreter knows none of dependent launches."""
-    return {"num_warps": cut["num_warps"], **({"launch_pdl": True} if pdl else {})}
-
-
 class GpuKernel(ABC):
     """A `LinearKernel` whose prepared weights are a `GpuLinear`."""
 
     name: str
+    device: str | None = "cuda"
 
     def why_not(self, problem: LinearProblem) -> str | None:
         """See `LinearKernel.why_not`."""
         if problem.device.kind != "cuda":
             return "needs an NVIDIA GPU"
         if problem.device.capability < (8, 0):
-            return f"needs compute capability 8.0, this GPU has {_version(problem.device.capability)}"
+            return f"needs compute capability 8.0, this GPU has {version(problem.device.capability)}"
         if not _has_triton():
             return "the package triton is not installed"
         if problem.dtype != torch.bfloat16:
@@ -206,10 +230,15 @@ class GpuKernel(ABC):
         return out.view(*x.shape[:-1], -1)
 
 
+def device_of(weights: LinearWeights) -> torch.device:
+    """Where weights are."""
+    weight = weights.weight
+    return weight.device if isinstance(weight, Tensor) else weight.codes.device
+
+
 def gpu_name(weights: LinearWeights) -> str:
     """The name of the GPU that holds `weights`; empty elsewhere."""
-    weight = weights.weight
-    device = weight.device if isinstance(weight, Tensor) else weight.codes.device
+    device = device_of(weights)
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
@@ -222,7 +251,7 @@ def input_why_not(problem: LinearProblem, element: str) -> str | None:
     if fmt.element.name != element or not whole_row or (how == "dynamic" and fmt.block[0] != 1) or how == "outer":
         return f"cannot round inputs to {fmt} ({how})"
     if element == "e4m3" and problem.device.capability < (8, 9):
-        return f"FP8 needs compute capability 8.9, this GPU has {_version(problem.device.capability)}"
+        return f"FP8 needs compute capability 8.9, this GPU has {version(problem.device.capability)}"
     return None
 
 
@@ -244,7 +273,8 @@ def _bias(pieces: Sequence[LinearWeights], gated: bool, device: torch.device) ->
     return interleave(bias) if gated else bias
 
 
-def _version(capability: tuple[int, int]) -> str:
+def version(capability: tuple[int, int]) -> str:
+    """A compute capability in words."""
     return f"{capability[0]}.{capability[1]}"
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 def interleave(rows: Tensor) -> Tensor:
     """Gate rows above up rows [2 W, ...] to blocks of 8 gate and 8 up rows in turn: one thread then holds both."""
-    pairs = rows.unflatten(0, (2, -1, 8)).transpose(0, 1)  # [W / 8, 2, 8, ...]
+    pairs: Tensor = rows.unflatten(0, (2, -1, 8)).transpose(0, 1)  # [W / 8, 2, 8, ...]
     return pairs.reshape(rows.shape)
 
 
@@ -19,7 +19,7 @@ def pack_tiles(codes: Tensor, columns: int) -> Tensor:
     Nibble j of word c is column j * C + c of its tile.
     """
     codes = F.pad(codes, (0, -codes.shape[1] % (4 * columns), 0, -codes.shape[0] % 64))
-    tiles = codes.unflatten(1, (-1, 4, columns)).unflatten(0, (-1, 64))  # [N/64, 64, K/4C, 4, C]
+    tiles: Tensor = codes.unflatten(1, (-1, 4, columns)).unflatten(0, (-1, 64))  # [N/64, 64, K/4C, 4, C]
     planes = tiles.permute(3, 0, 2, 1, 4).to(torch.int16)  # [4, N/64, K/4C, 64, C]
     return (planes[0] | (planes[1] << 4) | (planes[2] << 8) | (planes[3] << 12)).contiguous()
 

@@ -66,6 +66,8 @@ class LinearKernel(Protocol):
     """One way to compute ``round_input(x) @ weight.T + bias``."""
 
     name: str
+    device: str | None
+    """``cuda`` or ``cpu``; None: any."""
 
     def why_not(self, problem: LinearProblem) -> str | None:
         """None: can do it; else the reason, for a user to read."""

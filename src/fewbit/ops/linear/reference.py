@@ -14,6 +14,7 @@ class Reference:
     """Holds the weights as the checkpoint has them."""
 
     name = "reference"
+    device: str | None = None
 
     def why_not(self, problem: LinearProblem) -> str | None:
         """It can do everything."""

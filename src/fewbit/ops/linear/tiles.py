@@ -18,7 +18,8 @@ def tile(kind: str, n: int, k: int, m: int, ending: str, gpu: str) -> Tile:
 
     Args:
         kind: ``bf16``, ``fp8``, ``int8``, ``int4``, ``w4a8`` or ``fp4``: what a weight is.
-        n, k: rows and columns of the weight (k as the kernel sees it, filled up).
+        n: rows of the weight.
+        k: its columns as the kernel sees them, filled up.
         m: tokens; 1: the answer may be a GEMV (``gemv`` is True).
         ending: how the product ends, see `triton_epilogue`.
         gpu: the name of the GPU.

@@ -32,11 +32,12 @@ def _silu(gate, up):
 
 @triton.jit
 def gemm_epilogue(
-    acc, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_ptr, count_ptr, zero_ptr, rn, rm, pid_n, pid_k, pid_m, M, N,
+    acc, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_ptr, count_ptr, zero_ptr, rn, rm, pid_n, pid_k, pid_m,
+    M, N,
     BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, OUT: tl.constexpr, CODE: tl.constexpr, BIAS: tl.constexpr,
     ZERO: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """acc float32 [BN, BM]: features `rn`, tokens `rm`. ZERO: sums [M, 16] at `zero_ptr` are cleared by the way."""
+    """Finish acc float32 [BN, BM]: features `rn`, tokens `rm`. ZERO: sums [M, 16] at `zero_ptr` are cleared too."""
     real = rm < M
     mask = real[None, :] & (rn < N)[:, None]
     if BIAS and pid_k == 0:
@@ -86,7 +87,7 @@ def gemv_epilogue(
     r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_ptr, zero_ptr, row, pid, N,
     BN: tl.constexpr, OUT: tl.constexpr, CODE: tl.constexpr, BIAS: tl.constexpr, ZERO: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """r float32 [BN], one token. ``atomic`` does not occur: a program has whole rows."""
+    """Finish r float32 [BN], one token. ``atomic`` does not occur: a program has whole rows."""
     real = row < N
     if BIAS:
         r += tl.load(bias_ptr + row, mask=real, other=0.0).to(tl.float32)

@@ -1,9 +1,10 @@
 """Skinny products with 4-bit weights, and their decoding into a scratch for long prompts.
 
 Weights lie in tiles of 64 rows and 4 * C columns as int16 words [N / 64, K / (4 * C), 64, C]; nibble j of word c is
-column j * C + c (`layouts.pack_tiles`). So one word gives one number to each of four *planes* [rows, C], two neighbouring
-words are one register, and every plane is an operand of the matrix units as it comes: Triton makes asynchronous copies,
-a few logic operations in registers and matrix instructions of it, and no weight passes through shared memory twice.
+column j * C + c (`layouts.pack_tiles`). So one word gives one number to each of four *planes* [rows, C], two
+neighbouring words are one register, and every plane is an operand of the matrix units as it comes: Triton makes
+asynchronous copies, a few logic operations in registers and matrix instructions of it, and no weight passes through
+shared memory twice.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ def _pairs(x_ptr, at, K, EVEN: tl.constexpr):
 
 @triton.jit
 def int4_gemv(
-    x_ptr, w_ptr, s_ptr, bias_ptr, sums_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, zero_ptr, N, K,
-    eps,
-    BN: tl.constexpr, KC: tl.constexpr, NIT: tl.constexpr, CODE: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr,
-    NORM: tl.constexpr, EVEN: tl.constexpr, OUT_CODE: tl.constexpr,
+    x_ptr, w_ptr, s_ptr, bias_ptr, sums_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, count_ptr, zero_ptr,
+    N, K, eps,
+    BN: tl.constexpr, KC: tl.constexpr, NIT: tl.constexpr, CODE: tl.constexpr, EVEN: tl.constexpr,
+    BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, NORM: tl.constexpr,
     PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One token, symmetric groups of 128, C = 64. Grid (N / BN,). 256 * KC * NIT >= K.
@@ -127,7 +128,9 @@ def _plane_of_x(xp, at, rc, K, real, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _prefetch_tiles(w_ptr, pid_n, k0, blocks, BN: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr, PTX: tl.constexpr):
+def _prefetch_tiles(
+    w_ptr, pid_n, k0, blocks, BN: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr, PTX: tl.constexpr
+):
     """The first tiles of every 64 rows on their way to L2 (they depend on no kernel before)."""
     for i in tl.static_range(BN // 64):
         tile = (pid_n * (BN // 64) + i).to(tl.int64) * blocks + k0
@@ -146,11 +149,12 @@ def _offset(z_ptr, at, BN: tl.constexpr, C: tl.constexpr, ASYM: tl.constexpr, PT
 
 @triton.jit(do_not_specialize=["M"])
 def int4_gemm(
-    x_ptr, w_ptr, s_ptr, z_ptr, sx_ptr, bias_ptr, sums_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, count_ptr,
-    zero_ptr, M, N, K, blocks, eps,
+    x_ptr, w_ptr, s_ptr, z_ptr, sx_ptr, bias_ptr, sums_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr,
+    count_ptr, zero_ptr, M, N, K, blocks, eps,
     BN: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, PER: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    ASYM: tl.constexpr, SX: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr, CODE: tl.constexpr, NORM: tl.constexpr,
-    EVEN: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+    ASYM: tl.constexpr, SX: tl.constexpr, EVEN: tl.constexpr, PREFETCH: tl.constexpr,
+    BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, NORM: tl.constexpr,
+    PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Grid (N / BN, SPLIT, M / BM). x [M, K]; s bfloat16 [groups, N64], z int8 likewise; PER groups (2 or 4) to a tile.
 
@@ -229,8 +233,8 @@ def int4_gemm(
     if NORM:
         acc = acc * inverse_rms(sums_ptr, rm, rm < M, K, eps)[None, :]
     gemm_epilogue(
-        acc, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, count_ptr, zero_ptr, rn, rm, pid_n, pid_k, pid_m,
-        M, N, BN, BM, SPLIT, OUT, CODE, BIAS, NORM, PTX,
+        acc, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, count_ptr, zero_ptr, rn, rm, pid_n, pid_k,
+        pid_m, M, N, BN, BM, SPLIT, OUT, OUT_CODE, BIAS, NORM, PTX,
     )  # fmt: skip
 
 
@@ -238,10 +242,7 @@ def int4_gemm(
 def _block_scale(b, BN: tl.constexpr, PTX: tl.constexpr):
     """Scale bytes [BN, 4] (`layouts.pack_block_scales`) to scales * 2**126 for the 64 columns of a plane."""
     bits = ((b & 255) << 4) + (222 << 7)
-    if PTX:
-        v = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        v = (bits << 16).to(tl.float32, bitcast=True)
+    v = bits.to(tl.int16).to(tl.bfloat16, bitcast=True) if PTX else (bits << 16).to(tl.float32, bitcast=True)
     return tl.reshape(tl.broadcast_to(v[:, :, None], (BN, 4, 16)), (BN, 64))
 
 
@@ -249,8 +250,9 @@ def _block_scale(b, BN: tl.constexpr, PTX: tl.constexpr):
 def fp4_gemm(
     x_ptr, w_ptr, s_ptr, sw_ptr, bias_ptr, sums_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, count_ptr,
     zero_ptr, M, N, K, blocks, eps,
-    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr,
-    CODE: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    PREFETCH: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, NORM: tl.constexpr,
+    PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """E2M1 weights in blocks of 16. Grid (N / BN, SPLIT, M / BM). s int32 [N / 64, blocks, 64, 4], a byte a plane.
 
@@ -299,8 +301,8 @@ def fp4_gemm(
     if NORM:
         acc = acc * inverse_rms(sums_ptr, rm, rm < M, K, eps)[None, :]
     gemm_epilogue(
-        acc, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, count_ptr, zero_ptr, rn, rm, pid_n, pid_k, pid_m,
-        M, N, BN, BM, SPLIT, OUT, CODE, BIAS, NORM, PTX,
+        acc, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, count_ptr, zero_ptr, rn, rm, pid_n, pid_k,
+        pid_m, M, N, BN, BM, SPLIT, OUT, OUT_CODE, BIAS, NORM, PTX,
     )  # fmt: skip
 
 

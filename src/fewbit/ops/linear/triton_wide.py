@@ -39,16 +39,16 @@ def _load_words(p, rk, K, EVEN: tl.constexpr):
 
 @triton.jit
 def wide_gemv(
-    x_ptr, w_ptr, sw_ptr, sx_ptr, bias_ptr, sums_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, zero_ptr, N, K,
-    eps,
+    x_ptr, w_ptr, sw_ptr, sx_ptr, bias_ptr, sums_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, count_ptr,
+    zero_ptr, N, K, eps,
     BN: tl.constexpr, BK: tl.constexpr, NIT: tl.constexpr, CODE: tl.constexpr, DYNAMIC: tl.constexpr, SX: tl.constexpr,
-    SCALED: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, OUT_CODE: tl.constexpr,
-    PDL: tl.constexpr, PTX: tl.constexpr,
+    SCALED: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr,
+    NORM: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Grid (N / BN,). x [K]; w [N, K]; sw float32 [N]. BK * NIT >= K.
 
-    CODE: x is rounded to such codes here, under a scale of its own (DYNAMIC) or sx float32 []; SX: x holds codes already,
-    in units of sx.
+    CODE: x is rounded to such codes here, under a scale of its own (DYNAMIC) or sx float32 []; SX: x holds codes
+    already, in units of sx.
 
     NORM: x is multiplied by the inverse RMS that `sums` gives. NIT = 1 is fastest: all loads of the program's weights
     are under way before the wait for the kernel before this one.
@@ -104,10 +104,10 @@ def wide_gemv(
 
 @triton.jit
 def int8_gemv(
-    x_ptr, w_ptr, sw_ptr, sx_ptr, bias_ptr, sums_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, zero_ptr, N, K,
-    eps,
-    BN: tl.constexpr, BK: tl.constexpr, NIT: tl.constexpr, DYNAMIC: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr,
-    NORM: tl.constexpr, EVEN: tl.constexpr, OUT_CODE: tl.constexpr,
+    x_ptr, w_ptr, sw_ptr, sx_ptr, bias_ptr, sums_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, count_ptr,
+    zero_ptr, N, K, eps,
+    BN: tl.constexpr, BK: tl.constexpr, NIT: tl.constexpr, DYNAMIC: tl.constexpr, EVEN: tl.constexpr,
+    BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, NORM: tl.constexpr,
     PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """`wide_gemv` for INT8 weights and inputs: four products to an instruction, sums exact. w int32 [N, K / 4].
@@ -161,13 +161,14 @@ def wide_gemm(
     x_ptr, w_ptr, sw_ptr, sx_ptr, bias_ptr, sums_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, count_ptr,
     zero_ptr, M, N, K, eps,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, SX: tl.constexpr,
-    SCALED: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr, CODE: tl.constexpr, NORM: tl.constexpr,
-    PREFETCH: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+    SCALED: tl.constexpr, PREFETCH: tl.constexpr,
+    BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, NORM: tl.constexpr,
+    PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Grid (N / BN, SPLIT, M / BM). x [M, K] numbers, or the codes of w's dtype; K a multiple of BK * SPLIT.
 
     sw float32 [N]; SX: ``none``, ``one`` (sx float32 []) or ``rows`` (sx float32 [M]), the scale of the codes.
-    CODE: the codes in which ``silu`` stores, under the scale at `out_scale_ptr`. PREFETCH: lines of 128 bytes a row.
+    OUT_CODE: the codes in which ``silu`` stores, under the scale at `out_scale_ptr`. PREFETCH: 128-byte lines a row.
     """
     pid_n = tl.program_id(0)
     pid_k = tl.program_id(1)
@@ -207,6 +208,6 @@ def wide_gemm(
     if NORM:
         r = r * inverse_rms(sums_ptr, rm, rm < M, K, eps)[None, :]
     gemm_epilogue(
-        r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, count_ptr, zero_ptr, rn, rm, pid_n, pid_k, pid_m,
-        M, N, BN, BM, SPLIT, OUT, CODE, BIAS, NORM, PTX,
+        r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, count_ptr, zero_ptr, rn, rm, pid_n, pid_k,
+        pid_m, M, N, BN, BM, SPLIT, OUT, OUT_CODE, BIAS, NORM, PTX,
     )  # fmt: skip

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fewbit.numerics.qtensor import QTensor
-from fewbit.ops.linear.gpu import (
-    Codes,
-    Folded,
-    GpuKernel,
-    GpuLinear,
-    Residual,
-    Rounding,
-    ending_of,
-    input_why_not,
-    launch_options,
-)
+from fewbit.ops.linear.gpu import Codes, GpuKernel, GpuLinear, input_why_not, version
 from fewbit.ops.linear.layouts import interleave
 from fewbit.ops.linear.problem import LinearProblem, LinearWeights
+from fewbit.ops.linear.tiles import Tile
 
 _STORAGE = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
 
@@ -41,7 +33,7 @@ class Wide(GpuKernel):
         if fmt.element.name not in _STORAGE or fmt.grouped:
             return f"holds BF16, and FP8 or INT8 with a scale a row or a tensor, not {fmt}"
         if fmt.element.name == "e4m3" and problem.device.capability < (8, 9):
-            return "FP8 needs compute capability 8.9"
+            return f"FP8 needs compute capability 8.9, this GPU has {version(problem.device.capability)}"
         if problem.quant.input is not None and (problem.n % 16 or problem.k % 16):
             return "the library's 8-bit product needs multiples of 16"
         return input_why_not(problem, fmt.element.name)
@@ -60,13 +52,12 @@ class Wide(GpuKernel):
 class _WideLinear(GpuLinear):
     def __init__(self, pieces: Sequence[LinearWeights], gpu: str, gated: bool) -> None:
         super().__init__(pieces, gpu, gated)
-        first = pieces[0].weight
+        parts = [p.weight for p in pieces if isinstance(p.weight, QTensor)]
         self.scale: Tensor | None = None  # float32 [N]
         self.uniform = False  # one scale for all rows
-        if isinstance(first, QTensor):
-            storage = _STORAGE[first.format.element.name]
+        if parts:
+            storage = _STORAGE[parts[0].format.element.name]
             self.kind = "fp8" if storage == torch.float8_e4m3fn else "int8"
-            parts = [p.weight for p in pieces]
             weight = torch.cat([p.codes.view(storage).view(torch.uint8) for p in parts])
             scale = torch.cat([p.scales().reshape(-1, 1).expand(p.shape[0], 1).reshape(-1) for p in parts])
             self.uniform = bool((scale == scale[0]).all())
@@ -75,59 +66,46 @@ class _WideLinear(GpuLinear):
             self.weight, self.scale = weight.view(storage), scale.contiguous()
         else:
             self.kind = "bf16"
-            weight = torch.cat([p.weight for p in pieces]) if len(pieces) > 1 else first
+            plain = [p.weight for p in pieces if isinstance(p.weight, Tensor)]
+            weight = torch.cat(plain) if len(plain) > 1 else plain[0]
             self.weight = interleave(weight) if gated else weight.contiguous()
 
-    def few(
-        self, x: Tensor | Codes, out: Tensor, *, ending: str = "store", norm: Folded | None = None,
-        residual: Residual | None = None, out_rounding: Rounding | None = None, pdl: bool = False, ptx: bool = True,
-    ) -> None:  # fmt: skip
-        """See `GpuLinear.few`."""
+    def _launch(
+        self,
+        cut: Tile,
+        x: Tensor,
+        scale: Tensor | None,
+        ends: tuple[Tensor, ...],
+        eps: float,
+        constants: dict[str, Any],
+    ) -> None:
         from fewbit.ops.linear.triton_wide import int8_gemv, wide_gemm, wide_gemv
 
-        codes = x if isinstance(x, Codes) else None
-        rows = codes.x if codes else x
-        assert isinstance(rows, Tensor)
-        m, none = rows.shape[0], self._none
-        cut = self.tile(m, ending)
-        sums, clear, eps = (norm.sums, norm.clear, norm.eps) if norm else (none, none, 0.0)
-        res, g, added, count = (
-            (residual.res, residual.g, residual.sums, residual.count) if residual else (none, none, none, none)
-        )
-        scale, bias = none if self.scale is None else self.scale, none if self.bias is None else self.bias
-        how = "none" if codes is None else "one" if codes.scale.ndim == 0 else "rows"
-        if cut["gemv"]:
-            r = self.rounding if codes is None else None
-            dynamic = r is not None and r.scale is None
-            given = codes.scale if codes else none if r is None or r.scale is None else r.scale
-            common = {
-                "BN": cut["BN"], "BK": cut["BK"], "NIT": cut["NIT"], "BIAS": self.bias is not None,
-                "OUT": "store" if ending == "add" else ending, "NORM": norm is not None, "EVEN": self.k % cut["BK"] == 0,
-                "OUT_CODE": out_rounding.code if out_rounding else "none", "PDL": pdl, "PTX": ptx, **launch_options(cut, pdl),
-            }  # fmt: skip
-            grid = (-(-self.n // cut["BN"]),)
-            oscale = none if out_rounding is None else out_rounding.scale
-            if r is not None and r.code == "int8":
-                int8_gemv[grid](
-                    rows, self.weight.view(torch.int32), scale, given, bias, sums, out, oscale, res, g, added, clear, self.n, self.k,
-                    eps, DYNAMIC=dynamic, **common,
-                )  # fmt: skip
-            else:
-                wide_gemv[grid](
-                    rows, self.weight, scale, given, bias, sums, out, oscale, res, g, added, clear, self.n, self.k, eps,
-                    CODE=r.code if r else "none", DYNAMIC=dynamic, SX=codes is not None, SCALED=self.scale is not None,
-                    **common,
-                )  # fmt: skip
+        m, grid, none = len(x), self._grid(cut, len(x)), self._none
+        rows = none if self.scale is None else self.scale
+        if not cut["gemv"]:
+            how = "none" if scale is None else "one" if scale.ndim == 0 else "rows"
+            wide_gemm[grid](
+                x, self.weight, rows, none if scale is None else scale, *ends, m, self.n, self.k, eps, BM=cut["BM"],
+                BK=cut["BK"], SPLIT=cut["SPLIT"], STAGES=cut["STAGES"], SX=how, SCALED=self.scale is not None,
+                PREFETCH=cut["PREFETCH"], **constants,
+            )  # fmt: skip
             return
-        split = cut["SPLIT"]
-        wide_gemm[(-(-self.n // cut["BN"]), split, -(-m // cut["BM"]))](
-            rows, self.weight, scale, none if codes is None else codes.scale, bias, sums, out,
-            none if out_rounding is None else out_rounding.scale, res, g, added, count, clear, m, self.n, self.k, eps,
-            BN=cut["BN"], BM=cut["BM"], BK=cut["BK"], SPLIT=split, STAGES=cut["STAGES"], SX=how,
-            SCALED=self.scale is not None, BIAS=self.bias is not None, OUT=ending_of(ending, split),
-            CODE=out_rounding.code if out_rounding else "none", NORM=norm is not None, PREFETCH=cut["PREFETCH"],
-            PDL=pdl, PTX=ptx, **launch_options(cut, pdl),
-        )  # fmt: skip
+        r = self.rounding if scale is None else None  # that the kernel does itself
+        given = none if r is None or r.scale is None else r.scale
+        cuts = {"BK": cut["BK"], "NIT": cut["NIT"], "EVEN": self.k % cut["BK"] == 0}
+        dynamic = r is not None and r.scale is None
+        if r is not None and r.code == "int8":
+            int8_gemv[grid](
+                x, self.weight.view(torch.int32), rows, given, *ends, self.n, self.k, eps, DYNAMIC=dynamic, **cuts,
+                **constants,
+            )  # fmt: skip
+        else:
+            wide_gemv[grid](
+                x, self.weight, rows, given if scale is None else scale, *ends, self.n, self.k, eps,
+                CODE=r.code if r else "none", DYNAMIC=dynamic, SX=scale is not None, SCALED=self.scale is not None,
+                **cuts, **constants,
+            )  # fmt: skip
 
     def many(self, x: Tensor | Codes) -> Tensor:
         """See `GpuLinear.many`."""

@@ -20,14 +20,15 @@ def _codes(rows: int, width: int, rounding: Rounding, dtype: torch.dtype | None,
 
 
 def rounded(x: Tensor, rounding: Rounding, dtype: torch.dtype | None = None) -> Codes:
-    """x [T, K] as codes, stored in `dtype` (None: their own)."""
+    """Codes of x [T, K], stored in `dtype` (None: their own)."""
     from fewbit.ops.rows.triton_rows import round_rows
 
-    out = _codes(*x.shape, rounding, dtype, x.device)
-    block, warps = block_of(x.shape[1])
-    if x.shape[0]:
-        round_rows[(x.shape[0],)](
-            x, x, x, out.x, out.scale, x.shape[1], 0.0, BLOCK=block, NORM=False, CODE=rounding.code,
+    rows, width = x.shape
+    out = _codes(rows, width, rounding, dtype, x.device)
+    block, warps = block_of(width)
+    if rows:
+        round_rows[(rows,)](
+            x, x, x, out.x, out.scale, width, 0.0, BLOCK=block, NORM=False, CODE=rounding.code,
             DYNAMIC=rounding.scale is None, PDL=False, PTX=x.is_cuda, num_warps=warps,
         )  # fmt: skip
     return out
@@ -96,8 +97,8 @@ def rotate(
     from fewbit.ops.attention.triton_store import rotate as kernel
 
     if len(qkv):
+        both = (qkv if norm is None else norm for norm in (q_norm, k_norm))
         kernel[(len(qkv),)](
-            qkv, q_norm if q_norm is not None else qkv, k_norm if k_norm is not None else qkv, cos, sin, eps, qkv.stride(0),
-            H=heads, HK=kv_heads, D=head_dim, HEADS=1 << (heads + kv_heads - 1).bit_length(), QK_NORM=q_norm is not None,
-            num_warps=4,
+            qkv, *both, cos, sin, eps, qkv.stride(0), H=heads, HK=kv_heads, D=head_dim,
+            HEADS=1 << (heads + kv_heads - 1).bit_length(), QK_NORM=q_norm is not None, num_warps=4,
         )  # fmt: skip

@@ -161,10 +161,7 @@ def scale_product(x_ptr, rows_ptr, columns_ptr, out_ptr, T, N, ROWS: tl.constexp
     rn = tl.program_id(1) * 256 + tl.arange(0, 256)
     mask = (rt < T)[:, None] & (rn < N)[None, :]
     at = rt[:, None] * N + rn[None, :]
-    if ROWS:
-        a = tl.load(rows_ptr + rt, mask=rt < T, other=0.0)[:, None]
-    else:
-        a = tl.load(rows_ptr)
+    a = tl.load(rows_ptr + rt, mask=rt < T, other=0.0)[:, None] if ROWS else tl.load(rows_ptr)
     b = tl.load(columns_ptr + rn, mask=rn < N, other=0.0)[None, :]
     y = tl.load(x_ptr + at, mask=mask, other=0).to(tl.float32) * a * b
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
