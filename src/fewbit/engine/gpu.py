@@ -54,8 +54,7 @@ class Launched:
     """A step under way: what each request that was due a token was given, on its way to the host."""
 
     ids: list[str]
-    tokens: Tensor | None = None  # int32 on the host
-    best: Tensor | None = None
+    outcome: Tensor | None = None  # `DecodeStep.outcome` on the host
     choice: Choice | None = None  # with the reports, where somebody wants more than the likeliest token
     done: torch.cuda.Event | None = None
 
@@ -70,12 +69,11 @@ class GpuRunner:
         self.pages = make_pages(decoder, config.num_blocks, config.block_size)
         self.sizes = [s for s in SIZES if s < min(config.max_batch, SIZES[-1])]
         self.sizes.append(min(max(config.max_batch, 1), SIZES[-1]))
-        self.step = DecodeStep(decoder, self.pages, self.sizes[-1], config.max_model_len)
+        self.step = DecodeStep(decoder, self.pages, self.sizes[-1], config.max_model_len, config.max_batch)
         self.computed_tokens = 0
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._rows: dict[str, int] = {}  # where the last step left the token of a request
-        self._last = torch.zeros(max(config.max_batch, 1), dtype=torch.int32, device=self.device)
         self._staging = [
             torch.empty(self.step.inputs.numel(), dtype=torch.int32, pin_memory=True) for _ in range(4)
         ]  # fmt: skip
@@ -98,28 +96,25 @@ class GpuRunner:
         pieces = batch.pieces
         drawing = [p for p in pieces if p.draw is not None]
         self.computed_tokens += batch.tokens
-        plain = all(p.draw.plain for p in drawing if p.draw)
-        if len(drawing) == len(pieces) == batch.tokens and len(pieces) <= self.sizes[-1]:
-            m = self._replay(pieces)
-            logits, chosen, best = self.step.logits[: len(pieces)], self.step.chosen[:m], self.step.best[:m]
+        replay = len(drawing) == len(pieces) == batch.tokens and len(pieces) <= self.sizes[-1]
+        if replay:
+            self._replay(pieces)
+            logits = self.step.logits[: len(pieces)]
         else:
             hidden = self._prompt(pieces)
             if not drawing:
                 self._rows = {}
                 return Launched([])
             logits = self.decoder.logits(hidden)
-            if plain:
-                best, at = logits.max(-1)
-                chosen = at.int()
         launched = Launched([p.id for p in drawing])
-        if not plain:
-            launched.choice = choose(logits, [p.draw for p in drawing if p.draw])
-            chosen, best = launched.choice.tokens.int(), launched.choice.best
-            launched.choice = launched.choice.to_host()
-        count = len(drawing)
-        self._last[:count].copy_(chosen[:count])
+        plain = all(p.draw.plain for p in drawing if p.draw)
+        if not (replay and plain):
+            choice = choose(logits, [p.draw for p in drawing if p.draw])
+            self.step.chosen[: len(drawing)].copy_(choice.tokens)
+            self.step.best[: len(drawing)].copy_(choice.best)
+            launched.choice = None if plain else choice.to_host()
         self._rows = {p.id: row for row, p in enumerate(drawing)}
-        launched.tokens, launched.best = _to_host(chosen[:count]), _to_host(best[:count])
+        launched.outcome = _to_host(self.step.outcome)
         launched.done = torch.cuda.Event()
         launched.done.record()
         return launched
@@ -129,17 +124,17 @@ class GpuRunner:
         if launched.done is None:
             return {}
         launched.done.synchronize()
-        assert launched.tokens is not None
-        assert launched.best is not None
+        assert launched.outcome is not None
         if launched.choice is not None:
             return dict(zip(launched.ids, launched.choice.read(), strict=True))
-        found = zip(launched.ids, launched.tokens.tolist(), launched.best.tolist(), strict=True)
+        tokens, best = launched.outcome[:, : len(launched.ids)]
+        found = zip(launched.ids, tokens.tolist(), best.view(torch.float32).tolist(), strict=True)
         return {i: Drawn(t) if abs(b) < float("inf") else Drawn(fault=NOT_FINITE) for i, t, b in found}
 
     # ---- single tokens ----
 
-    def _replay(self, pieces: Sequence[Piece]) -> int:
-        """Put a step of single tokens into the graph of its size and start it; the size."""
+    def _replay(self, pieces: Sequence[Piece]) -> None:
+        """Put a step of single tokens into the graph of its size and start it."""
         m = next(size for size in self.sizes if size >= len(pieces))
         width, step = self.step.table_width, self.step
         tokens, sources, lengths = [0] * m, [-1] * m, [0] * m
@@ -159,11 +154,9 @@ class GpuRunner:
         staging[: 3 * m].copy_(torch.tensor(tokens + sources + lengths, dtype=torch.int32))
         staging[3 * m : count].copy_(table.view(-1))
         step.inputs[:count].copy_(staging[:count], non_blocking=True)
-        step.chosen[: len(self._last)].copy_(self._last[: len(step.chosen)])
         if m not in self._graphs:
             self._record(m)
         self._graphs[m].replay()
-        return m
 
     def _record(self, m: int) -> None:
         """Record the graph of a size. The step is run once before: that compiles its kernels."""
@@ -202,7 +195,7 @@ class GpuRunner:
         ids = self._tensor(tokens)
         if any(source >= 0 for source in sources):
             source = self._tensor(sources)
-            ids = torch.where(source >= 0, self._last[source.clamp(min=0)].long(), ids)
+            ids = torch.where(source >= 0, self.step.chosen[source.clamp(min=0)].long(), ids)
         attend = PageAttend(self.decoder, self.pages, pieces, self.step)
         hidden = self.decoder.hidden(ids, self._tensor(positions), attend)
         return hidden[self._tensor(last)]

@@ -2,7 +2,8 @@
 
 Five kernels a layer: q, k, v (with the norm before folded in); attention (with the rotation and the write of the new K
 and V); o, added to the residual; gate and up, silu and product; down, added to the residual. A linear whose input is
-rounded under a scale that needs the whole row takes one more before it, from the second token on.
+rounded under a scale of the whole row takes one more before it, from the second token on; who makes the row leaves its
+largest magnitude.
 
 The residual is float32 here. Several programs add to it and to the product of q, k, v, in whatever order they finish:
 two runs may differ in the last bits of a sum.
@@ -11,13 +12,14 @@ two runs may differ in the last bits of a sum.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewbit.model.fused import FusedDecoder, cosines
-from fewbit.ops.attention.decode import decode_attention, splits_of
-from fewbit.ops.device import dependent_launches
+from fewbit.ops.attention.decode import cut_of, decode_attention, stored_as
+from fewbit.ops.device import dependent_launches, gpu_name
 from fewbit.ops.linear.gpu import FEW, Codes, Folded, GpuLinear, Residual, Rounding
 from fewbit.ops.rows.rows import block_of
 
@@ -39,12 +41,13 @@ class DecodeStep:
 
     Attributes:
         inputs: int32, of a step of m rows: tokens [m], sources [m], lengths [m], tables [m, pages]; see `run`.
-        chosen: int32 [rows], the likeliest token of each row, in place when `run` is done.
-        best: float32 [rows], its logit: not finite if something is wrong.
+        outcome: int32 [2, slots]: `chosen`, and the bits of `best`.
+        chosen: int32 [slots], the likeliest token of each row, in place when `run` is done.
+        best: float32 [slots], its logit: not finite if something is wrong.
         logits: [rows, vocab] float32.
     """
 
-    def __init__(self, decoder: FusedDecoder, pages: Pages, rows: int, longest: int) -> None:
+    def __init__(self, decoder: FusedDecoder, pages: Pages, rows: int, longest: int, slots: int | None = None) -> None:
         assert rows <= FEW
         self.decoder, self.pages, self.rows = decoder, pages, rows
         self.table_width = -(-longest // pages.size)
@@ -61,7 +64,8 @@ class DecodeStep:
         heads = max(a.heads * a.head_dim for a in attentions)
         width = max(layer.mlp.width for layer in spec.layers)
         self.inputs = buffer(rows * (3 + self.table_width), dtype=torch.int32)
-        self.chosen, self.best = buffer(rows, dtype=torch.int32), buffer(rows)
+        self.outcome = buffer(2, max(slots or rows, rows), dtype=torch.int32)
+        self.chosen, self.best = self.outcome[0], self.outcome[1].view(torch.float32)
         self.logits = buffer(rows, spec.vocab)
         self.res = buffer(rows, spec.hidden)
         self.x = buffer(rows, spec.hidden, dtype=torch.bfloat16)  # residual * the next norm's weight
@@ -70,12 +74,18 @@ class DecodeStep:
         self.act = buffer(rows * width, dtype=torch.bfloat16)
         self.codes = buffer(rows * max(spec.hidden, heads, width) * 2, dtype=torch.uint8)
         self.code_scale = buffer(rows)
-        self.sums = [buffer(rows, 16) for _ in range(2)]
+        self.stats = [buffer(rows, 3, 16) for _ in range(2)]
         self.count = buffer(max(spec.hidden // 16, 1) * 8, dtype=torch.int32)
         self.parts = buffer(rows, PIECES)
         self.part_ids = buffer(rows, PIECES, dtype=torch.int32)
         self.row_count = buffer(rows, dtype=torch.int32)
-        groups = max(splits_of(m, a.kv_heads) * m * a.heads for m in range(1, rows + 1) for a in attentions)
+        self.gpu = gpu_name(device)
+        kinds = {(a, stored_as(codec)) for a, codec in zip(attentions, decoder.codecs, strict=True)}
+        groups = max(
+            cut_of(m, a, kv, pages.size, self.gpu)["SPLITS"] * m * a.heads
+            for m in range(1, rows + 1)
+            for a, kv in kinds
+        )
         depth = max(a.head_dim for a in attentions)
         self.attention_parts, self.attention_stats = buffer(groups * depth), buffer(groups * 2)
         self.attention_count = buffer(rows * max(a.kv_heads for a in attentions), dtype=torch.int32)
@@ -86,7 +96,7 @@ class DecodeStep:
 
     def reset(self) -> None:
         """Put right what a step that broke off may have left behind."""
-        for counter in (*self.sums, *self.qkv, self.count, self.row_count, self.attention_count):
+        for counter in (*self.stats, *self.qkv, self.count, self.row_count, self.attention_count):
             counter.zero_()
 
     @torch.inference_mode()
@@ -99,14 +109,15 @@ class DecodeStep:
         decoder, spec = self.decoder, self.decoder.spec
         tokens, sources, lengths = self.inputs[: 3 * m].view(3, m)
         table = self.inputs[3 * m : 3 * m + m * self.table_width].view(m, self.table_width)
-        norm_a, norm_b = self.sums
+        stats_a, stats_b = self.stats  # each is cleared by the product that reads the other
         self._embed(m, tokens, sources)
         for i, layer in enumerate(decoder.layers):
             a, eps = layer.layer.attention, layer.layer
             n = (a.heads + 2 * a.kv_heads) * a.head_dim
             qkv, clear = (self.qkv[(i + j) % 2][: m * n].view(m, n) for j in range(2))
             x = self.x[:m]
-            self._apply(layer.qkv, x, qkv, "add", Folded(norm_a, norm_b, eps.pre_attn.eps))
+            norm = Folded(stats_a, stats_b, eps.pre_attn.eps)
+            self._apply(layer.qkv, x, qkv, "add", norm, tops=stats_a[:m, 1])
             static = _static(layer.o)
             seen = self.seen[: m * layer.o.k].view(m, layer.o.k)
             target = seen if static is None else self._codes(m, layer.o.k, layer.o.few_dtype)
@@ -114,26 +125,36 @@ class DecodeStep:
             decode_attention(
                 qkv, target, self.pages.k[i], self.pages.v[i], decoder.codecs[i], table, lengths, a, self.pages.size,
                 (self.attention_parts, self.attention_stats, self.attention_count), write=(cos, sin, layer.norms),
-                clear=clear, rounding=static, pdl=self.pdl,
+                clear=clear, rounding=static, tops=stats_a[:m, 2] if _dynamic(layer.o) else None, pdl=self.pdl,
+                cut=cut_of(m, a, stored_as(decoder.codecs[i]), self.pages.size, self.gpu),
             )  # fmt: skip
-            after = Residual(self.res[:m], layer.norms["pre_mlp"], norm_b, self.count)
-            self._apply(layer.o, seen, x, "residual", residual=after, coded=None if static is None else target)
+            self._apply(
+                layer.o, seen, x, "residual", residual=Residual(self.res[:m], layer.norms["pre_mlp"], self.count),
+                coded=None if static is None else target, tops=stats_a[:m, 2], stats=stats_b,
+                out_tops=_dynamic(layer.gate_up),
+            )  # fmt: skip
             static = _static(layer.down)
             act = self.act[: m * layer.down.k].view(m, layer.down.k)
-            norm = Folded(norm_b, norm_a, eps.pre_mlp.eps)
-            if static is None:
-                self._apply(layer.gate_up, x, act, "silu", norm)
-                coded = None
-            else:
+            norm = Folded(stats_b, stats_a, eps.pre_mlp.eps)
+            coded = None
+            if static is not None:
                 # the codes of gate_up's own input lie at the start of the same memory
                 coded = self.act.view(torch.uint8)[: m * layer.down.k * layer.down.few_dtype.itemsize]
                 coded = coded.view(layer.down.few_dtype).view(m, layer.down.k)
-                self._apply(layer.gate_up, x, coded, "silu", norm, out_rounding=static)
-            following = decoder.layers[i + 1].norms["pre_attn"] if i + 1 < len(decoder.layers) else decoder.final_norm
-            after = Residual(self.res[:m], following, norm_a, self.count)
-            self._apply(layer.down, act, x, "residual", residual=after, coded=coded)
+            self._apply(
+                layer.gate_up, x, act if coded is None else coded, "silu", norm, tops=stats_b[:m, 1], stats=stats_b,
+                out_rounding=static, out_tops=_dynamic(layer.down),
+            )  # fmt: skip
+            last = i + 1 == len(decoder.layers)
+            g = decoder.final_norm if last else decoder.layers[i + 1].norms["pre_attn"]
+            self._apply(
+                layer.down, act, x, "residual", residual=Residual(self.res[:m], g, self.count), coded=coded,
+                tops=stats_b[:m, 2], stats=stats_a,
+                out_tops=_dynamic(decoder.head if last else decoder.layers[i + 1].qkv),
+            )  # fmt: skip
         logits = self.logits[:m]
-        self._apply(decoder.head, self.x[:m], logits, "store", Folded(norm_a, norm_b, spec.final_norm.eps))
+        norm = Folded(stats_a, stats_b, spec.final_norm.eps)
+        self._apply(decoder.head, self.x[:m], logits, "store", norm, tops=stats_a[:m, 1])
         self._choose(m, logits)
 
     def _embed(self, m: int, tokens: Tensor, sources: Tensor) -> None:
@@ -144,19 +165,19 @@ class DecodeStep:
         block, warps = block_of(decoder.spec.hidden)
         clear = first.qkv.n
         embed[(m,)](
-            tokens, sources, self.chosen, decoder.embed_weight, first.norms["pre_attn"], self.res, self.x, self.sums[0],
-            self.qkv[0], decoder.spec.hidden, clear, BLOCK=block, CLEAR=1 << (clear - 1).bit_length(),
+            tokens, sources, self.chosen, decoder.embed_weight, first.norms["pre_attn"], self.res, self.x,
+            self.stats[0], self.qkv[0], decoder.spec.hidden, clear, BLOCK=block, CLEAR=1 << (clear - 1).bit_length(),
             PDL=int(self.pdl), num_warps=warps,
         )  # fmt: skip
 
     def _apply(
-        self, linear: GpuLinear, x: Tensor, out: Tensor, ending: str, norm: Folded | None = None,
-        residual: Residual | None = None, coded: Tensor | None = None, out_rounding: Rounding | None = None,
+        self, linear: GpuLinear, x: Tensor, out: Tensor, ending: str, norm: Folded | None = None, *, tops: Tensor,
+        coded: Tensor | None = None, **more: Any,
     ) -> None:  # fmt: skip
-        """One linear; `coded`: its input, rounded already under the linear's own scale."""
+        """One linear; `coded`: its input, rounded already under the linear's own scale; `more`: as `few` takes it."""
         rounding, dtype = linear.wants(len(x))
         if rounding is None and coded is None:
-            linear.few(x, out, ending=ending, norm=norm, residual=residual, out_rounding=out_rounding, pdl=self.pdl)
+            linear.few(x, out, ending=ending, norm=norm, tops=tops, pdl=self.pdl, **more)
             return
         if coded is not None:
             assert linear.rounding is not None
@@ -164,22 +185,22 @@ class DecodeStep:
             codes = Codes(coded, linear.rounding.scale)
         else:
             assert rounding is not None
-            codes = self._round(x, rounding, dtype or rounding.dtype, norm)
-        linear.few(codes, out, ending=ending, residual=residual, out_rounding=out_rounding, pdl=self.pdl)
+            codes = self._round(x, rounding, dtype or rounding.dtype, norm, tops)
+        linear.few(codes, out, ending=ending, pdl=self.pdl, **more)
 
     def _codes(self, m: int, width: int, dtype: torch.dtype) -> Tensor:
         return self.codes[: m * width * dtype.itemsize].view(dtype).view(m, width)
 
-    def _round(self, x: Tensor, rounding: Rounding, dtype: torch.dtype, norm: Folded | None) -> Codes:
-        from fewbit.ops.rows.triton_rows import round_rows
+    def _round(self, x: Tensor, rounding: Rounding, dtype: torch.dtype, norm: Folded | None, tops: Tensor) -> Codes:
+        from fewbit.ops.rows.triton_rows import round_known
 
         m, width = x.shape
         codes = Codes(self._codes(m, width, dtype), self.code_scale[:m] if rounding.scale is None else rounding.scale)
-        block, warps = block_of(width)
-        sums, clear, eps = (norm.sums, norm.clear, norm.eps) if norm else (x, x, 0.0)
-        round_rows[(m,)](
-            x, sums, clear, codes.x, codes.scale, width, eps, BLOCK=block, NORM=norm is not None, CODE=rounding.code,
-            DYNAMIC=rounding.scale is None, PDL=int(self.pdl), PTX=True, num_warps=warps, **self._dependent,
+        stats, clear, eps = (norm.stats, norm.clear, norm.eps) if norm else (x, x, 0.0)
+        round_known[(m, -(-width // 2048))](
+            x, stats, tops, clear, codes.x, codes.scale, width, eps, BLOCK=2048, NORM=norm is not None,
+            CODE=rounding.code, DYNAMIC=rounding.scale is None, PDL=int(self.pdl), PTX=True, num_warps=4,
+            **self._dependent,
         )  # fmt: skip
         return codes
 
@@ -190,6 +211,11 @@ class DecodeStep:
             logits, self.parts, self.part_ids, self.row_count, self.best, self.chosen, self.decoder.spec.vocab,
             BLOCK=4096, PIECES=PIECES, PDL=int(self.pdl), num_warps=4, **self._dependent,
         )  # fmt: skip
+
+
+def _dynamic(linear: GpuLinear) -> bool:
+    """Whether a linear rounds its input under a scale that needs the whole row: who makes the row leaves its tops."""
+    return linear.rounding is not None and linear.rounding.scale is None
 
 
 def _static(linear: GpuLinear) -> Rounding | None:

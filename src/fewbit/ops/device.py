@@ -115,6 +115,11 @@ def dependent_launches(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def gpu_name(device: torch.device) -> str:
+    """What the vendor calls a GPU; empty for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
 def gpu_count() -> int:
     """How many CUDA devices PyTorch sees."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -75,6 +75,11 @@ def error(found, expected):
     return float((found.double() - expected).norm() / expected.norm())
 
 
+def tops_of(x):
+    """Magnitudes of which one in each row is the largest."""
+    return x.float().abs().unflatten(1, (16, -1)).amax(2)[:, None].repeat(1, 3, 1)[:, 1]
+
+
 def given(linear, x, rms):
     """What `few` is handed, and the number that each row of it stands for, float64."""
     m, r = len(x), linear.rounding
@@ -104,28 +109,31 @@ def test_product(cell):
     torch.manual_seed(rows)
     linear, dense, bias = make(kind, n, k, ending == "silu")
     x = torch.randn(rows, k, device=DEVICE).bfloat16()
-    sums, clear = torch.rand(rows, 16, device=DEVICE) * k / 8, torch.ones(rows, 16, device=DEVICE)
-    rms = torch.rsqrt(sums.sum(1, keepdim=True) / k + EPS) if norm else torch.ones(rows, 1, device=DEVICE)
+    before, clear = torch.rand(rows, 3, 16, device=DEVICE) * k / 8, torch.ones(rows, 3, 16, device=DEVICE)
+    rms = torch.rsqrt(before[:, 0].sum(1, keepdim=True) / k + EPS) if norm else torch.ones(rows, 1, device=DEVICE)
     handed, seen = given(linear, x, rms)
+    after = torch.zeros(rows, 3, 16, device=DEVICE)
     itself = linear.rounding is None or linear.rounds_itself(rows)
-    folded = Folded(sums, clear, EPS) if norm and itself else None
+    folded = Folded(before, clear, EPS) if norm and itself else None
     expected = seen @ dense.t() + bias
     # a sum that lies on the border between two codes may fall on either side
     limit = 1.5e-2 if linear.rounding else 8e-3 if GPU else 1e-5
     act = torch.bfloat16 if GPU else torch.float32
-    options = {"ending": ending, "norm": folded, "pdl": False, "ptx": GPU}
+    options = {"ending": ending, "norm": folded, "tops": tops_of(x), "ptx": GPU}
     poisoned = torch.full((rows, n // 2 if ending == "silu" else n), float("nan"), device=DEVICE, dtype=act)
     if ending == "silu":
-        linear.few(handed, out := poisoned, **options)
+        linear.few(handed, out := poisoned, stats=after, out_tops=True, **options)
         expected = F.silu(expected[:, : n // 2]) * expected[:, n // 2 :]
+        assert torch.equal(after[:, 2].amax(1), out.float().abs().amax(1))
     elif ending == "residual":
         res, g = torch.randn(rows, n, device=DEVICE), torch.rand(n, device=DEVICE)
-        added, count = torch.zeros(rows, 16, device=DEVICE), torch.zeros(4096, dtype=torch.int32, device=DEVICE)
+        count = torch.zeros(4096, dtype=torch.int32, device=DEVICE)
         whole = res.double() + expected
         expected = whole * g.double()
-        linear.few(handed, out := poisoned, residual=Residual(res, g, added, count), **options)
+        linear.few(handed, out := poisoned, residual=Residual(res, g, count), stats=after, out_tops=True, **options)
         assert error(res, whole) < limit
-        assert error(added.sum(1), whole.square().sum(1)) < limit
+        assert error(after[:, 0].sum(1), whole.square().sum(1)) < limit
+        assert torch.equal(after[:, 1].amax(1), out.float().abs().amax(1))
         assert not count.any()
     else:
         out = torch.zeros(rows, n, device=DEVICE) if ending == "add" else poisoned

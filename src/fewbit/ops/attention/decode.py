@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fewbit.ops.linear.tiles import tuned
 from fewbit.spec.decoder import Attention
 
 if TYPE_CHECKING:
@@ -22,18 +23,24 @@ def splits_of(rows: int, kv_heads: int) -> int:
     return min(16, 1 << (wanted.bit_length() - 1))
 
 
-def cut_of(rows: int, kv_heads: int, page: int) -> dict[str, Any]:
-    """How the work of `rows` sequences is cut and launched."""
-    splits = splits_of(rows, kv_heads)
-    return {
-        "SPLITS": splits, "STAGES": 3, "num_warps": 2 if splits >= 8 and page <= 64 else 4, "PDL": 0, "PREFETCH": 2
-    }  # fmt: skip
+def cut_of(rows: int, a: Attention, kv: str, page: int, gpu: str = "") -> dict[str, Any]:
+    """How the work of `rows` sequences is cut and launched; `kv`: the element of the cache, or ``none``."""
+    if found := tuned(gpu, f"attention {kv} {a.heads}x{a.kv_heads}x{a.head_dim} {page} {rows}"):
+        return found
+    splits = splits_of(rows, a.kv_heads)
+    warps = 2 if splits >= 8 and page <= 64 else 4
+    return {"SPLITS": splits, "STAGES": 3, "num_warps": warps, "PDL": 0, "PREFETCH": 2}
+
+
+def stored_as(codec: Any) -> str:
+    """The element of a cache, or ``none``: bfloat16."""
+    return codec.spec.k.element.name if codec.spec else "none"
 
 
 def decode_attention(
     qkv: Tensor, out: Tensor, k: Tensor, v: Tensor, codec: Any, table: Tensor, lengths: Tensor, a: Attention, page: int,
     scratch: tuple[Tensor, Tensor, Tensor], *, write: tuple[Tensor, Tensor, Mapping[str, Tensor]] | None = None,
-    clear: Tensor | None = None, rounding: Any = None, pdl: bool = False, ptx: bool = True,
+    clear: Tensor | None = None, rounding: Any = None, tops: Tensor | None = None, pdl: bool = False, ptx: bool = True,
     cut: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Attention of one new token a sequence.
@@ -52,26 +59,29 @@ def decode_attention(
         write: cosines and sines by position and the layer's norms: rotate q and k, and store the new K and V.
         clear: set to zero by the way.
         rounding: of the next linear, under a scale that is known before.
+        tops: raised to the largest magnitudes of `out`, [m, 16] of the stats of `triton_epilogue`.
         pdl: see `GpuLinear.few`.
         ptx: likewise.
-        cut: see `cut_of`; for measuring others.
+        cut: see `cut_of`.
     """
     from fewbit.ops.attention.triton_decode import decode_attention as kernel
 
     m = len(lengths)
-    cut = dict(cut or cut_of(m, a.kv_heads, page))
+    kv = stored_as(codec)
+    cut = dict(cut or cut_of(m, a, kv, page))
     cut["PDL"] = cut["PDL"] if pdl else 0
     if not pdl:  # the instruction is as old as dependent launches
         cut["PREFETCH"] = 0
     options: dict[str, Any] = {"launch_pdl": True} if cut["PDL"] else {}
     cos, sin, norms = write or (qkv, qkv, {})
-    kv = codec.spec.k.element.name if codec.spec else "none"
     kernel[(a.kv_heads, cut["SPLITS"], m)](
         qkv, norms.get("q_norm", qkv), norms.get("k_norm", qkv), cos, sin, k, v,
         qkv if codec.spec is None else codec.k_scale, qkv if codec.spec is None else codec.v_scale,
-        table, lengths, out, qkv if rounding is None else rounding.scale, *scratch, qkv if clear is None else clear,
+        table, lengths, out, qkv if rounding is None else rounding.scale, *scratch,
+        *(qkv if t is None else t for t in (clear, tops)),
         a.scale * math.log2(math.e), a.qk_norm.eps if a.qk_norm else 0.0, table.shape[1], a.window or 0, qkv.stride(0),
         H=a.heads, HK=a.kv_heads, D=a.head_dim, PAGE=page, KV=kv, WRITE=write is not None,
         QK_NORM=write is not None and a.qk_norm is not None, WINDOW=a.window is not None,
-        CODE=rounding.code if rounding is not None else "none", CLEAR=clear is not None, PTX=ptx, **cut, **options,
+        CODE=rounding.code if rounding is not None else "none", TOPS=tops is not None, CLEAR=clear is not None,
+        PTX=ptx, **cut, **options,
     )  # fmt: skip

@@ -36,12 +36,27 @@ def _norm_rope(
 
 
 @triton.jit
+def _finish(
+    y, out_ptr, out_scale_ptr, top_ptr, real, CODE: tl.constexpr, TOPS: tl.constexpr, PTX: tl.constexpr
+):  # fmt: skip
+    """Store y [GP, D], whose rows `real` are heads."""
+    if CODE != "none":
+        y = round_code(y / tl.load(out_scale_ptr), CODE, PTX)
+    y = y.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr, y, mask=real[:, None])
+    if TOPS:
+        tl.atomic_max(
+            top_ptr, tl.max(tl.max(tl.where(real[:, None], tl.abs(y.to(tl.float32)), 0.0), 1), 0), sem="relaxed"
+        )
+
+
+@triton.jit
 def decode_attention(
     qkv_ptr, qn_ptr, kn_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, table_ptr, len_ptr, out_ptr, out_scale_ptr,
-    part_ptr, stat_ptr, count_ptr, clear_ptr, scale, eps, max_pages, window, qkv_stride,
+    part_ptr, stat_ptr, count_ptr, clear_ptr, tops_ptr, scale, eps, max_pages, window, qkv_stride,
     H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
     KV: tl.constexpr, WRITE: tl.constexpr, QK_NORM: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr,
-    CLEAR: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr, PTX: tl.constexpr,
+    TOPS: tl.constexpr, CLEAR: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Grid (HK, SPLITS, B).
 
@@ -54,6 +69,7 @@ def decode_attention(
         table_ptr: int32 [B, max_pages]; len_ptr: int32 [B], tokens with the new one; 0: no sequence, nothing is done.
         out_ptr: [B, H * D]; CODE: its codes under out_scale.
         part_ptr: float32 [B, HK, SPLITS, G, D]; stat_ptr: [B, HK, SPLITS, 2, G]; count_ptr: int32 [B * HK], zero.
+        tops_ptr: TOPS: float32 [B, 16], row stride 48, raised to the largest magnitudes of out.
         clear_ptr: CLEAR: [B, (H + 2 HK) * D] float32, set to zero by the way: the next layer's product is added there.
         scale: softmax scale * log2(e).
     """
@@ -151,9 +167,7 @@ def decode_attention(
     op = out_ptr + (b * H + h * G + rg)[:, None] * D + rd[None, :]
     if SPLITS == 1:
         y = acc * vs / tl.where(l > 0, l, 1.0)[:, None]
-        if CODE != "none":
-            y = round_code(y / tl.load(out_scale_ptr), CODE, PTX)
-        tl.store(op, y.to(out_ptr.dtype.element_ty), mask=real[:, None])
+        _finish(y, op, out_scale_ptr, tops_ptr + b * 48 + h % 16, real, CODE, TOPS, PTX)
     else:
         mine = (b * HK + h) * SPLITS
         tl.store(part_ptr + ((mine + sp) * G + rg)[:, None] * D + rd[None, :], acc, mask=real[:, None])
@@ -175,7 +189,5 @@ def decode_attention(
                 piece = part_ptr + ((mine + i) * G + rg)[:, None] * D + rd[None, :]
                 num += w[:, None] * tl.load(piece, mask=real[:, None], other=0.0, cache_modifier=".cg")
             y = num * vs / tl.where(den > 0, den, 1.0)[:, None]
-            if CODE != "none":
-                y = round_code(y / tl.load(out_scale_ptr), CODE, PTX)
-            tl.store(op, y.to(out_ptr.dtype.element_ty), mask=real[:, None])
+            _finish(y, op, out_scale_ptr, tops_ptr + b * 48 + h % 16, real, CODE, TOPS, PTX)
             tl.store(count_ptr + b * HK + h, 0)

@@ -116,6 +116,7 @@ class _Int4Linear(_FourLinear):
         cut: Tile,
         x: Tensor,
         scale: Tensor | None,
+        tops: Tensor,
         ends: tuple[Tensor, ...],
         eps: float,
         constants: dict[str, Any],
@@ -125,8 +126,9 @@ class _Int4Linear(_FourLinear):
         m, grid, even = len(x), self._grid(cut, len(x)), self.k == self.padded_k
         if cut["gemv"]:
             int4_gemv[grid](
-                x.view(torch.int32), self.words.view(torch.int32), self.pairs, *ends, self.n, self.k, eps, KC=cut["KC"],
-                NIT=cut["NIT"], CODE=self.rounding.code if self.rounding else "none", EVEN=even, **constants,
+                x.view(torch.int32), self.words.view(torch.int32), self.pairs, tops, *ends, self.n, self.k, eps,
+                KC=cut["KC"], NIT=cut["NIT"], CODE=self.rounding.code if self.rounding else "none", EVEN=even,
+                **constants,
             )  # fmt: skip
             return
         zeros, given = (self._none if t is None else t for t in (self.zeros, scale))
@@ -207,6 +209,7 @@ class _Fp4Linear(_FourLinear):
         cut: Tile,
         x: Tensor,
         scale: Tensor | None,
+        tops: Tensor,
         ends: tuple[Tensor, ...],
         eps: float,
         constants: dict[str, Any],

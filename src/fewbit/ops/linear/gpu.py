@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.ops.device import gpu_name
 from fewbit.ops.linear.problem import LinearProblem, LinearWeights
 from fewbit.ops.linear.tiles import Tile, tile
 
@@ -49,23 +50,22 @@ class Folded:
     """An RMSNorm folded into a product: its input is ``residual * g``, its result is scaled by the inverse RMS.
 
     Attributes:
-        sums: float32 [M, 16], squares of the residual.
-        clear: the sums of the other norm, cleared by the way.
+        stats: of the residual, see `triton_epilogue`.
+        clear: the stats of the other norm, cleared by the way.
         eps: of the norm.
     """
 
-    sums: Tensor
+    stats: Tensor
     clear: Tensor
     eps: float
 
 
 @dataclass(frozen=True)
 class Residual:
-    """Where a product is added: res float32 [M, N]; the next norm's weight g [N]; its sums [M, 16]; counters."""
+    """Where a product is added: res float32 [M, N]; the next norm's weight g [N]; int32 counters, zero."""
 
     res: Tensor
     g: Tensor
-    sums: Tensor
     count: Tensor
 
 
@@ -113,7 +113,8 @@ class GpuLinear(ABC):
 
     def few(
         self, x: Tensor | Codes, out: Tensor, *, ending: str = "store", norm: Folded | None = None,
-        residual: Residual | None = None, out_rounding: Rounding | None = None, pdl: bool = False, ptx: bool = True,
+        residual: Residual | None = None, out_rounding: Rounding | None = None, tops: Tensor | None = None,
+        stats: Tensor | None = None, out_tops: bool = False, pdl: bool = False, ptx: bool = True,
     ) -> None:  # fmt: skip
         """The product of up to `FEW` tokens.
 
@@ -124,26 +125,29 @@ class GpuLinear(ABC):
             norm: fold an RMSNorm in.
             residual: for ``residual``.
             out_rounding: for ``silu``: store codes under its scale.
+            tops: float32 [1, 16], magnitudes that hold the largest of x: where `rounds_itself`, under a scale a row.
+            stats: where the ending leaves those of `out`, see `triton_epilogue`; for ``residual``, or with `out_tops`.
+            out_tops: also the magnitudes.
             pdl: may start before the kernel before is complete (compute capability 9.0 and later).
             ptx: False under Triton's interpreter.
         """
         rows, scale = (x.x, x.scale) if isinstance(x, Codes) else (x, None)
+        assert stats is not None or not (residual or out_tops)
         cut, none = self.tile(len(rows), ending), self._none
         start = cut.get("PDL", 1) if pdl else 0
-        sums, clear, eps = (norm.sums, norm.clear, norm.eps) if norm else (none, none, 0.0)
-        res, g, added, count = (
-            (residual.res, residual.g, residual.sums, residual.count) if residual else (none, none, none, none)
-        )
+        before, clear, eps = (norm.stats, norm.clear, norm.eps) if norm else (none, none, 0.0)
+        res, g, count = (residual.res, residual.g, residual.count) if residual else (none, none, none)
         out_scale = none if out_rounding is None or out_rounding.scale is None else out_rounding.scale
-        ends = none if self.bias is None else self.bias, sums, out, out_scale, res, g, added, count, clear
+        bias, after = (none if t is None else t for t in (self.bias, stats))
+        ends = bias, before, out, out_scale, res, g, after, count, clear
         if ending == "add":  # what several programs add to cannot be stored
             ending = "atomic" if cut.get("SPLIT", 1) > 1 else "store"
         constants = {
             "BN": cut["BN"], "BIAS": self.bias is not None, "OUT": ending, "NORM": norm is not None,
-            "OUT_CODE": out_rounding.code if out_rounding else "none", "PDL": start, "PTX": ptx,
+            "OUT_CODE": out_rounding.code if out_rounding else "none", "TOPS": out_tops, "PDL": start, "PTX": ptx,
             "num_warps": cut["num_warps"], **({"launch_pdl": True} if start else {}),
         }  # fmt: skip
-        self._launch(cut, rows, scale, ends, eps, constants)
+        self._launch(cut, rows, scale, none if tops is None else tops, ends, eps, constants)
 
     @abstractmethod
     def _launch(
@@ -151,6 +155,7 @@ class GpuLinear(ABC):
         cut: Tile,
         x: Tensor,
         scale: Tensor | None,
+        tops: Tensor,
         ends: tuple[Tensor, ...],
         eps: float,
         constants: dict[str, Any],
@@ -180,7 +185,8 @@ class GpuLinear(ABC):
         if rows.shape[0] > FEW:
             return self.many(x)
         out = torch.empty(rows.shape[0], self.n, dtype=torch.bfloat16, device=rows.device)
-        self.few(x, out)
+        dynamic = self.rounding is not None and self.rounding.scale is None and not isinstance(x, Codes)
+        self.few(x, out, tops=rows.abs().amax(1, keepdim=True).float().repeat(1, 16) if dynamic else None)
         return out
 
 
@@ -218,7 +224,7 @@ class GpuKernel(ABC):
 
     def prepare(self, weights: LinearWeights, dtype: torch.dtype) -> GpuLinear:
         """See `LinearKernel.prepare`."""
-        return self.join([weights], gpu_name(weights))
+        return self.join([weights], gpu_name(device_of(weights)))
 
     def run(self, x: Tensor, prepared: GpuLinear) -> Tensor:
         """See `LinearKernel.run`."""
@@ -234,12 +240,6 @@ def device_of(weights: LinearWeights) -> torch.device:
     """Where weights are."""
     weight = weights.weight
     return weight.device if isinstance(weight, Tensor) else weight.codes.device
-
-
-def gpu_name(weights: LinearWeights) -> str:
-    """The name of the GPU that holds `weights`; empty elsewhere."""
-    device = device_of(weights)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def input_why_not(problem: LinearProblem, element: str) -> str | None:

@@ -25,10 +25,9 @@ def tile(kind: str, n: int, k: int, m: int, ending: str, gpu: str) -> Tile:
         gpu: the name of the GPU.
     """
     bm = 1 if m == 1 else next((b for b in (16, 32) if m <= b), 64)
-    table = _table(gpu)
     # what was tuned for 32 tokens is closer than the rule for a few less or more
-    found = table.get(f"{kind} {n}x{k} {bm}") or (table.get(f"{kind} {n}x{k} 32") if bm > 1 else None)
-    made = dict(found) if found else _rule(kind, n, k, bm)
+    found = tuned(gpu, f"{kind} {n}x{k} {bm}") or (tuned(gpu, f"{kind} {n}x{k} 32") if bm > 1 else None)
+    made = found or _rule(kind, n, k, bm)
     if not made["gemv"]:
         made["BM"] = max(bm, 16)
         if ending in ("store", "silu"):  # nobody adds up what several programs store
@@ -73,8 +72,14 @@ def _power_of_two(number: int) -> int:
     return number & -number
 
 
+def tuned(gpu: str, key: str) -> Tile:
+    """What was measured to be fastest, a copy; empty: nothing was."""
+    return dict(table(gpu).get(key, {}))
+
+
 @functools.cache
-def _table(gpu: str) -> dict[str, Tile]:
+def table(gpu: str) -> dict[str, Tile]:
+    """All that was measured on a GPU, by kernel and shape."""
     name = next((n for n in ("H100", "H200") if n in gpu), None)
     path = files("fewbit.ops.linear") / "tuned" / f"{name}.json"
     return json.loads(path.read_text()) if name and path.is_file() else {}

@@ -4,10 +4,12 @@
 - ``atomic``: added to out [M, N], float32 and zero before (several programs share one tile of out).
 - ``silu``: out [M, N / 2] = silu(gate) * up; gate and up rows of the weight lie interleaved in blocks of 8.
 - ``residual``: added to res [M, N], float32. Who finishes a tile of res also writes ``out = res * g`` (g: the weight of
-  the next RMSNorm) and adds the squares of res to ``sums`` [M, 16]. The next linear multiplies its result by
+  the next RMSNorm) and adds the squares of res to the row's *stats*. The next linear multiplies its result by
   ``rsqrt(sum / K + eps)``: so no kernel is left for the norm itself.
 
-``sums`` is cut in 16 so that fewer programs add to one address.
+Stats are float32 [M, 3, 16]: sums of squares; largest magnitudes of ``out``; largest magnitudes of what lies between
+two residuals (attention's output, or what ``silu`` made). Each is cut in 16 so that fewer programs meet at one address.
+The magnitudes (TOPS) are for a linear that rounds its input under a scale of the whole row.
 """
 
 from __future__ import annotations
@@ -15,14 +17,34 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fewbit.ops.triton_common import round_code
+from fewbit.ops.triton_common import round_code, top_of
 
 
 @triton.jit
-def inverse_rms(sums_ptr, rm, mask, K, eps):
+def inverse_rms(stats_ptr, rm, mask, K, eps):
     """``rsqrt(mean of squares + eps)`` of rows `rm`, float32 [BM]."""
-    parts = tl.load(sums_ptr + rm[:, None] * 16 + tl.arange(0, 16)[None, :], mask=mask[:, None], other=1.0)
+    parts = tl.load(stats_ptr + rm[:, None] * 48 + tl.arange(0, 16)[None, :], mask=mask[:, None], other=1.0)
     return tl.rsqrt(tl.sum(parts, 1) / K + eps)
+
+
+@triton.jit
+def row_scale(stats_ptr, tops_ptr, sx_ptr, K, eps, CODE: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr):
+    """Of one token: what its numbers are multiplied by to become codes, and what the product is multiplied by."""
+    rms = 1.0
+    if NORM:
+        rms = tl.rsqrt(tl.sum(tl.load(stats_ptr + tl.arange(0, 16)), 0) / K + eps)
+    inverse = 1.0
+    factor = rms
+    if CODE != "none":
+        if DYNAMIC:  # the scale follows the row, so the norm's factor cancels in the codes
+            amax = tl.max(tl.load(tops_ptr + tl.arange(0, 16)), 0)
+            amax = tl.where(amax > 0, amax, 1.0)
+            inverse = top_of(CODE) / amax
+            factor = rms / inverse
+        else:
+            factor = tl.load(sx_ptr)
+            inverse = rms / factor
+    return inverse, factor
 
 
 @triton.jit
@@ -32,19 +54,19 @@ def _silu(gate, up):
 
 @triton.jit
 def gemm_epilogue(
-    acc, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_ptr, count_ptr, zero_ptr, rn, rm, pid_n, pid_k, pid_m,
+    acc, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_ptr, count_ptr, zero_ptr, rn, rm, pid_n, pid_k, pid_m,
     M, N,
-    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, OUT: tl.constexpr, CODE: tl.constexpr, BIAS: tl.constexpr,
-    ZERO: tl.constexpr, PTX: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, OUT: tl.constexpr, CODE: tl.constexpr, TOPS: tl.constexpr,
+    BIAS: tl.constexpr, ZERO: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Finish acc float32 [BN, BM]: features `rn`, tokens `rm`. ZERO: sums [M, 16] at `zero_ptr` are cleared too."""
+    """Finish acc float32 [BN, BM]: features `rn`, tokens `rm`. ZERO: the stats at `zero_ptr` are cleared too."""
     real = rm < M
     mask = real[None, :] & (rn < N)[:, None]
     if BIAS and pid_k == 0:
         acc += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)[:, None]
     if ZERO and ((pid_n == 0) & (pid_k == 0)):
-        at = rm[:, None] * 16 + tl.arange(0, 16)[None, :]
-        tl.store(zero_ptr + at, tl.zeros((BM, 16), tl.float32), mask=real[:, None])
+        i = tl.arange(0, 64)[None, :]
+        tl.store(zero_ptr + rm[:, None] * 48 + i, tl.zeros((BM, 64), tl.float32), mask=real[:, None] & (i < 48))
     if OUT == "silu":
         gate, up = tl.split(tl.permute(tl.reshape(acc, (BN // 16, 2, 8, BM)), (0, 2, 3, 1)))
         y = tl.reshape(_silu(gate, up), (BN // 2, BM))
@@ -52,7 +74,11 @@ def gemm_epilogue(
             y = round_code(y / tl.load(out_scale_ptr), CODE, PTX)
         ro = pid_n * (BN // 2) + tl.arange(0, BN // 2)
         where = real[None, :] & (ro < N // 2)[:, None]
-        tl.store(out_ptr + rm[None, :] * (N // 2) + ro[:, None], y.to(out_ptr.dtype.element_ty), mask=where)
+        y = y.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + rm[None, :] * (N // 2) + ro[:, None], y, mask=where)
+        if TOPS:
+            top = tl.max(tl.where(where, tl.abs(y.to(tl.float32)), 0.0), 0)
+            tl.atomic_max(stats_ptr + rm * 48 + 32 + pid_n % 16, top, mask=real, sem="relaxed")
     else:
         offs = rm[None, :] * N + rn[:, None]
         if OUT == "store":
@@ -67,8 +93,12 @@ def gemm_epilogue(
             if done == SPLIT - 1:
                 g = tl.load(g_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)
                 r = tl.load(res_ptr + offs, mask=mask, other=0.0, cache_modifier=".cg")
-                tl.store(out_ptr + offs, (r * g[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
-                tl.atomic_add(sums_ptr + rm * 16 + pid_n % 16, tl.sum(r * r, 0), mask=real, sem="relaxed")
+                y = (r * g[:, None]).to(out_ptr.dtype.element_ty)
+                tl.store(out_ptr + offs, y, mask=mask)
+                stat = stats_ptr + rm * 48 + pid_n % 16
+                tl.atomic_add(stat, tl.sum(r * r, 0), mask=real, sem="relaxed")
+                if TOPS:
+                    tl.atomic_max(stat + 16, tl.max(tl.abs(y.to(tl.float32)), 0), mask=real, sem="relaxed")
                 tl.store(count, 0)
 
 
@@ -84,27 +114,34 @@ def gemv_rows(pid, BN: tl.constexpr, OUT: tl.constexpr):
 
 @triton.jit
 def gemv_epilogue(
-    r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_ptr, zero_ptr, row, pid, N,
-    BN: tl.constexpr, OUT: tl.constexpr, CODE: tl.constexpr, BIAS: tl.constexpr, ZERO: tl.constexpr, PTX: tl.constexpr,
+    r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_ptr, zero_ptr, row, pid, N,
+    BN: tl.constexpr, OUT: tl.constexpr, CODE: tl.constexpr, TOPS: tl.constexpr, BIAS: tl.constexpr, ZERO: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """Finish r float32 [BN], one token. ``atomic`` does not occur: a program has whole rows."""
     real = row < N
     if BIAS:
         r += tl.load(bias_ptr + row, mask=real, other=0.0).to(tl.float32)
     if ZERO and pid == 0:
-        tl.store(zero_ptr + tl.arange(0, 16), tl.zeros((16,), tl.float32))
+        tl.store(zero_ptr + tl.arange(0, 64), tl.zeros((64,), tl.float32), mask=tl.arange(0, 64) < 48)
     if OUT == "silu":
         gate, up = tl.split(tl.permute(tl.reshape(r, (2, BN // 2)), (1, 0)))
         ro = pid * (BN // 2) + tl.arange(0, BN // 2)
         y = _silu(gate, up)
         if CODE != "none":
             y = round_code(y / tl.load(out_scale_ptr), CODE, PTX)
-        tl.store(out_ptr + ro, y.to(out_ptr.dtype.element_ty), mask=ro < N // 2)
+        y = tl.where(ro < N // 2, y, 0.0).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + ro, y, mask=ro < N // 2)
+        if TOPS:
+            tl.atomic_max(stats_ptr + 32 + pid % 16, tl.max(tl.abs(y.to(tl.float32)), 0), sem="relaxed")
     elif OUT == "residual":
         r += tl.load(res_ptr + row, mask=real, other=0.0)
         tl.store(res_ptr + row, r, mask=real)
         g = tl.load(g_ptr + row, mask=real, other=0.0).to(tl.float32)
-        tl.store(out_ptr + row, (r * g).to(out_ptr.dtype.element_ty), mask=real)
-        tl.atomic_add(sums_ptr + pid % 16, tl.sum(tl.where(real, r * r, 0.0), 0), sem="relaxed")
+        y = (r * g).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + row, y, mask=real)
+        tl.atomic_add(stats_ptr + pid % 16, tl.sum(tl.where(real, r * r, 0.0), 0), sem="relaxed")
+        if TOPS:
+            tl.atomic_max(stats_ptr + 16 + pid % 16, tl.max(tl.abs(y.to(tl.float32)), 0), sem="relaxed")
     else:
         tl.store(out_ptr + row, r.to(out_ptr.dtype.element_ty), mask=real)

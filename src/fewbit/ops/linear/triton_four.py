@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fewbit.ops.linear.triton_epilogue import gemm_epilogue, gemv_epilogue, gemv_rows, inverse_rms
+from fewbit.ops.linear.triton_epilogue import gemm_epilogue, gemv_epilogue, gemv_rows, inverse_rms, row_scale
 from fewbit.ops.triton_common import (
     e2m1_planes,
     high_bf16,
@@ -23,7 +23,6 @@ from fewbit.ops.triton_common import (
     prefetch_block,
     round_code,
     start_next,
-    top_of,
     wait_previous,
 )
 
@@ -42,16 +41,16 @@ def _pairs(x_ptr, at, K, EVEN: tl.constexpr):
 
 @triton.jit
 def int4_gemv(
-    x_ptr, w_ptr, s_ptr, bias_ptr, sums_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, count_ptr, zero_ptr,
-    N, K, eps,
+    x_ptr, w_ptr, s_ptr, tops_ptr, bias_ptr, stats_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr,
+    count_ptr, zero_ptr, N, K, eps,
     BN: tl.constexpr, KC: tl.constexpr, NIT: tl.constexpr, CODE: tl.constexpr, EVEN: tl.constexpr,
-    BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, NORM: tl.constexpr,
+    BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, TOPS: tl.constexpr, NORM: tl.constexpr,
     PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One token, symmetric groups of 128, C = 64. Grid (N / BN,). 256 * KC * NIT >= K.
 
     x: bfloat16 [K] seen as int32; w: tiles seen as int32 [N / 64, K / 256, 64, 32]; s: two bfloat16 scales in an int32
-    [N / 64, K / 256, 64]. CODE: x is rounded to such codes under a scale of its own.
+    [N / 64, K / 256, 64]. CODE: x is rounded to such codes under a scale from the magnitudes at `tops_ptr` [16].
 
     A nibble becomes float32 128 + u or 2048 + u by one LOP3; what is too much is corrected by one vector of sums of x
     that all rows share.
@@ -70,19 +69,7 @@ def int4_gemv(
     s = tl.load(sp)
     start_next(PDL)
     wait_previous(PDL)
-    factor = 1.0
-    if NORM:
-        factor = tl.rsqrt(tl.sum(tl.load(sums_ptr + tl.arange(0, 16)), 0) / K + eps)
-    inverse = 1.0
-    if CODE != "none":
-        top = tl.zeros((F,), tl.float32)
-        for i in tl.range(0, NIT * 4):
-            v = _pairs(x_ptr, i * F + f, K, EVEN)
-            top = tl.maximum(top, tl.maximum(tl.abs(low_bf16(v)), tl.abs(high_bf16(v))))
-        amax = tl.max(top, 0)
-        amax = tl.where(amax > 0, amax, 1.0)
-        inverse = top_of(CODE) / amax
-        factor = factor / inverse
+    inverse, factor = row_scale(stats_ptr, tops_ptr, tops_ptr, K, eps, CODE, True, NORM)
     acc = tl.zeros((BN, F // 4), tl.float32)
     for it in tl.range(0, NIT):
         wn = w
@@ -115,8 +102,8 @@ def int4_gemv(
         s = sn
     r = tl.sum(acc, 1) * factor
     gemv_epilogue(
-        r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, zero_ptr, row, pid, N,
-        BN, OUT, OUT_CODE, BIAS, NORM, PTX,
+        r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, zero_ptr, row, pid, N,
+        BN, OUT, OUT_CODE, TOPS, BIAS, NORM, PTX,
     )  # fmt: skip
 
 
@@ -134,7 +121,7 @@ def _prefetch_tiles(
     """The first tiles of every 64 rows on their way to L2 (they depend on no kernel before)."""
     for i in tl.static_range(BN // 64):
         tile = (pid_n * (BN // 64) + i).to(tl.int64) * blocks + k0
-        prefetch_block(w_ptr + tile * (64 * C), TILES * 128 * C, PTX)
+        prefetch_block(w_ptr + tile * (64 * C), tl.minimum(TILES, blocks - k0) * (128 * C), PTX)
 
 
 @triton.jit
@@ -149,11 +136,11 @@ def _offset(z_ptr, at, BN: tl.constexpr, C: tl.constexpr, ASYM: tl.constexpr, PT
 
 @triton.jit(do_not_specialize=["M"])
 def int4_gemm(
-    x_ptr, w_ptr, s_ptr, z_ptr, sx_ptr, bias_ptr, sums_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr,
+    x_ptr, w_ptr, s_ptr, z_ptr, sx_ptr, bias_ptr, stats_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr,
     count_ptr, zero_ptr, M, N, K, blocks, eps,
     BN: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, PER: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     ASYM: tl.constexpr, SX: tl.constexpr, EVEN: tl.constexpr, PREFETCH: tl.constexpr,
-    BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, NORM: tl.constexpr,
+    BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, TOPS: tl.constexpr, NORM: tl.constexpr,
     PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Grid (N / BN, SPLIT, M / BM). x [M, K]; s bfloat16 [groups, N64], z int8 likewise; PER groups (2 or 4) to a tile.
@@ -231,10 +218,10 @@ def int4_gemm(
     if SX == "rows":
         acc = acc * tl.load(sx_ptr + rm, mask=rm < M, other=0.0)[None, :]
     if NORM:
-        acc = acc * inverse_rms(sums_ptr, rm, rm < M, K, eps)[None, :]
+        acc = acc * inverse_rms(stats_ptr, rm, rm < M, K, eps)[None, :]
     gemm_epilogue(
-        acc, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, count_ptr, zero_ptr, rn, rm, pid_n, pid_k,
-        pid_m, M, N, BN, BM, SPLIT, OUT, OUT_CODE, BIAS, NORM, PTX,
+        acc, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, count_ptr, zero_ptr, rn, rm, pid_n, pid_k,
+        pid_m, M, N, BN, BM, SPLIT, OUT, OUT_CODE, TOPS, BIAS, NORM, PTX,
     )  # fmt: skip
 
 
@@ -248,10 +235,11 @@ def _block_scale(b, BN: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def fp4_gemm(
-    x_ptr, w_ptr, s_ptr, sw_ptr, bias_ptr, sums_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, count_ptr,
+    x_ptr, w_ptr, s_ptr, sw_ptr, bias_ptr, stats_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, count_ptr,
     zero_ptr, M, N, K, blocks, eps,
     BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
-    PREFETCH: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, NORM: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, TOPS: tl.constexpr, NORM: tl.constexpr,
     PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """E2M1 weights in blocks of 16. Grid (N / BN, SPLIT, M / BM). s int32 [N / 64, blocks, 64, 4], a byte a plane.
@@ -299,10 +287,10 @@ def fp4_gemm(
         acc += (g0 + g1) + (g2 + g3)
     acc = acc * tl.load(sw_ptr + tl.minimum(rn, N - 1))[:, None]
     if NORM:
-        acc = acc * inverse_rms(sums_ptr, rm, rm < M, K, eps)[None, :]
+        acc = acc * inverse_rms(stats_ptr, rm, rm < M, K, eps)[None, :]
     gemm_epilogue(
-        acc, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, count_ptr, zero_ptr, rn, rm, pid_n, pid_k,
-        pid_m, M, N, BN, BM, SPLIT, OUT, OUT_CODE, BIAS, NORM, PTX,
+        acc, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, count_ptr, zero_ptr, rn, rm, pid_n, pid_k,
+        pid_m, M, N, BN, BM, SPLIT, OUT, OUT_CODE, TOPS, BIAS, NORM, PTX,
     )  # fmt: skip
 
 

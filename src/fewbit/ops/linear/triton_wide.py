@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fewbit.ops.linear.triton_epilogue import gemm_epilogue, gemv_epilogue, gemv_rows, inverse_rms
-from fewbit.ops.triton_common import dot4, prefetch_line, round_code, start_next, top_of, wait_previous
+from fewbit.ops.linear.triton_epilogue import gemm_epilogue, gemv_epilogue, gemv_rows, inverse_rms, row_scale
+from fewbit.ops.triton_common import dot4, prefetch_line, round_code, start_next, wait_previous
 
 
 @triton.jit
@@ -39,19 +39,19 @@ def _load_words(p, rk, K, EVEN: tl.constexpr):
 
 @triton.jit
 def wide_gemv(
-    x_ptr, w_ptr, sw_ptr, sx_ptr, bias_ptr, sums_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, count_ptr,
-    zero_ptr, N, K, eps,
+    x_ptr, w_ptr, sw_ptr, sx_ptr, tops_ptr, bias_ptr, stats_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr,
+    count_ptr, zero_ptr, N, K, eps,
     BN: tl.constexpr, BK: tl.constexpr, NIT: tl.constexpr, CODE: tl.constexpr, DYNAMIC: tl.constexpr, SX: tl.constexpr,
-    SCALED: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr,
-    NORM: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+    SCALED: tl.constexpr, EVEN: tl.constexpr,
+    BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, TOPS: tl.constexpr, NORM: tl.constexpr,
+    PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Grid (N / BN,). x [K]; w [N, K]; sw float32 [N]. BK * NIT >= K.
 
-    CODE: x is rounded to such codes here, under a scale of its own (DYNAMIC) or sx float32 []; SX: x holds codes
-    already, in units of sx.
+    CODE: x is rounded to such codes here, under a scale from the magnitudes at `tops_ptr` [16] (DYNAMIC) or sx
+    float32 []; SX: x holds codes already, in units of sx. NORM: x is multiplied by the inverse RMS that the stats give.
 
-    NORM: x is multiplied by the inverse RMS that `sums` gives. NIT = 1 is fastest: all loads of the program's weights
-    are under way before the wait for the kernel before this one.
+    The weights of the first iteration are under way before the wait for the kernel before this one.
     """
     pid = tl.program_id(0)
     row = gemv_rows(pid, BN, OUT)
@@ -60,25 +60,9 @@ def wide_gemv(
     w = _load_w(wp, rk, K, EVEN)
     start_next(PDL)
     wait_previous(PDL)
-    rms = 1.0
-    if NORM:
-        rms = tl.rsqrt(tl.sum(tl.load(sums_ptr + tl.arange(0, 16)), 0) / K + eps)
-    factor = rms
+    inverse, factor = row_scale(stats_ptr, tops_ptr, sx_ptr, K, eps, CODE, DYNAMIC, NORM)
     if SX:
         factor = tl.load(sx_ptr)
-    inverse = 1.0
-    if CODE != "none":
-        if DYNAMIC:  # the scale follows the row, so the norm's factor cancels in the codes
-            top = tl.zeros((BK,), tl.float32)
-            for it in tl.range(0, NIT):
-                top = tl.maximum(top, tl.abs(_load_x(x_ptr, it * BK + rk, K, EVEN)))
-            amax = tl.max(top, 0)
-            amax = tl.where(amax > 0, amax, 1.0)
-            inverse = top_of(CODE) / amax
-            factor = rms / inverse
-        else:
-            factor = tl.load(sx_ptr)
-            inverse = rms / factor
     acc = tl.zeros((BN, BK), tl.float32)
     for it in tl.range(0, NIT):
         wn = w
@@ -97,22 +81,22 @@ def wide_gemv(
     if SCALED:
         r = r * tl.load(sw_ptr + tl.minimum(row, N - 1))
     gemv_epilogue(
-        r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, zero_ptr, row, pid, N,
-        BN, OUT, OUT_CODE, BIAS, NORM, PTX,
+        r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, zero_ptr, row, pid, N,
+        BN, OUT, OUT_CODE, TOPS, BIAS, NORM, PTX,
     )  # fmt: skip
 
 
 @triton.jit
 def int8_gemv(
-    x_ptr, w_ptr, sw_ptr, sx_ptr, bias_ptr, sums_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, count_ptr,
-    zero_ptr, N, K, eps,
+    x_ptr, w_ptr, sw_ptr, sx_ptr, tops_ptr, bias_ptr, stats_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr,
+    count_ptr, zero_ptr, N, K, eps,
     BN: tl.constexpr, BK: tl.constexpr, NIT: tl.constexpr, DYNAMIC: tl.constexpr, EVEN: tl.constexpr,
-    BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, NORM: tl.constexpr,
+    BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, TOPS: tl.constexpr, NORM: tl.constexpr,
     PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """`wide_gemv` for INT8 weights and inputs: four products to an instruction, sums exact. w int32 [N, K / 4].
 
-    x [K] is rounded here, under a scale of its own (DYNAMIC) or sx float32 [].
+    x [K] is rounded here, see `wide_gemv`.
     """
     pid = tl.program_id(0)
     row = gemv_rows(pid, BN, OUT)
@@ -122,21 +106,7 @@ def int8_gemv(
     w = _load_words(wp, rk, K, EVEN)
     start_next(PDL)
     wait_previous(PDL)
-    rms = 1.0
-    if NORM:
-        rms = tl.rsqrt(tl.sum(tl.load(sums_ptr + tl.arange(0, 16)), 0) / K + eps)
-    ra = tl.arange(0, BK)
-    if DYNAMIC:
-        top = tl.zeros((BK,), tl.float32)
-        for it in tl.range(0, NIT):
-            top = tl.maximum(top, tl.abs(_load_x(x_ptr, it * BK + ra, K, EVEN)))
-        amax = tl.max(top, 0)
-        amax = tl.where(amax > 0, amax, 1.0)
-        inverse = 127.5 / amax
-        factor = rms / inverse
-    else:
-        factor = tl.load(sx_ptr)
-        inverse = rms / factor
+    inverse, factor = row_scale(stats_ptr, tops_ptr, sx_ptr, K, eps, "int8", DYNAMIC, NORM)
     r4 = tl.arange(0, 4)
     at = rk[:, None] * 4 + r4[None, :]
     acc = tl.zeros((BN, words), tl.int32)
@@ -151,18 +121,18 @@ def int8_gemv(
         w = wn
     r = tl.sum(acc, 1).to(tl.float32) * factor * tl.load(sw_ptr + tl.minimum(row, N - 1))
     gemv_epilogue(
-        r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, zero_ptr, row, pid, N,
-        BN, OUT, OUT_CODE, BIAS, NORM, PTX,
+        r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, zero_ptr, row, pid, N,
+        BN, OUT, OUT_CODE, TOPS, BIAS, NORM, PTX,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
 def wide_gemm(
-    x_ptr, w_ptr, sw_ptr, sx_ptr, bias_ptr, sums_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, count_ptr,
+    x_ptr, w_ptr, sw_ptr, sx_ptr, bias_ptr, stats_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, count_ptr,
     zero_ptr, M, N, K, eps,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, SX: tl.constexpr,
     SCALED: tl.constexpr, PREFETCH: tl.constexpr,
-    BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, NORM: tl.constexpr,
+    BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, TOPS: tl.constexpr, NORM: tl.constexpr,
     PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Grid (N / BN, SPLIT, M / BM). x [M, K] numbers, or the codes of w's dtype; K a multiple of BK * SPLIT.
@@ -206,8 +176,8 @@ def wide_gemm(
     elif SX == "rows":
         r = r * tl.load(sx_ptr + rm, mask=rm < M, other=0.0)[None, :]
     if NORM:
-        r = r * inverse_rms(sums_ptr, rm, rm < M, K, eps)[None, :]
+        r = r * inverse_rms(stats_ptr, rm, rm < M, K, eps)[None, :]
     gemm_epilogue(
-        r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, sums_out_ptr, count_ptr, zero_ptr, rn, rm, pid_n, pid_k,
-        pid_m, M, N, BN, BM, SPLIT, OUT, OUT_CODE, BIAS, NORM, PTX,
+        r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, count_ptr, zero_ptr, rn, rm, pid_n, pid_k,
+        pid_m, M, N, BN, BM, SPLIT, OUT, OUT_CODE, TOPS, BIAS, NORM, PTX,
     )  # fmt: skip

@@ -75,6 +75,7 @@ class _WideLinear(GpuLinear):
         cut: Tile,
         x: Tensor,
         scale: Tensor | None,
+        tops: Tensor,
         ends: tuple[Tensor, ...],
         eps: float,
         constants: dict[str, Any],
@@ -97,12 +98,12 @@ class _WideLinear(GpuLinear):
         dynamic = r is not None and r.scale is None
         if r is not None and r.code == "int8":
             int8_gemv[grid](
-                x, self.weight.view(torch.int32), rows, given, *ends, self.n, self.k, eps, DYNAMIC=dynamic, **cuts,
-                **constants,
+                x, self.weight.view(torch.int32), rows, given, tops, *ends, self.n, self.k, eps, DYNAMIC=dynamic,
+                **cuts, **constants,
             )  # fmt: skip
         else:
             wide_gemv[grid](
-                x, self.weight, rows, given if scale is None else scale, *ends, self.n, self.k, eps,
+                x, self.weight, rows, given if scale is None else scale, tops, *ends, self.n, self.k, eps,
                 CODE=r.code if r else "none", DYNAMIC=dynamic, SX=scale is not None, SCALED=self.scale is not None,
                 **cuts, **constants,
             )  # fmt: skip

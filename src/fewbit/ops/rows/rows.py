@@ -28,8 +28,8 @@ def rounded(x: Tensor, rounding: Rounding, dtype: torch.dtype | None = None) -> 
     block, warps = block_of(width)
     if rows:
         round_rows[(rows,)](
-            x, x, x, out.x, out.scale, width, 0.0, BLOCK=block, NORM=False, CODE=rounding.code,
-            DYNAMIC=rounding.scale is None, PDL=False, PTX=x.is_cuda, num_warps=warps,
+            x, out.x, out.scale, width, BLOCK=block, CODE=rounding.code, DYNAMIC=rounding.scale is None, PTX=x.is_cuda,
+            num_warps=warps,
         )  # fmt: skip
     return out
 

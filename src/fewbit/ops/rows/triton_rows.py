@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fewbit.ops.linear.triton_epilogue import row_scale
 from fewbit.ops.triton_common import round_code, start_next, top_of, wait_previous
 
 
@@ -66,33 +67,50 @@ def gated(
 
 @triton.jit
 def round_rows(
-    x_ptr, sums_ptr, zero_ptr, out_ptr, s_ptr, K, eps,
-    BLOCK: tl.constexpr, NORM: tl.constexpr, CODE: tl.constexpr, DYNAMIC: tl.constexpr, PDL: tl.constexpr,
-    PTX: tl.constexpr,
-):  # fmt: skip
-    """Grid (T,). The decode step's rounding: out = codes of x [T, K].
-
-    NORM: x is res * g and is multiplied by the inverse RMS from sums [T, 16] first; the other sums, at `zero_ptr`, are
-    cleared.
-    """
-    start_next(PDL)
-    wait_previous(PDL)
+    x_ptr, out_ptr, s_ptr, K, BLOCK: tl.constexpr, CODE: tl.constexpr, DYNAMIC: tl.constexpr, PTX: tl.constexpr
+):
+    """Grid (T,). out = codes of x [T, K]."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     mask = k < K
     y = tl.load(x_ptr + row * K + k, mask=mask, other=0.0).to(tl.float32)
-    if NORM:
-        y = y * tl.rsqrt(tl.sum(tl.load(sums_ptr + row * 16 + tl.arange(0, 16)), 0) / K + eps)
-        tl.store(zero_ptr + row * 16 + tl.arange(0, 16), tl.zeros((16,), tl.float32))
     _store_row(y, out_ptr, s_ptr, row, row * K + k, mask, CODE, DYNAMIC, PTX)
 
 
 @triton.jit
+def round_known(
+    x_ptr, stats_ptr, tops_ptr, zero_ptr, out_ptr, s_ptr, K, eps,
+    BLOCK: tl.constexpr, NORM: tl.constexpr, CODE: tl.constexpr, DYNAMIC: tl.constexpr, PDL: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """Grid (T, K / BLOCK). The decode step's rounding: out = codes of x [T, K], whose magnitudes are known.
+
+    NORM: x is res * g and is multiplied by the inverse RMS from the stats first; those at `zero_ptr` are cleared. The
+    stats of all three have a row stride of 48, see `fewbit.ops.linear.triton_epilogue`.
+    """
+    start_next(PDL)
+    wait_previous(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    piece = tl.program_id(1)
+    inverse, factor = row_scale(stats_ptr + row * 48, tops_ptr + row * 48, s_ptr, K, eps, CODE, DYNAMIC, NORM)
+    k = piece * BLOCK + tl.arange(0, BLOCK)
+    y = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+    y = round_code(y * inverse, CODE, PTX)
+    tl.store(out_ptr + row * K + k, y.to(out_ptr.dtype.element_ty), mask=k < K)
+    if piece == 0:
+        if DYNAMIC:
+            tl.store(s_ptr + row, factor)
+        if NORM:
+            i = tl.arange(0, 64)
+            tl.store(zero_ptr + row * 48 + i, tl.zeros((64,), tl.float32), mask=i < 48)
+
+
+@triton.jit
 def embed(
-    token_ptr, source_ptr, last_ptr, table_ptr, g_ptr, res_ptr, out_ptr, sums_ptr, clear_ptr, K, clear_n,
+    token_ptr, source_ptr, last_ptr, table_ptr, g_ptr, res_ptr, out_ptr, stats_ptr, clear_ptr, K, clear_n,
     BLOCK: tl.constexpr, CLEAR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (T,). The decode step's first kernel: res = table[token] (float32), out = res * g, and the sums of squares.
+    """Grid (T,). The decode step's first kernel: res = table[token] (float32), out = res * g, and the stats of both.
 
     The token of row i is last[source[i]] (what the step before chose) or, where source[i] < 0, token[i]. The row's
     clear_n numbers at `clear_ptr` become zero; CLEAR is a power of two that covers them.
@@ -108,9 +126,11 @@ def embed(
     r = tl.load(table_ptr + token.to(tl.int64) * K + k, mask=mask, other=0.0).to(tl.float32)
     tl.store(res_ptr + row * K + k, r, mask=mask)
     g = tl.load(g_ptr + k, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * K + k, (r * g).to(out_ptr.dtype.element_ty), mask=mask)
-    i = tl.arange(0, 16)
-    tl.store(sums_ptr + row * 16 + i, tl.where(i == 0, tl.sum(r * r, 0), 0.0))
+    y = (r * g).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * K + k, y, mask=mask)
+    i = tl.arange(0, 64)
+    stats = tl.where(i == 0, tl.sum(r * r, 0), tl.where(i == 16, tl.max(tl.abs(y.to(tl.float32)), 0), 0.0))
+    tl.store(stats_ptr + row * 48 + i, stats, mask=i < 48)
     c = tl.arange(0, CLEAR)
     tl.store(clear_ptr + row * clear_n + c, tl.zeros((CLEAR,), tl.float32), mask=c < clear_n)
 
