@@ -117,21 +117,24 @@ class DecodeStep:
             qkv, clear = (self.qkv[(i + j) % 2][: m * n].view(m, n) for j in range(2))
             x = self.x[:m]
             norm = Folded(stats_a, stats_b, eps.pre_attn.eps)
-            self._apply(layer.qkv, x, qkv, "add", norm, tops=stats_a[:m, 1])
+            last = i + 1 == len(decoder.layers)
+            following = decoder.head if last else decoder.layers[i + 1].qkv
+            self._apply(layer.qkv, x, qkv, "add", norm, tops=stats_a[:m, 1], ahead=self._ahead(layer.o))
             static = _static(layer.o)
             seen = self.seen[: m * layer.o.k].view(m, layer.o.k)
             target = seen if static is None else self._codes(m, layer.o.k, layer.o.few_dtype)
             cos, sin = self.angles[a.position, a.head_dim]
+            cut = cut_of(m, a, stored_as(decoder.codecs[i]), self.pages.size, self.gpu)
             decode_attention(
                 qkv, target, self.pages.k[i], self.pages.v[i], decoder.codecs[i], table, lengths, a, self.pages.size,
                 (self.attention_parts, self.attention_stats, self.attention_count), write=(cos, sin, layer.norms),
                 clear=clear, rounding=static, tops=stats_a[:m, 2] if _dynamic(layer.o) else None, pdl=self.pdl,
-                cut=cut_of(m, a, stored_as(decoder.codecs[i]), self.pages.size, self.gpu),
+                ahead=self._ahead(layer.gate_up), cut=cut,
             )  # fmt: skip
             self._apply(
                 layer.o, seen, x, "residual", residual=Residual(self.res[:m], layer.norms["pre_mlp"], self.count),
                 coded=None if static is None else target, tops=stats_a[:m, 2], stats=stats_b,
-                out_tops=_dynamic(layer.gate_up),
+                out_tops=_dynamic(layer.gate_up), ahead=self._ahead(layer.gate_up, cut.get("AHEAD", 0)),
             )  # fmt: skip
             static = _static(layer.down)
             act = self.act[: m * layer.down.k].view(m, layer.down.k)
@@ -143,19 +146,22 @@ class DecodeStep:
                 coded = coded.view(layer.down.few_dtype).view(m, layer.down.k)
             self._apply(
                 layer.gate_up, x, act if coded is None else coded, "silu", norm, tops=stats_b[:m, 1], stats=stats_b,
-                out_rounding=static, out_tops=_dynamic(layer.down),
+                out_rounding=static, out_tops=_dynamic(layer.down), ahead=self._ahead(layer.down),
             )  # fmt: skip
-            last = i + 1 == len(decoder.layers)
             g = decoder.final_norm if last else decoder.layers[i + 1].norms["pre_attn"]
             self._apply(
                 layer.down, act, x, "residual", residual=Residual(self.res[:m], g, self.count), coded=coded,
                 tops=stats_b[:m, 2], stats=stats_a,
-                out_tops=_dynamic(decoder.head if last else decoder.layers[i + 1].qkv),
+                out_tops=_dynamic(following), ahead=self._ahead(following),
             )  # fmt: skip
         logits = self.logits[:m]
         norm = Folded(stats_a, stats_b, spec.final_norm.eps)
         self._apply(decoder.head, self.x[:m], logits, "store", norm, tops=stats_a[:m, 1])
         self._choose(m, logits)
+
+    def _ahead(self, linear: GpuLinear, known: int = 0) -> Tensor | None:
+        """A later product's weights, of which a kernel may bring some to the cache; `known` MiB are there already."""
+        return linear.memory[known << 20 :] if self.pdl else None
 
     def _embed(self, m: int, tokens: Tensor, sources: Tensor) -> None:
         from fewbit.ops.rows.triton_rows import embed

@@ -65,6 +65,13 @@ def prefetch_block(p, n, PTX: tl.constexpr):
 
 
 @triton.jit
+def prefetch_ahead(p, pieces, program, programs, PTX: tl.constexpr):
+    """The share of one of several programs in bringing `pieces` of 8 KiB at `p` (uint8) to L2."""
+    for i in tl.range(program, pieces, programs):
+        prefetch_block(p + i * 8192, 8192, PTX)
+
+
+@triton.jit
 def nearest_int(x):
     """The nearest whole number, ties to even, for magnitudes below 2**22."""
     return (x + 12582912.0) - 12582912.0

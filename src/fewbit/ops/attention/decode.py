@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fewbit.ops.linear.gpu import pieces_of
 from fewbit.ops.linear.tiles import tuned
 from fewbit.spec.decoder import Attention
 
@@ -40,8 +41,8 @@ def stored_as(codec: Any) -> str:
 def decode_attention(
     qkv: Tensor, out: Tensor, k: Tensor, v: Tensor, codec: Any, table: Tensor, lengths: Tensor, a: Attention, page: int,
     scratch: tuple[Tensor, Tensor, Tensor], *, write: tuple[Tensor, Tensor, Mapping[str, Tensor]] | None = None,
-    clear: Tensor | None = None, rounding: Any = None, tops: Tensor | None = None, pdl: bool = False, ptx: bool = True,
-    cut: dict[str, Any] | None = None,
+    clear: Tensor | None = None, rounding: Any = None, tops: Tensor | None = None, ahead: Tensor | None = None,
+    pdl: bool = False, ptx: bool = True,    cut: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Attention of one new token a sequence.
 
@@ -60,7 +61,8 @@ def decode_attention(
         clear: set to zero by the way.
         rounding: of the next linear, under a scale that is known before.
         tops: raised to the largest magnitudes of `out`, [m, 16] of the stats of `triton_epilogue`.
-        pdl: see `GpuLinear.few`.
+        ahead: see `GpuLinear.few`.
+        pdl: likewise.
         ptx: likewise.
         cut: see `cut_of`.
     """
@@ -72,16 +74,19 @@ def decode_attention(
     cut["PDL"] = cut["PDL"] if pdl else 0
     if not pdl:  # the instruction is as old as dependent launches
         cut["PREFETCH"] = 0
+    pieces = pieces_of(ahead, {"AHEAD": cut.pop("AHEAD", 0)})
     options: dict[str, Any] = {"launch_pdl": True} if cut["PDL"] else {}
     cos, sin, norms = write or (qkv, qkv, {})
     kernel[(a.kv_heads, cut["SPLITS"], m)](
         qkv, norms.get("q_norm", qkv), norms.get("k_norm", qkv), cos, sin, k, v,
         qkv if codec.spec is None else codec.k_scale, qkv if codec.spec is None else codec.v_scale,
         table, lengths, out, qkv if rounding is None else rounding.scale, *scratch,
-        *(qkv if t is None else t for t in (clear, tops)),
+        *(qkv if t is None else t for t in (clear, tops, ahead)),
+        pieces,
         a.scale * math.log2(math.e), a.qk_norm.eps if a.qk_norm else 0.0, table.shape[1], a.window or 0, qkv.stride(0),
         H=a.heads, HK=a.kv_heads, D=a.head_dim, PAGE=page, KV=kv, WRITE=write is not None,
         QK_NORM=write is not None and a.qk_norm is not None, WINDOW=a.window is not None,
         CODE=rounding.code if rounding is not None else "none", TOPS=tops is not None, CLEAR=clear is not None,
+        AHEAD=pieces > 0,
         PTX=ptx, **cut, **options,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fewbit.ops.triton_common import prefetch_block, round_code, start_last, start_next, wait_previous
+from fewbit.ops.triton_common import prefetch_ahead, prefetch_block, round_code, start_last, start_next, wait_previous
 
 
 @triton.jit
@@ -50,13 +50,14 @@ def _finish(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ahead"])
 def decode_attention(
     qkv_ptr, qn_ptr, kn_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, table_ptr, len_ptr, out_ptr, out_scale_ptr,
-    part_ptr, stat_ptr, count_ptr, clear_ptr, tops_ptr, scale, eps, max_pages, window, qkv_stride,
+    part_ptr, stat_ptr, count_ptr, clear_ptr, tops_ptr, ahead_ptr, ahead, scale, eps, max_pages, window, qkv_stride,
     H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
     KV: tl.constexpr, WRITE: tl.constexpr, QK_NORM: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr,
-    TOPS: tl.constexpr, CLEAR: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr, PTX: tl.constexpr,
+    TOPS: tl.constexpr, AHEAD: tl.constexpr, CLEAR: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """Grid (HK, SPLITS, B).
 
@@ -70,6 +71,7 @@ def decode_attention(
         out_ptr: [B, H * D]; CODE: its codes under out_scale.
         part_ptr: float32 [B, HK, SPLITS, G, D]; stat_ptr: [B, HK, SPLITS, 2, G]; count_ptr: int32 [B * HK], zero.
         tops_ptr: TOPS: float32 [B, 16], row stride 48, raised to the largest magnitudes of out.
+        ahead_ptr: uint8; AHEAD: `ahead` times 8 KiB of it are brought to L2 by the way.
         clear_ptr: CLEAR: [B, (H + 2 HK) * D] float32, set to zero by the way: the next layer's product is added there.
         scale: softmax scale * log2(e).
     """
@@ -144,6 +146,9 @@ def decode_attention(
         acc = tl.where(last, acc + vn[None, :], acc)
     ko = rt[:, None] * D + rd[None, :]
     vo = ko if KV == "none" else rd[:, None] * PAGE + rt[None, :]
+    mine = h + HK * (sp + SPLITS * b)
+    if AHEAD and SPLITS > 1:  # memory has little to do otherwise; else at the end
+        prefetch_ahead(ahead_ptr, ahead, mine, HK * SPLITS * tl.num_programs(2), PTX)
     for t in tl.range(p0, p1, num_stages=STAGES):
         base = (page.to(tl.int64) * HK + h) * (PAGE * D)
         k = tl.load(k_ptr + base + ko)
@@ -164,6 +169,8 @@ def decode_attention(
         acc = tl.dot(p.to(v.dtype), v if KV == "none" else v.T, acc * a[:, None])
         m = mn
     start_last(PDL)
+    if AHEAD and SPLITS == 1:
+        prefetch_ahead(ahead_ptr, ahead, mine, HK * tl.num_programs(2), PTX)
     op = out_ptr + (b * H + h * G + rg)[:, None] * D + rd[None, :]
     if SPLITS == 1:
         y = acc * vs / tl.where(l > 0, l, 1.0)[:, None]

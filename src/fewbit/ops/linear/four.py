@@ -53,6 +53,7 @@ class _FourLinear(GpuLinear):
     """What both have in common: tiles, and a scratch for prompts."""
 
     columns: int  # of a plane
+    words: Tensor
 
     @property
     def padded_k(self) -> int:
@@ -70,6 +71,11 @@ class _FourLinear(GpuLinear):
         while not cut["gemv"] and self.blocks % cut["SPLIT"]:
             cut["SPLIT"] -= 1
         return cut
+
+    @property
+    def memory(self) -> Tensor:
+        """See `GpuLinear.memory`."""
+        return self.words.view(torch.uint8).view(-1)
 
     def _codes(self, pieces: Sequence[LinearWeights], flip: int, gated: bool) -> Tensor:
         codes = torch.cat([p.weight.codes for p in pieces]) ^ flip  # type: ignore[union-attr]
@@ -117,7 +123,7 @@ class _Int4Linear(_FourLinear):
         x: Tensor,
         scale: Tensor | None,
         tops: Tensor,
-        ends: tuple[Tensor, ...],
+        ends: tuple[Any, ...],
         eps: float,
         constants: dict[str, Any],
     ) -> None:
@@ -210,7 +216,7 @@ class _Fp4Linear(_FourLinear):
         x: Tensor,
         scale: Tensor | None,
         tops: Tensor,
-        ends: tuple[Tensor, ...],
+        ends: tuple[Any, ...],
         eps: float,
         constants: dict[str, Any],
     ) -> None:

@@ -114,7 +114,8 @@ class GpuLinear(ABC):
     def few(
         self, x: Tensor | Codes, out: Tensor, *, ending: str = "store", norm: Folded | None = None,
         residual: Residual | None = None, out_rounding: Rounding | None = None, tops: Tensor | None = None,
-        stats: Tensor | None = None, out_tops: bool = False, pdl: bool = False, ptx: bool = True,
+        stats: Tensor | None = None, out_tops: bool = False, ahead: Tensor | None = None, pdl: bool = False,
+        ptx: bool = True,
     ) -> None:  # fmt: skip
         """The product of up to `FEW` tokens.
 
@@ -128,6 +129,8 @@ class GpuLinear(ABC):
             tops: float32 [1, 16], magnitudes that hold the largest of x: where `rounds_itself`, under a scale a row.
             stats: where the ending leaves those of `out`, see `triton_epilogue`; for ``residual``, or with `out_tops`.
             out_tops: also the magnitudes.
+            ahead: uint8, the weights of a later product, to bring as much of them to the cache by the way as the tile
+                says (compute capability 9.0 and later).
             pdl: may start before the kernel before is complete (compute capability 9.0 and later).
             ptx: False under Triton's interpreter.
         """
@@ -138,13 +141,27 @@ class GpuLinear(ABC):
         before, clear, eps = (norm.stats, norm.clear, norm.eps) if norm else (none, none, 0.0)
         res, g, count = (residual.res, residual.g, residual.count) if residual else (none, none, none)
         out_scale = none if out_rounding is None or out_rounding.scale is None else out_rounding.scale
-        bias, after = (none if t is None else t for t in (self.bias, stats))
-        ends = bias, before, out, out_scale, res, g, after, count, clear
+        bias, after, next_ = (none if t is None else t for t in (self.bias, stats, ahead))
+        pieces = pieces_of(ahead, cut)
+        ends = (
+            bias,
+            before,
+            out,
+            out_scale,
+            res,
+            g,
+            after,
+            count,
+            clear,
+            next_,
+            pieces,
+        )
         if ending == "add":  # what several programs add to cannot be stored
             ending = "atomic" if cut.get("SPLIT", 1) > 1 else "store"
         constants = {
             "BN": cut["BN"], "BIAS": self.bias is not None, "OUT": ending, "NORM": norm is not None,
-            "OUT_CODE": out_rounding.code if out_rounding else "none", "TOPS": out_tops, "PDL": start, "PTX": ptx,
+            "OUT_CODE": out_rounding.code if out_rounding else "none", "TOPS": out_tops,
+            "AHEAD": pieces > 0, "PDL": start, "PTX": ptx,
             "num_warps": cut["num_warps"], **({"launch_pdl": True} if start else {}),
         }  # fmt: skip
         self._launch(cut, rows, scale, none if tops is None else tops, ends, eps, constants)
@@ -156,7 +173,7 @@ class GpuLinear(ABC):
         x: Tensor,
         scale: Tensor | None,
         tops: Tensor,
-        ends: tuple[Tensor, ...],
+        ends: tuple[Any, ...],
         eps: float,
         constants: dict[str, Any],
     ) -> None:
@@ -168,6 +185,11 @@ class GpuLinear(ABC):
     def _grid(self, cut: Tile, m: int) -> tuple[int, ...]:
         programs = -(-self.n // cut["BN"])
         return (programs,) if cut["gemv"] else (programs, cut["SPLIT"], -(-m // cut["BM"]))
+
+    @property
+    @abstractmethod
+    def memory(self) -> Tensor:
+        """The weights as plain bytes, in the order in which the programs read them."""
 
     @abstractmethod
     def many(self, x: Tensor | Codes) -> Tensor:
@@ -188,6 +210,11 @@ class GpuLinear(ABC):
         dynamic = self.rounding is not None and self.rounding.scale is None and not isinstance(x, Codes)
         self.few(x, out, tops=rows.abs().amax(1, keepdim=True).float().repeat(1, 16) if dynamic else None)
         return out
+
+
+def pieces_of(ahead: Tensor | None, cut: Tile) -> int:
+    """Of the memory `ahead`, how many pieces of 8 KiB a kernel brings to the cache: ``AHEAD`` MiB, if so many are."""
+    return 0 if ahead is None else min(cut.get("AHEAD", 0) << 20, ahead.numel()) >> 13
 
 
 class GpuKernel(ABC):

@@ -10,6 +10,9 @@
 Stats are float32 [M, 3, 16]: sums of squares; largest magnitudes of ``out``; largest magnitudes of what lies between
 two residuals (attention's output, or what ``silu`` made). Each is cut in 16 so that fewer programs meet at one address.
 The magnitudes (TOPS) are for a linear that rounds its input under a scale of the whole row.
+
+AHEAD: a program that has read its weights asks for its share of `ahead` times 8 KiB at `ahead_ptr`: weights of a later
+kernel, so that memory has work while this kernel ends and that one starts.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fewbit.ops.triton_common import round_code, top_of
+from fewbit.ops.triton_common import prefetch_ahead, round_code, top_of
 
 
 @triton.jit
@@ -54,12 +57,15 @@ def _silu(gate, up):
 
 @triton.jit
 def gemm_epilogue(
-    acc, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_ptr, count_ptr, zero_ptr, rn, rm, pid_n, pid_k, pid_m,
-    M, N,
+    acc, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_ptr, count_ptr, zero_ptr, ahead_ptr, ahead, rn, rm,
+    pid_n, pid_k, pid_m, M, N,
     BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, OUT: tl.constexpr, CODE: tl.constexpr, TOPS: tl.constexpr,
-    BIAS: tl.constexpr, ZERO: tl.constexpr, PTX: tl.constexpr,
+    AHEAD: tl.constexpr, BIAS: tl.constexpr, ZERO: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Finish acc float32 [BN, BM]: features `rn`, tokens `rm`. ZERO: the stats at `zero_ptr` are cleared too."""
+    if AHEAD and pid_m == 0:
+        programs = tl.num_programs(0) * tl.num_programs(1)
+        prefetch_ahead(ahead_ptr, ahead, pid_k * tl.num_programs(0) + pid_n, programs, PTX)
     real = rm < M
     mask = real[None, :] & (rn < N)[:, None]
     if BIAS and pid_k == 0:
@@ -114,11 +120,13 @@ def gemv_rows(pid, BN: tl.constexpr, OUT: tl.constexpr):
 
 @triton.jit
 def gemv_epilogue(
-    r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_ptr, zero_ptr, row, pid, N,
-    BN: tl.constexpr, OUT: tl.constexpr, CODE: tl.constexpr, TOPS: tl.constexpr, BIAS: tl.constexpr, ZERO: tl.constexpr,
-    PTX: tl.constexpr,
+    r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_ptr, zero_ptr, ahead_ptr, ahead, row, pid, N,
+    BN: tl.constexpr, OUT: tl.constexpr, CODE: tl.constexpr, TOPS: tl.constexpr, AHEAD: tl.constexpr,
+    BIAS: tl.constexpr, ZERO: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Finish r float32 [BN], one token. ``atomic`` does not occur: a program has whole rows."""
+    if AHEAD:
+        prefetch_ahead(ahead_ptr, ahead, pid, tl.num_programs(0), PTX)
     real = row < N
     if BIAS:
         r += tl.load(bias_ptr + row, mask=real, other=0.0).to(tl.float32)

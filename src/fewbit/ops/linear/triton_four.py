@@ -39,13 +39,13 @@ def _pairs(x_ptr, at, K, EVEN: tl.constexpr):
     return tl.load(x_ptr + at, mask=at * 2 < K, other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ahead"])
 def int4_gemv(
     x_ptr, w_ptr, s_ptr, tops_ptr, bias_ptr, stats_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr,
-    count_ptr, zero_ptr, N, K, eps,
+    count_ptr, zero_ptr, ahead_ptr, ahead, N, K, eps,
     BN: tl.constexpr, KC: tl.constexpr, NIT: tl.constexpr, CODE: tl.constexpr, EVEN: tl.constexpr,
     BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, TOPS: tl.constexpr, NORM: tl.constexpr,
-    PDL: tl.constexpr, PTX: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One token, symmetric groups of 128, C = 64. Grid (N / BN,). 256 * KC * NIT >= K.
 
@@ -102,8 +102,8 @@ def int4_gemv(
         s = sn
     r = tl.sum(acc, 1) * factor
     gemv_epilogue(
-        r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, zero_ptr, row, pid, N,
-        BN, OUT, OUT_CODE, TOPS, BIAS, NORM, PTX,
+        r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, zero_ptr, ahead_ptr, ahead, row, pid, N,
+        BN, OUT, OUT_CODE, TOPS, AHEAD, BIAS, NORM, PTX,
     )  # fmt: skip
 
 
@@ -134,14 +134,14 @@ def _offset(z_ptr, at, BN: tl.constexpr, C: tl.constexpr, ASYM: tl.constexpr, PT
     return tl.full((BN, C), -136.0, ty)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "ahead"])
 def int4_gemm(
     x_ptr, w_ptr, s_ptr, z_ptr, sx_ptr, bias_ptr, stats_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr,
-    count_ptr, zero_ptr, M, N, K, blocks, eps,
+    count_ptr, zero_ptr, ahead_ptr, ahead, M, N, K, blocks, eps,
     BN: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, PER: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     ASYM: tl.constexpr, SX: tl.constexpr, EVEN: tl.constexpr, PREFETCH: tl.constexpr,
     BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, TOPS: tl.constexpr, NORM: tl.constexpr,
-    PDL: tl.constexpr, PTX: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Grid (N / BN, SPLIT, M / BM). x [M, K]; s bfloat16 [groups, N64], z int8 likewise; PER groups (2 or 4) to a tile.
 
@@ -220,8 +220,8 @@ def int4_gemm(
     if NORM:
         acc = acc * inverse_rms(stats_ptr, rm, rm < M, K, eps)[None, :]
     gemm_epilogue(
-        acc, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, count_ptr, zero_ptr, rn, rm, pid_n, pid_k,
-        pid_m, M, N, BN, BM, SPLIT, OUT, OUT_CODE, TOPS, BIAS, NORM, PTX,
+        acc, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, count_ptr, zero_ptr, ahead_ptr, ahead,
+        rn, rm, pid_n, pid_k, pid_m, M, N, BN, BM, SPLIT, OUT, OUT_CODE, TOPS, AHEAD, BIAS, NORM, PTX,
     )  # fmt: skip
 
 
@@ -233,14 +233,14 @@ def _block_scale(b, BN: tl.constexpr, PTX: tl.constexpr):
     return tl.reshape(tl.broadcast_to(v[:, :, None], (BN, 4, 16)), (BN, 64))
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "ahead"])
 def fp4_gemm(
     x_ptr, w_ptr, s_ptr, sw_ptr, bias_ptr, stats_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, count_ptr,
-    zero_ptr, M, N, K, blocks, eps,
+    zero_ptr, ahead_ptr, ahead, M, N, K, blocks, eps,
     BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
     PREFETCH: tl.constexpr,
     BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, TOPS: tl.constexpr, NORM: tl.constexpr,
-    PDL: tl.constexpr, PTX: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """E2M1 weights in blocks of 16. Grid (N / BN, SPLIT, M / BM). s int32 [N / 64, blocks, 64, 4], a byte a plane.
 
@@ -289,8 +289,8 @@ def fp4_gemm(
     if NORM:
         acc = acc * inverse_rms(stats_ptr, rm, rm < M, K, eps)[None, :]
     gemm_epilogue(
-        acc, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, count_ptr, zero_ptr, rn, rm, pid_n, pid_k,
-        pid_m, M, N, BN, BM, SPLIT, OUT, OUT_CODE, TOPS, BIAS, NORM, PTX,
+        acc, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, count_ptr, zero_ptr, ahead_ptr, ahead,
+        rn, rm, pid_n, pid_k, pid_m, M, N, BN, BM, SPLIT, OUT, OUT_CODE, TOPS, AHEAD, BIAS, NORM, PTX,
     )  # fmt: skip
 
 

@@ -76,7 +76,7 @@ class _WideLinear(GpuLinear):
         x: Tensor,
         scale: Tensor | None,
         tops: Tensor,
-        ends: tuple[Tensor, ...],
+        ends: tuple[Any, ...],
         eps: float,
         constants: dict[str, Any],
     ) -> None:
@@ -107,6 +107,11 @@ class _WideLinear(GpuLinear):
                 CODE=r.code if r else "none", DYNAMIC=dynamic, SX=scale is not None, SCALED=self.scale is not None,
                 **cuts, **constants,
             )  # fmt: skip
+
+    @property
+    def memory(self) -> Tensor:
+        """See `GpuLinear.memory`."""
+        return self.weight.view(torch.uint8).view(-1)
 
     def many(self, x: Tensor | Codes) -> Tensor:
         """See `GpuLinear.many`."""
