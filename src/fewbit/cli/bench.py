@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json as json_module
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,7 +12,6 @@ from fewbit.cli.common import (
     DeviceOption,
     JsonOption,
     QuietOption,
-    SeedOption,
     VerboseOption,
     device_of,
     note,
@@ -21,6 +19,9 @@ from fewbit.cli.common import (
     size,
 )
 from fewbit.errors import RequestError
+
+if TYPE_CHECKING:
+    from fewbit.measure.offline import Offline
 
 app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 
@@ -30,7 +31,7 @@ def offline(
     config: Annotated[str, typer.Option("--config", help="A built-in shape, or a folder or file with a config.json.")],
     recipe: Annotated[str | None, typer.Option("--recipe", help="Recipe of the weights; none: BF16.")] = None,
     kv: Annotated[str | None, typer.Option("--kv", help="Format of K and V: fp8, int8.")] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time.")] = 1,
+    batch: Annotated[str, typer.Option("--batch", help="Sequences at a time; several sizes by commas.")] = "1",
     input_tokens: Annotated[int, typer.Option("--input", min=1, help="Tokens of each prompt.")] = 2048,
     output_tokens: Annotated[int, typer.Option("--output", min=2, help="Tokens of each answer.")] = 512,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Runs that are counted.")] = 3,
@@ -40,63 +41,56 @@ def offline(
     profile: Annotated[bool, typer.Option("--profile", help="Also the time of each kernel in a decode step.")] = False,
     json: JsonOption = False,
     device: DeviceOption = None,
-    seed: SeedOption = 0,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Speed of a static batch through the engine, against ceilings measured in the same run."""
+    from fewbit.checkpoint.files import read_json
     from fewbit.compress.recipe import Recipe, read_recipe
     from fewbit.measure.dummy import shape_named
-    from fewbit.measure.offline import bench_offline
+    from fewbit.measure.offline import Bench
 
     where = device_of(device)
     path = Path(config)
-    if path.exists():
-        path = path / "config.json" if path.is_dir() else path
-        shape = json_module.loads(path.read_text())
-    else:
-        shape = shape_named(config)
+    file = path / "config.json" if path.is_dir() else path
+    shape = read_json(file) if path.exists() else shape_named(config)
     chosen = read_recipe(recipe) if recipe else None
     if kv:
         chosen = (chosen or Recipe("kv", "", ())).with_kv(kv)
-    if input_tokens + output_tokens > shape["max_position_embeddings"]:
-        raise RequestError(
-            f"--input {input_tokens} + --output {output_tokens} exceed the {shape['max_position_embeddings']} "
-            f"positions of {config}; ask for fewer"
-        )
-    found = bench_offline(
-        shape,
-        chosen,
-        where,
-        batch=batch,
-        prompt=input_tokens,
-        output=output_tokens,
-        runs=runs,
-        profile=profile,
-        tell=note,
-    )
+    sizes = _sizes(batch)
+    bench = Bench(
+        shape, chosen, where, prompt=input_tokens, output=output_tokens, largest=max(sizes), tell=note
+    )  # fmt: skip
+    cells = []
+    for size_ in sizes:
+        found = bench.run(size_, runs, profile)
+        named = {"config": config, "recipe": recipe, "kv": kv, "batch": size_}
+        cells.append(named | {"input": input_tokens, "output": output_tokens} | asdict(found))
+        if not json:
+            print(*([] if size_ == sizes[0] else [""]), f"batch                  {size_}", sep="\n")
+            _print(found)
     if json:
-        cell = {
-            "config": config,
-            "recipe": recipe,
-            "kv": kv,
-            "batch": batch,
-            "input": input_tokens,
-            "output": output_tokens,
-        }
-        return print_json("bench offline", cell | asdict(found))
-    for name, text in _lines(found):
-        print(f"{name:22} {text}")
-    if profile:
-        print()
-        total = sum(entry["seconds"] for entry in found.kernels.values())
-        for name, entry in found.kernels.items():
-            share, count = entry["seconds"] / total, int(entry["count"])
-            print(f"{entry['seconds'] * 1e6:10.1f} µs {share:6.1%} {count:5} x {name[:80]}")
+        return print_json("bench offline", {"cells": cells})
     return None
 
 
-def _lines(r: Any) -> list[tuple[str, str]]:
+def _sizes(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise RequestError(f"--batch {text}: expected sizes from 1 on, by commas; for example 1,8,32")
+    return [int(part) for part in parts]
+
+
+def _print(found: Offline) -> None:
+    for name, text in _lines(found):
+        print(f"{name:22} {text}")
+    total = sum(entry["seconds"] for entry in found.kernels.values())
+    for name, entry in found.kernels.items():
+        share, count = entry["seconds"] / total, int(entry["count"])
+        print(f"{entry['seconds'] * 1e6:10.1f} µs {share:6.1%} {count:5} x {name[:80]}")
+
+
+def _lines(r: Offline) -> list[tuple[str, str]]:
     top = r.ceilings
     return [
         ("tokens/s", f"{r.tokens_per_s:.1f}  ({r.slowest:.1f}–{r.fastest:.1f})"),

@@ -17,7 +17,6 @@ import torch
 from fewbit.checkpoint import Checkpoint
 from fewbit.compress.recipe import Recipe
 from fewbit.engine.attend import token_bytes
-from fewbit.engine.batch import Batch, Draw, Piece
 from fewbit.engine.config import EngineOptions, resolve
 from fewbit.engine.engine import Engine
 from fewbit.engine.gpu import GpuRunner
@@ -25,11 +24,12 @@ from fewbit.engine.runner import free_bytes
 from fewbit.engine.types import GenerateRequest, SamplingParams
 from fewbit.errors import UnsupportedError
 from fewbit.measure.dummy import decode_bytes, dummy_checkpoint, prefill_flops
-from fewbit.model.attend import DenseAttend
-from fewbit.model.fused import FusedDecoder
+from fewbit.measure.slice import compare_slice
 from fewbit.model.load import Loader
 
 Tell = Callable[[str], None]
+STEP_TOKENS = 16384
+"""Most tokens of prompts in one step."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Ceilings:
 
 @dataclass
 class Offline:
-    """What `bench_offline` found; times in seconds, rates per second.
+    """What a `Bench` found; times in seconds, rates per second.
 
     Attributes:
         tokens_per_s: median over runs; slowest, fastest: of them.
@@ -54,7 +54,7 @@ class Offline:
         bytes_per_s: what a step must read over its time; of the copy: `bandwidth`.
         flops_per_s: of the prompts, over the time to the last first token; of the ceiling: `compute`.
         limit_tokens_per_s: of the protocol at the ceilings; `of_limit`: what was reached of it.
-        difference: of the logits of a two-layer slice from the reference, relative, over 16 steps.
+        difference: of the logits of a two-layer slice from the reference, see `compare_slice`.
         agreement: fraction of these steps in which both choose the same token.
     """
 
@@ -116,80 +116,93 @@ def _seconds(call: Callable[[], Any], times: int = 10, repeats: int = 5) -> floa
     return statistics.median(found)
 
 
-def bench_offline(
-    config: Mapping[str, Any], recipe: Recipe | None, device: torch.device, *, batch: int, prompt: int, output: int,
-    runs: int = 3, profile: bool = False, tell: Tell = lambda text: None, options: Mapping[str, Any] | None = None,
-) -> Offline:  # fmt: skip
-    """Measure one cell of a table on random weights.
+class Bench:
+    """A model of random weights on a GPU, ready to be measured at one batch size after another.
 
     Args:
         config: a config.json.
         recipe: numerics of the weights and of K and V; None: as they are.
         device: a GPU.
-        batch: sequences.
-        prompt: tokens of each.
+        prompt: tokens of each prompt.
         output: tokens of each answer.
-        runs: that are counted.
-        profile: also the time of each kernel in a step.
+        largest: the largest batch that will be asked for.
         tell: told in words what is going on.
-        options: of `EngineOptions`.
 
     Raises:
         UnsupportedError: no GPU, or the model does not fit: the sum, and settings that would.
     """
-    if device.type != "cuda":
-        raise UnsupportedError("bench offline with random weights needs an NVIDIA GPU; give --device cuda:0")
-    longest = prompt + output
-    checkpoint = dummy_checkpoint(config, recipe, device)
-    check_fit(checkpoint, device, batch, longest)
-    tell("measuring the ceilings")
-    top = ceilings(device)
-    torch.cuda.empty_cache()
-    tell("making the weights")
-    loader = Loader(checkpoint, device)
-    if reason := loader.fused_why_not():
-        raise UnsupportedError(f"this model does not run on the fused path: {reason}")
-    decoder = loader.fused()
-    torch.cuda.empty_cache()
-    weights = torch.cuda.memory_allocated(device)
-    settings = EngineOptions(
-        device=str(device), max_batch=batch, max_model_len=longest, prefix_cache=False,
-        num_blocks=batch * -(-longest // 64) + 1, **{"max_batch_tokens": 16384 + batch} | dict(options or {}),
-    )  # fmt: skip
-    resolved = resolve(
-        settings,
-        spec=decoder.spec,
-        token_bytes=token_bytes(decoder.spec, decoder.codecs),
-        free_bytes=free_bytes(device),
-    )
-    engine = Engine(decoder, resolved)
-    tell("comparing a slice of two layers with the reference")
-    difference, agreement = compare_slice(loader, engine, config, recipe)
-    tell("recording graphs")
-    engine.runner.warm_up(batch)
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(0, decoder.spec.vocab, (batch, prompt), generator=generator).tolist()
-    found = []
-    for index in range(runs + 1):
-        tell("warming up" if index == 0 else f"run {index} of {runs}")
-        found.append(_run(engine, prompts, output, f"r{index}"))
-    counted = sorted(found[1:], key=lambda run: run[0])
-    _, first, between, last_first = counted[len(counted) // 2]
-    step, graph = _step_times(engine, prompts, prompt + output // 2)
-    read = sum(decode_bytes(checkpoint, batch, prompt + output / 2))
-    linear, scores = (batch * f for f in prefill_flops(checkpoint, prompt))
-    ceiling = top.eight if _eight_bit_prompts(checkpoint) else top.bf16
-    limit = batch * output / (linear / ceiling + scores / top.bf16 + output * read / top.copy)
-    speeds = [batch * output / run[0] for run in found[1:]]
-    reached = statistics.median(speeds)
-    return Offline(
-        tokens_per_s=reached, slowest=min(speeds), fastest=max(speeds), first_token_s=first, per_token_s=between,
-        step_s=step, graph_s=graph, bytes_per_s=read / step, bandwidth=read / step / top.copy,
-        flops_per_s=(linear + scores) / last_first, compute=(linear + scores) / last_first / ceiling,
-        limit_tokens_per_s=limit, of_limit=reached / limit, weight_bytes=weights, kv_bytes=engine.runner.kv_bytes,
-        peak_bytes=torch.cuda.max_memory_allocated(device), difference=difference, agreement=agreement, ceilings=top,
-        runs=speeds, kernels=_profile(engine, prompts) if profile else {},
-    )  # fmt: skip
+
+    def __init__(
+        self, config: Mapping[str, Any], recipe: Recipe | None, device: torch.device, *, prompt: int, output: int,
+        largest: int, tell: Tell = lambda text: None,
+    ) -> None:  # fmt: skip
+        if device.type != "cuda":
+            raise UnsupportedError("bench offline with random weights needs an NVIDIA GPU; give --device cuda:0")
+        self.config, self.recipe, self.device, self.tell = config, recipe, device, tell
+        self.prompt, self.output = prompt, output
+        self.checkpoint = dummy_checkpoint(config, recipe, device)
+        if prompt + output > self.checkpoint.spec.context:
+            raise UnsupportedError(
+                f"prompts of {prompt} and answers of {output} tokens exceed the {self.checkpoint.spec.context} "
+                "positions the model was made for; ask for fewer"
+            )
+        check_fit(self.checkpoint, device, largest, prompt + output)
+        tell("measuring the ceilings")
+        self.top = ceilings(device)
+        torch.cuda.empty_cache()
+        tell("making the weights")
+        before = torch.cuda.memory_allocated(device)
+        self.loader = Loader(self.checkpoint, device)
+        if reason := self.loader.fused_why_not():
+            raise UnsupportedError(f"this model does not run on the fused path: {reason}")
+        self.decoder = self.loader.fused()
+        torch.cuda.empty_cache()
+        self.weight_bytes = torch.cuda.memory_allocated(device) - before
+
+    def run(self, batch: int, runs: int = 3, profile: bool = False) -> Offline:
+        """Measure one batch size: the median of `runs`; `profile`: also the time of each kernel in a step."""
+        device, prompt, output, checkpoint, top = self.device, self.prompt, self.output, self.checkpoint, self.top
+        self.tell(f"batch {batch}: comparing a slice of two layers with the reference")
+        difference, agreement = compare_slice(self.loader, self.decoder, self.config, self.recipe, batch)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        engine = self._engine(batch)
+        self.tell("recording graphs")
+        engine.runner.warm_up(batch)
+        generator = torch.Generator().manual_seed(0)
+        prompts = torch.randint(0, self.decoder.spec.vocab, (batch, prompt), generator=generator).tolist()
+        found = []
+        for index in range(runs + 1):
+            self.tell("warming up" if index == 0 else f"run {index} of {runs}")
+            found.append(_run(engine, prompts, output, f"r{index}"))
+        counted = sorted(found[1:], key=lambda run: run[0])
+        _, first, between, last_first = counted[len(counted) // 2]
+        step, graph = _step_times(engine, prompts, prompt + output // 2)
+        read = sum(decode_bytes(checkpoint, batch, prompt + output / 2))
+        linear, scores = (batch * f for f in prefill_flops(checkpoint, prompt))
+        ceiling = top.eight if _eight_bit_prompts(checkpoint) else top.bf16
+        limit = batch * output / (linear / ceiling + scores / top.bf16 + output * read / top.copy)
+        speeds = [batch * output / run[0] for run in found[1:]]
+        reached = statistics.median(speeds)
+        return Offline(
+            tokens_per_s=reached, slowest=min(speeds), fastest=max(speeds), first_token_s=first, per_token_s=between,
+            step_s=step, graph_s=graph, bytes_per_s=read / step, bandwidth=read / step / top.copy,
+            flops_per_s=(linear + scores) / last_first, compute=(linear + scores) / last_first / ceiling,
+            limit_tokens_per_s=limit, of_limit=reached / limit, weight_bytes=self.weight_bytes,
+            kv_bytes=engine.runner.kv_bytes, peak_bytes=torch.cuda.max_memory_allocated(device), difference=difference,
+            agreement=agreement, ceilings=top, runs=speeds, kernels=_profile(engine, prompts) if profile else {},
+        )  # fmt: skip
+
+    def _engine(self, batch: int) -> Engine:
+        """With as many tokens to a step as `check_fit` counts memory for."""
+        longest = self.prompt + self.output
+        options = EngineOptions(
+            device=str(self.device), max_batch=batch, max_model_len=longest, prefix_cache=False,
+            num_blocks=batch * -(-longest // 64) + 1, max_batch_tokens=STEP_TOKENS + batch,
+        )  # fmt: skip
+        spec, stored = self.decoder.spec, token_bytes(self.decoder.spec, self.decoder.codecs)
+        resolved = resolve(options, spec=spec, token_bytes=stored, free_bytes=free_bytes(self.device))
+        return Engine(self.decoder, resolved)
 
 
 def _eight_bit_prompts(checkpoint: Checkpoint) -> bool:
@@ -203,7 +216,7 @@ def check_fit(checkpoint: Checkpoint, device: torch.device, batch: int, longest:
     weights += checkpoint.spec.vocab * checkpoint.spec.hidden * 2 * (not checkpoint.spec.tied)
     kv = decode_bytes(checkpoint, 1, -(-longest // 64) * 64)[1]
     widest = max(layer.mlp.width for layer in checkpoint.spec.layers)
-    work = (16384 + batch) * (widest * 3 + checkpoint.spec.hidden * 6) * 2 + batch * checkpoint.spec.vocab * 8
+    work = (STEP_TOKENS + batch) * (widest * 3 + checkpoint.spec.hidden * 6) * 2 + batch * checkpoint.spec.vocab * 8
     if checkpoint.quant:
         work += widest * checkpoint.spec.hidden * 4  # weights decoded for prompts
     graphs = 64 << 20
@@ -294,59 +307,3 @@ def _profile(engine: Engine, prompts: list[list[int]]) -> dict[str, dict[str, fl
             entry["seconds"] += event.device_time * 1e-6
             entry["count"] += 1
     return dict(sorted(found.items(), key=lambda item: -item[1]["seconds"]))
-
-
-def compare_slice(
-    loader: Loader, engine: Engine, config: Mapping[str, Any], recipe: Recipe | None, steps: int = 16
-) -> tuple[float, float]:
-    """Decode 16 tokens with two layers of the engine's own weights; the definition computes the same sequence.
-
-    Returns:
-        The relative difference of the logits, and how often both choose the same token.
-
-    Raises:
-        UnsupportedError: they are not the same function: nothing is worth timing.
-    """
-    whole = engine.runner.decoder
-    device = whole.device
-    small = dummy_checkpoint(config, recipe, device, layers=2)
-    few = FusedDecoder(small.spec, whole.embed_weight, whole.layers[:2], whole.final_norm, whole.head, whole.codecs[:2])
-    options = EngineOptions(device=str(device), max_batch=1, max_model_len=256, num_blocks=8, prefix_cache=False)
-    resolved = resolve(options, spec=few.spec, token_bytes=1, free_bytes=1 << 40)
-    runner = GpuRunner(few, resolved)
-    generator = torch.Generator().manual_seed(1)
-    prompt = torch.randint(0, small.spec.vocab, (77,), generator=generator).tolist()
-    said, ours = list(prompt), []
-    sliced = Engine(few, resolved)
-    sliced.runner = runner
-    sliced.submit(
-        GenerateRequest(
-            id="slice", prompt=tuple(prompt), params=SamplingParams(max_tokens=steps, temperature=0.0, ignore_eos=True)
-        )
-    )
-    while sliced.has_work:
-        said += [event.token for event in sliced.step() if event.token is not None]
-    # once more, a token at a time, for the logits of each step
-    blocks = [0, 1]
-    params = SamplingParams(max_tokens=steps, temperature=0.0)
-    runner.collect(runner.launch(Batch([Piece("s", prompt, 0, blocks, Draw(params, 0, prompt, len(prompt)))])))
-    for i in range(len(prompt), len(prompt) + steps - 1):
-        runner.collect(runner.launch(Batch([Piece("s", [said[i]], i, blocks, Draw(params, 0, said, len(prompt)))])))
-        ours.append(runner.step.logits[0].clone())
-    plain = Loader(small, device, "reference").decoder()
-    attend = DenseAttend(plain.codecs, len(said) - 1)
-    ids = torch.tensor(said[:-1], device=device)
-    hidden = plain.hidden(ids, torch.arange(len(ids), device=device), attend)
-    theirs = plain.logits(hidden[len(prompt) :])
-    mine = torch.stack(ours)
-    difference = float((mine.double() - theirs.double()).norm() / theirs.double().norm())
-    agreement = float((mine.argmax(-1) == theirs.argmax(-1)).float().mean())
-    # rounding of activations turns the noise of bfloat16 into whole steps of a code, layer after layer
-    rounded = any(q.input is not None for q in small.quant.values())
-    limit = 0.25 if rounded else 0.1 if small.kv else 0.04
-    if not difference < limit:
-        raise UnsupportedError(
-            f"the engine's logits differ from the reference's by {difference:.3f} (relative, limit {limit}) over "
-            f"{steps} steps of a two-layer slice: a fault of a kernel; nothing was timed"
-        )
-    return difference, agreement

@@ -1,0 +1,132 @@
+"""The record of a GPU: its tests, and the table of `fewbit bench offline`; written after every cell.
+
+    python benchmarks/gpu_run.py --commit $(git rev-parse --short HEAD) --batches 1,32 --runs 3
+
+Writes ``benchmarks/results/GPU-COMMIT.json``: versions, the command, how many tests passed, and every cell with all
+that the benchmark found. An existing record is added to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewbit.compress.recipe import Recipe, read_recipe
+from fewbit.errors import FewbitError
+from fewbit.measure.dummy import shape_named
+from fewbit.measure.offline import Bench
+from fewbit.version import __version__
+
+ROWS = "none:none,fp8:fp8,int8:fp8,int4:fp8,w4a8:fp8,nvfp4_wo:fp8"
+TESTS = ("tests/gpu", "tests/unit/kernels")
+
+
+def run_tests(workers: int = 14) -> dict[str, int]:
+    """Outcomes of the tests of kernels and of the engine on this GPU, by several processes side by side."""
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    listed = subprocess.run([*pytest, *TESTS, "-m", "not slow", "--collect-only"], capture_output=True, text=True)
+    ids = [line for line in listed.stdout.splitlines() if "::" in line]
+    counts: Counter[str] = Counter()
+
+    def some(part: list[str]) -> str:
+        done = subprocess.run([*pytest, "--tb=line", *part], capture_output=True, text=True)
+        for number, outcome in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout.splitlines()[-1]):
+            counts[outcome] += int(number)
+        return "\n".join(line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR", "E  ")))
+
+    parts = [ids[i::workers] for i in range(min(workers, len(ids)))]
+    with ThreadPoolExecutor(workers) as pool:
+        for text in pool.map(some, parts):
+            print(text[:1000], end="\n" if text else "", flush=True)
+    print("tests:", dict(counts), flush=True)
+    return dict(counts)
+
+
+def record(path: Path, commit: str) -> dict[str, Any]:
+    """What is in the record already, or its head."""
+    if path.is_file():
+        return json.loads(path.read_text())
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "commit": commit,
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {
+            "fewbit": __version__, "python": platform.python_version(), "torch": torch.__version__,
+            "triton": __import__("triton").__version__, "cuda": torch.version.cuda,
+        },
+        "commands": [],
+        "tests": {},
+        "cells": [],
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--commit", required=True, help="of the code that runs")
+    parser.add_argument("--config", default="llama3-8b")
+    parser.add_argument("--rows", default=ROWS, help="recipe:kv, by commas")
+    parser.add_argument("--batches", default="1,32", help="by commas")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--tests", action="store_true", help="run the tests too")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    card = "-".join(torch.cuda.get_device_name().split()[1:2])
+    path = options.out / f"{card}-{options.commit}.json"
+    found = record(path, options.commit)
+    found["commands"].append("python benchmarks/gpu_run.py " + " ".join(sys.argv[1:]))
+
+    def save() -> None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+
+    if options.tests:
+        found["tests"] = run_tests()
+        save()
+    sizes = [int(size) for size in options.batches.split(",")]
+    for row in options.rows.split(",") if options.rows else ():
+        name, kv = (None if part == "none" else part for part in row.split(":"))
+        recipe = read_recipe(name) if name else Recipe("kv", "", ()) if kv else None
+        recipe = recipe.with_kv(kv) if recipe else None
+        try:
+            shape, gpu = shape_named(options.config), torch.device("cuda", 0)
+            bench = Bench(shape, recipe, gpu, prompt=2048, output=512, largest=max(sizes))
+            for size in sizes:
+                r = bench.run(size, options.runs)
+                named = {
+                    "config": options.config,
+                    "recipe": name,
+                    "kv": kv,
+                    "batch": size,
+                    "input": 2048,
+                    "output": 512,
+                }
+                found["cells"].append(named | asdict(r))
+                save()
+                print(
+                    f"{options.config} {row} batch {size}: {r.tokens_per_s:.1f} tok/s ({r.slowest:.1f}-"
+                    f"{r.fastest:.1f}), first {r.first_token_s * 1e3:.1f} ms, step {r.step_s * 1e3:.3f} graph "
+                    f"{r.graph_s * 1e3:.3f} ms, {r.bandwidth:.1%} of copy, {r.of_limit:.1%} of the limit, differs "
+                    f"{r.difference:.3f}",
+                    flush=True,
+                )
+        except FewbitError as error:
+            print(f"{row}: {error}", flush=True)
+        bench = None
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
