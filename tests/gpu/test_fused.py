@@ -130,8 +130,8 @@ def test_greedy_answers_are_those_of_transformers():
     agrees(outputs, prompts, lambda ids: theirs(ids).logits[0])
 
 
-def agrees(outputs, prompts, logits_of) -> None:
-    """Teacher-forced: at most 2 % of the choices differ, each only where the two best logits nearly tie."""
+def agrees(outputs, prompts, logits_of, gap: float = 0.25, share: float = 0.02) -> None:
+    """Teacher-forced: at most a `share` of the choices differs, each only where the two best logits lie that close."""
     wrong = total = 0
     with torch.inference_mode():
         for prompt, output in zip(prompts, outputs, strict=True):
@@ -139,13 +139,18 @@ def agrees(outputs, prompts, logits_of) -> None:
             logits = logits_of(torch.tensor([said[:-1]], device=GPU))[len(prompt) - 1 :].float()
             best, second = logits.topk(2).values.unbind(-1)
             differs = logits.argmax(-1) != torch.tensor(output.tokens, device=GPU)
-            assert (best - second)[differs].le(0.25).all()
+            assert (best - second)[differs].le(gap).all()
             wrong, total = wrong + int(differs.sum()), total + len(output.tokens)
-    assert wrong <= 0.02 * total
+    assert wrong <= share * total
 
 
 WAYS = {
-    "few blocks, so that requests are put back": {"num_blocks": 24, "kv_bytes": None},
+    "few blocks, so that requests are put back": {
+        "num_blocks": 26,
+        "block_size": 16,
+        "kv_bytes": None,
+        "max_model_len": 400,
+    },
     "small chunks": {"max_batch_tokens": 48},
     "small blocks": {"block_size": 16},
     "more sequences than the largest graph": {"max_batch": 160},
@@ -176,7 +181,8 @@ def test_however_it_is_scheduled(models, recipe, kv, way):
         attend = DenseAttend(plain.codecs, ids.shape[1])
         return plain.logits(plain.hidden(ids[0], torch.arange(ids.shape[1], device=GPU), attend))
 
-    agrees(outputs, prompts, logits)
+    # a code of K or V that falls to the other side moves the logits of all that follows
+    agrees(outputs, prompts, logits, **({"gap": 0.75, "share": 0.05} if kv else {}))
 
 
 def test_sampling_is_the_same_for_the_same_seed():
