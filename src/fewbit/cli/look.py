@@ -133,14 +133,20 @@ def explain(
         if json:
             return print_json("explain", {"device": str(where), "formats": rows})
         return table(["format", "weights only", "weights and inputs"], rows, title=f"kernels on {where}")
-    groups = facts.explain(open_model(model), where, backend)
+    checkpoint = open_model(model)
+    groups, forward = facts.explain(checkpoint, where, backend), facts.forward(checkpoint, where, backend)
     if json:
-        return print_json("explain", {"device": str(where), "groups": [vars(group) for group in groups]})
+        found = {"device": str(where), "forward": forward, "groups": [vars(group) for group in groups]}
+        return print_json("explain", found)
+    if where.type == "cuda":
+        print(f"forward: {forward}")
     for group in groups:
         print(f"{', '.join(group.linears)}")
         print(f"  {group.numerics} -> {group.kernel}")
         for kernel, reason in group.declined:
             print(f"  not {kernel}: {reason}")
+        if group.remark:
+            print(f"  note: {group.remark}")
     return None
 
 

@@ -9,6 +9,8 @@ from fewbit.errors import RecipeError
 from fewbit.spec.decoder import DecoderSpec
 
 Policy = Literal["max_utilization", "guaranteed_no_evict"]
+STEP_TOKENS = {"cpu": 512, "cuda": 8192}
+"""Tokens of prompts that a step takes where nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def resolve(
     max_batch = options.max_batch if options.max_batch is not None else (256 if gpu else 32)
     budget = options.max_batch_tokens
     if budget is None:
-        budget = 8192 + max_batch if gpu else max(512, max_batch)
+        budget = STEP_TOKENS["cuda"] + max_batch if gpu else max(STEP_TOKENS["cpu"], max_batch)
     _check_ranges(options, max_batch, budget, spec)
     wanted = options.max_model_len if options.max_model_len is not None else spec.context
     num_blocks, how = _num_blocks(options, block_size, wanted * max_batch, token_bytes, free_bytes)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
-from fewbit.checkpoint import open_checkpoint
+from fewbit.checkpoint import Checkpoint, open_checkpoint
 from fewbit.engine.attend import token_bytes
 from fewbit.engine.batch import Batch
-from fewbit.engine.config import EngineConfig, EngineOptions, resolve
+from fewbit.engine.config import STEP_TOKENS, EngineConfig, EngineOptions, resolve
 from fewbit.engine.eos import eos_token_ids
+from fewbit.engine.fit import Need, check_fit, need
 from fewbit.engine.runner import DecoderLike, free_bytes, runner_for
 from fewbit.engine.scheduler import Scheduler
 from fewbit.engine.types import Ending, EngineInfo, Event, GenerateRequest, Stats, TokenLogprobs
 from fewbit.errors import RequestError
 from fewbit.model.load import load
+from fewbit.numerics.format import FORMATS
+from fewbit.numerics.quantspec import QuantSpec
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +135,7 @@ def open_engine(
     options, tell = options or EngineOptions(), progress or (lambda text: None)
     tell(f"opening {path}")
     checkpoint = open_checkpoint(path)
+    _check_fit(checkpoint, options)
     tell(f"loading weights onto {options.device}")
     decoder = load(checkpoint, device=options.device, backend=options.backend)
     config = resolve(
@@ -147,6 +152,28 @@ def open_engine(
         )  # fmt: skip
     tell(f"K/V cache: {config.num_blocks} blocks of {config.block_size} tokens")
     return Engine(decoder, config)
+
+
+def _check_fit(checkpoint: Checkpoint, options: EngineOptions) -> None:
+    """Raise if a model cannot run on a GPU with these settings, before its weights are read."""
+    device = torch.device(options.device)
+    if device.type != "cuda":
+        return
+    tokens = options.max_model_len or 64  # without a wish the cache takes what is left
+    batch_tokens = options.max_batch_tokens or STEP_TOKENS["cuda"]
+
+    def of(quant: Mapping[str, QuantSpec], length: int = tokens, step: int = batch_tokens) -> Need:
+        return need(checkpoint.spec, quant, checkpoint.kv, checkpoint.dtype, device, 1, length, step)
+
+    linears = [linear.name for linear in checkpoint.spec.linears() if linear.name != "lm_head"]
+    others = [
+        ("--max-batch-tokens 1024", of(checkpoint.quant, step=1024)),
+        (f"--max-model-len {tokens // 2}", of(checkpoint.quant, length=tokens // 2)),
+        ("--max-batch-tokens 1024 and --max-model-len 512", of(checkpoint.quant, 512, 1024)),
+        ("the model compressed with --recipe fp8", of(dict.fromkeys(linears, QuantSpec(FORMATS["fp8_row"])))),
+        ("the model compressed with --recipe int4", of(dict.fromkeys(linears, QuantSpec(FORMATS["int4_g128"])))),
+    ]
+    check_fit(of(checkpoint.quant), free_bytes(device), str(checkpoint.path), others)
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True):

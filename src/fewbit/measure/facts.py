@@ -9,12 +9,12 @@ import torch
 
 from fewbit.checkpoint import Checkpoint
 from fewbit.compress import Plan, bits_per_weight, group_name, summary
-from fewbit.model.load import choices
+from fewbit.engine.fit import kv_bytes_per_token, need
+from fewbit.model.load import Loader, choices
 from fewbit.numerics.format import ALL, FORMATS
-from fewbit.numerics.quantspec import InputScale, KVSpec, QuantSpec
+from fewbit.numerics.quantspec import InputScale, QuantSpec
 from fewbit.ops.device import arithmetic_dtype, device_info
 from fewbit.ops.linear import LinearProblem, choose
-from fewbit.spec.decoder import DecoderSpec
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,6 @@ def inspect(checkpoint: Checkpoint) -> Facts:
     )
 
 
-def kv_bytes_per_token(spec: DecoderSpec, kv: Mapping[int, KVSpec], dtype: torch.dtype) -> int:
-    """Bytes that K and V of one token take, over all layers."""
-    total = 0
-    for index, layer in enumerate(spec.layers):
-        numbers = layer.attention.kv_heads * layer.attention.head_dim
-        stored = kv.get(index)
-        bits = [dtype.itemsize * 8] * 2 if stored is None else [stored.k.element.bits, stored.v.element.bits]
-        total += numbers * sum(bits) // 8
-    return total
-
-
 @dataclass(frozen=True)
 class Memory:
     """What `fewbit plan` says, in bytes.
@@ -106,7 +95,7 @@ class Memory:
         files: the weights on disk.
         kv_per_token: K and V of one token.
         kv: of `batch` sequences of `context` tokens.
-        workspace: activations of one step and its logits, an upper estimate.
+        workspace: activations of one step and its logits, an upper estimate; on a GPU with recorded graphs.
         total: weights, K and V, and workspace.
         device: which device it is held against.
         available: what is free there.
@@ -133,10 +122,6 @@ class Memory:
         return self.total <= self.available
 
 
-STEP_TOKENS = {"cpu": 512, "cuda": 8192}
-"""Tokens of a step for which the workspace is counted: the engine's default budgets."""
-
-
 def memory(checkpoint: Checkpoint, planned: Plan | None, device: torch.device, batch: int, context: int) -> Memory:
     """What running a model takes, as it is or as a recipe would make it.
 
@@ -151,29 +136,22 @@ def memory(checkpoint: Checkpoint, planned: Plan | None, device: torch.device, b
     quant: Mapping[str, QuantSpec] = planned.quant if planned else checkpoint.quant
     kv = planned.kv if planned else checkpoint.kv
     info = device_info(device)
-    dtype = arithmetic_dtype(device, checkpoint.dtype)
-    weights = files = 0
+    takes = need(spec, quant, kv, checkpoint.dtype, device, batch, context)
+    files = 0
     for linear in spec.linears():
-        kind = quant.get(linear.name, QuantSpec())
-        problem = LinearProblem(kind, linear.out_features, linear.in_features, dtype, info)
-        weights += choose(problem).kernel.weight_bytes(problem)
-        numbers = linear.out_features * linear.in_features
         if linear.name != "lm_head" or not spec.tied:
+            numbers, kind = linear.out_features * linear.in_features, quant.get(linear.name, QuantSpec())
             files += int(numbers * file_bits(kind, numbers, linear.in_features, checkpoint.dtype) / 8)
     embed = spec.vocab * spec.hidden * checkpoint.dtype.itemsize
     per_token = kv_bytes_per_token(spec, kv, checkpoint.dtype)
-    tokens = STEP_TOKENS[device.type]
-    widest = max(max(layer.mlp.width, spec.hidden) for layer in spec.layers)
-    workspace = tokens * widest * 6 * dtype.itemsize + max(batch, 1) * spec.vocab * 4 * 3
-    fixed = weights + embed + workspace
-    room = max(info.free_bytes - fixed, 0) // max(per_token, 1)
+    room = max(info.free_bytes - takes.total + takes.kv, 0) // max(per_token, 1)
     return Memory(
-        weights=weights + embed,
+        weights=takes.weights,
         files=files + embed,
         kv_per_token=per_token,
-        kv=per_token * batch * context,
-        workspace=workspace,
-        total=fixed + per_token * batch * context,
+        kv=takes.kv,
+        workspace=takes.workspace + takes.graphs,
+        total=takes.total,
         device=str(info),
         available=info.free_bytes,
         batch=batch,
@@ -197,21 +175,33 @@ def file_bits(quant: QuantSpec, numbers: int, columns: int, dtype: torch.dtype) 
 
 @dataclass(frozen=True)
 class Explained:
-    """Linears that run alike: their numerics, their kernel, and each better kernel with its reason to decline."""
+    """Linears that run alike: their numerics, their kernel, and each better kernel with its reason to decline.
+
+    `remark`: what is to be known of how the kernel computes.
+    """
 
     linears: tuple[str, ...]
     numerics: str
     kernel: str
     declined: tuple[tuple[str, str], ...]
+    remark: str | None = None
 
 
 def explain(checkpoint: Checkpoint, device: torch.device, backend: str = "auto") -> list[Explained]:
     """What `model.load` would choose on a device, by groups of linears."""
-    groups: dict[tuple[str, str, tuple[tuple[str, str], ...]], dict[str, None]] = {}
+    groups: dict[tuple[str, str, tuple[tuple[str, str], ...], str | None], dict[str, None]] = {}
+    info, dtype = device_info(device), arithmetic_dtype(device, checkpoint.dtype)
     for linear, quant, choice in choices(checkpoint, device, backend):
-        key = str(quant), choice.kernel.name, choice.declined
+        problem = LinearProblem(quant, linear.out_features, linear.in_features, dtype, info)
+        key = str(quant), choice.kernel.name, choice.declined, choice.kernel.remark(problem)
         groups.setdefault(key, {})[group_name(linear.name)] = None
     return [Explained(tuple(names), *key) for key, names in groups.items()]
+
+
+def forward(checkpoint: Checkpoint, device: torch.device, backend: str = "auto") -> str:
+    """How `model.load` would run the whole of it on a device, in words."""
+    reason = Loader(checkpoint, device, backend).fused_why_not()
+    return "fused, each decode step one CUDA graph" if reason is None else f"layer by layer; not fused: {reason}"
 
 
 def support_table(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str, str]]:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from fewbit.checkpoint import Checkpoint
-from fewbit.compress.recipe import Recipe
+from fewbit.compress.recipe import Recipe, read_recipe
 from fewbit.engine.attend import token_bytes
 from fewbit.engine.config import EngineOptions, resolve
 from fewbit.engine.engine import Engine
+from fewbit.engine.fit import Need, check_fit, need
 from fewbit.engine.gpu import GpuRunner
 from fewbit.engine.runner import free_bytes
 from fewbit.engine.types import GenerateRequest, SamplingParams
@@ -146,7 +147,7 @@ class Bench:
                 f"prompts of {prompt} and answers of {output} tokens exceed the {self.checkpoint.spec.context} "
                 "positions the model was made for; ask for fewer"
             )
-        check_fit(self.checkpoint, device, largest, prompt + output)
+        _check_fit(self.checkpoint, config, recipe, device, largest, prompt + output)
         tell("measuring the ceilings")
         self.top = ceilings(device)
         torch.cuda.empty_cache()
@@ -194,7 +195,7 @@ class Bench:
         )  # fmt: skip
 
     def _engine(self, batch: int) -> Engine:
-        """With as many tokens to a step as `check_fit` counts memory for."""
+        """With as many tokens to a step as memory was counted for."""
         longest = self.prompt + self.output
         options = EngineOptions(
             device=str(self.device), max_batch=batch, max_model_len=longest, prefix_cache=False,
@@ -210,31 +211,37 @@ def _eight_bit_prompts(checkpoint: Checkpoint) -> bool:
     return quant is not None and quant.input is not None
 
 
-def check_fit(checkpoint: Checkpoint, device: torch.device, batch: int, longest: int) -> None:
-    """Raise if the model with its cache cannot fit, before anything is allocated."""
-    weights, _ = decode_bytes(checkpoint, 1, 0)
-    weights += checkpoint.spec.vocab * checkpoint.spec.hidden * 2 * (not checkpoint.spec.tied)
-    kv = decode_bytes(checkpoint, 1, -(-longest // 64) * 64)[1]
-    widest = max(layer.mlp.width for layer in checkpoint.spec.layers)
-    work = (STEP_TOKENS + batch) * (widest * 3 + checkpoint.spec.hidden * 6) * 2 + batch * checkpoint.spec.vocab * 8
-    if checkpoint.quant:
-        work += widest * checkpoint.spec.hidden * 4  # weights decoded for prompts
-    graphs = 64 << 20
-    total, free = weights + kv * batch + work + graphs, free_bytes(device)
-    if total <= free:
-        return
-    gib = 2.0**30
-    fits = int((free - weights - work - graphs) // kv)
-    ways = [
-        f"--batch {fits}" if fits > 0 else "a recipe with fewer bits (--recipe int4)",
-        "--kv fp8" if not checkpoint.kv else f"--input and --output of {max(longest // 2, 1)} tokens together",
-        "a GPU with more memory, or --recipe int4" if fits > 0 else "--config llama3-8b",
-    ]
-    raise UnsupportedError(
-        f"does not fit: weights {weights / gib:.1f} + K/V {kv * batch / gib:.1f} (batch {batch} x {longest} tokens) + "
-        f"workspace {work / gib:.1f} + graphs {graphs / gib:.1f} = {total / gib:.1f} GiB, free {free / gib:.1f} GiB; "
-        f"would fit: {'; '.join(ways)}"
+def _check_fit(
+    checkpoint: Checkpoint, config: Mapping[str, Any], recipe: Recipe | None, device: torch.device, batch: int,
+    longest: int,
+) -> None:  # fmt: skip
+    """Raise if the model with its cache cannot fit."""
+    longest = -(-longest // 64) * 64
+
+    def of(c: Checkpoint, sequences: int = batch, tokens: int = longest) -> Need:
+        return need(
+            c.spec, c.quant, c.kv, c.dtype, device, sequences, tokens, min(STEP_TOKENS, sequences * tokens) + sequences
+        )  # fmt: skip
+
+    free, takes = free_bytes(device), of(checkpoint)
+    others: list[tuple[str, Need]] = []
+    per_sequence = takes.kv // batch
+    if 0 < (fits := (free - takes.total + takes.kv) // per_sequence) < batch:
+        others.append((f"--batch {fits}", of(checkpoint, fits)))
+    if not checkpoint.kv:
+        small = (recipe or Recipe("kv", "", ())).with_kv("fp8")
+        others.append(("--kv fp8", of(dummy_checkpoint(config, small, device))))
+    for name in ("fp8", "int4"):
+        small = read_recipe(name).with_kv("fp8" if checkpoint.kv else None)
+        others.append((f"--recipe {name}", of(dummy_checkpoint(config, small, device))))
+    others.append((f"--input and --output of {longest // 2} tokens together", of(checkpoint, batch, longest // 2)))
+    others.append(
+        (
+            "--batch 1 --recipe int4 --kv fp8",
+            of(dummy_checkpoint(config, read_recipe("int4").with_kv("fp8"), device), 1),
+        )
     )
+    check_fit(takes, free, f"batch {batch} x {longest} tokens", others)
 
 
 def _run(engine: Engine, prompts: list[list[int]], output: int, name: str) -> tuple[float, float, float, float]:

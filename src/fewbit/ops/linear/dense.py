@@ -29,6 +29,10 @@ class Dense:
             return f"the dequantized weight does not fit {_short(problem.dtype)} exactly"
         return None
 
+    def remark(self, problem: LinearProblem) -> str | None:
+        """See `LinearKernel.remark`."""
+        return None
+
     def weight_bytes(self, problem: LinearProblem) -> int:
         """See `LinearKernel.weight_bytes`."""
         return problem.n * problem.k * problem.dtype.itemsize

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewbit.numerics.element import Element
 from fewbit.numerics.qtensor import QTensor
-from fewbit.ops.linear.gpu import Codes, GpuKernel, GpuLinear, input_why_not
+from fewbit.ops.linear.gpu import FEW, Codes, GpuKernel, GpuLinear, input_why_not
 from fewbit.ops.linear.layouts import interleave, pack_block_scales, pack_scale_pairs, pack_tiles
 from fewbit.ops.linear.problem import LinearProblem, LinearWeights
 from fewbit.ops.linear.tiles import Tile
@@ -36,6 +36,12 @@ class Int4(GpuKernel):
         if problem.quant.input is not None and problem.quant.input_scale != "dynamic":
             return "rounds inputs under one scale a token only"
         return input_why_not(problem, "e4m3")
+
+    def remark(self, problem: LinearProblem) -> str | None:
+        """See `LinearKernel.remark`."""
+        if problem.quant.input is None:
+            return None
+        return f"steps of more than {FEW} tokens multiply E4M3 copies of the weights, a scale a row: rounded once more"
 
     def weight_bytes(self, problem: LinearProblem) -> int:
         """See `LinearKernel.weight_bytes`."""

@@ -241,6 +241,10 @@ class GpuKernel(ABC):
     def declines(self, problem: LinearProblem) -> str | None:
         """The part of `why_not` that is this kernel's own."""
 
+    def remark(self, problem: LinearProblem) -> str | None:
+        """See `LinearKernel.remark`."""
+        return None
+
     @abstractmethod
     def weight_bytes(self, problem: LinearProblem) -> int:
         """See `LinearKernel.weight_bytes`."""

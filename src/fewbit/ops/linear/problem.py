@@ -73,6 +73,10 @@ class LinearKernel(Protocol):
         """None: can do it; else the reason, for a user to read."""
         ...
 
+    def remark(self, problem: LinearProblem) -> str | None:
+        """What a user should know of how it computes: where it rounds more than the format does."""
+        ...
+
     def weight_bytes(self, problem: LinearProblem) -> int:
         """Memory of the prepared weight."""
         ...

@@ -20,6 +20,10 @@ class Reference:
         """It can do everything."""
         return None
 
+    def remark(self, problem: LinearProblem) -> str | None:
+        """See `LinearKernel.remark`."""
+        return None
+
     def weight_bytes(self, problem: LinearProblem) -> int:
         """A byte a code, or the stored dtype (at most two bytes, as far as this can know)."""
         return problem.n * problem.k * (1 if problem.quant.weight else 2)
