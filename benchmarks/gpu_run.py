@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from digest import ops_digest
 
 from fewbit.compress.recipe import Recipe, read_recipe
 from fewbit.errors import FewbitError
@@ -61,6 +62,7 @@ def record(path: Path, commit: str) -> dict[str, Any]:
     return {
         "gpu": torch.cuda.get_device_name(),
         "commit": commit,
+        "ops": ops_digest(),
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {
             "fewbit": __version__, "python": platform.python_version(), "torch": torch.__version__,

@@ -79,7 +79,12 @@ def tuned(gpu: str, key: str) -> Tile:
 
 @functools.cache
 def table(gpu: str) -> dict[str, Tile]:
-    """All that was measured on a GPU, by kernel and shape."""
-    name = next((n for n in ("H100", "H200") if n in gpu), None)
-    path = files("fewbit.ops.linear") / "tuned" / f"{name}.json"
-    return json.loads(path.read_text()) if name and path.is_file() else {}
+    """All that was measured on a GPU, by kernel and shape.
+
+    An H200 has the multiprocessors of an H100 and faster memory: without a table of its own it takes that one.
+    """
+    found: dict[str, Tile] = {}
+    for name in ("H100", "H200") if "H200" in gpu else ("H100",) if "H100" in gpu else ():
+        path = files("fewbit.ops.linear") / "tuned" / f"{name}.json"
+        found |= json.loads(path.read_text()) if path.is_file() else {}
+    return found

@@ -1,0 +1,17 @@
+"""Which kernels a record was made with: a hash of everything under ``ops/``."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+OPS = Path(__file__).resolve().parent.parent / "src" / "fewbit" / "ops"
+
+
+def ops_digest() -> str:
+    """12 hexadecimal digits of the names and contents of all files of the operations."""
+    found = hashlib.sha256()
+    for file in sorted(OPS.rglob("*")):
+        if file.suffix in (".py", ".json"):
+            found.update(file.relative_to(OPS).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return found.hexdigest()[:12]
