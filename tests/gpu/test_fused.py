@@ -164,9 +164,10 @@ def test_however_it_is_scheduled(models, recipe, kv, way):
     path, random_ = models(recipe, kv), random.Random(1)
     count = 180 if way.startswith("more") else 40
     base = texts(8, 300)
+    lengths = (40, 90) if way.startswith("few") else (1, 40)
     prompts = [base[i % 8][: random_.choice((1, 2, 15, 16, 17, 63, 64, 65, 130, 250))] for i in range(count)]
     requests = [
-        asked(f"s{i}", p, SamplingParams(max_tokens=random_.randint(1, 40), temperature=0.0, ignore_eos=True))
+        asked(f"s{i}", p, SamplingParams(max_tokens=random_.randint(*lengths), temperature=0.0, ignore_eos=True))
         for i, p in enumerate(prompts)
     ]
     machine = engine(path, **WAYS[way])

@@ -40,10 +40,17 @@ ACTION = st.one_of(
 
 
 @settings(max_examples=150, deadline=None)
-@given(OPTIONS, st.lists(ACTION, max_size=60))
-def test_no_block_leaks_and_every_request_ends_exactly_once(options, actions):
+@given(OPTIONS, st.lists(ACTION, max_size=60), st.booleans())
+def test_no_block_leaks_and_every_request_ends_exactly_once(options, actions, overlapping):
+    """`overlapping`: each step is planned before the one before it is committed."""
     scheduler = Scheduler(config(**options))
     submitted, events = [], []
+    under_way: list[tuple] = []
+
+    def commit() -> None:
+        while under_way:
+            events.extend(scheduler.commit(*under_way.pop(0)))
+
     for action in [*actions, *[("step", 5, False)] * 1000]:
         match action:
             case ("submit", prompt, wanted):
@@ -55,16 +62,24 @@ def test_no_block_leaks_and_every_request_ends_exactly_once(options, actions):
                 batch = scheduler.schedule()
                 assert batch.tokens <= scheduler.config.max_batch_tokens
                 assert len(batch.pieces) <= scheduler.config.max_batch
-                assert bool(batch.pieces) == bool(scheduler.requests), "whoever can go on does"
+                if not under_way:
+                    assert bool(batch.pieces) == bool(scheduler.requests), "whoever can go on does"
                 drawn = {p.id: Drawn(token) for p in batch.pieces if p.draw}
                 if aborts and batch.pieces:
                     events += scheduler.abort(batch.pieces[0].id)  # while the step runs
-                events += scheduler.commit(batch, drawn)
+                if overlapping:
+                    scheduler.advance(batch)
+                    commit()
+                    under_way += [(batch, drawn)]
+                else:
+                    events += scheduler.commit(batch, drawn)
             case ("fail",):
+                commit()
                 batch = scheduler.schedule()
                 events += scheduler.fail([p.id for p in batch.pieces], "on purpose")
         scheduler.check()
         if action == ("step", 5, False) and not scheduler.requests:
+            commit()
             break
     assert Counter(e.id for e in events if e.ending) == dict.fromkeys(submitted, 1)
     ended = set()
@@ -113,10 +128,14 @@ def alone(prompt: tuple[int, ...], wanted: int) -> tuple[int, ...]:
     return output.tokens
 
 
-@settings(max_examples=20, deadline=None)
-@given(OPTIONS, st.lists(st.tuples(PROMPT, st.integers(1, 10), st.integers(0, 3)), min_size=1, max_size=6))
-def test_greedy_answers_are_the_same_under_every_schedule(options, lives):
-    machine = engine(**options)
+@settings(max_examples=30, deadline=None)
+@given(
+    OPTIONS,
+    st.lists(st.tuples(PROMPT, st.integers(1, 10), st.integers(0, 3)), min_size=1, max_size=6),
+    st.booleans(),
+)
+def test_greedy_answers_are_the_same_under_every_schedule(options, lives, overlapping):
+    machine = engine(overlapping=overlapping, **options)
     answers: dict[str, list[int]] = {}
     events = []
     for index, (prompt, wanted, steps) in enumerate(lives):

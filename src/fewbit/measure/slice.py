@@ -48,7 +48,7 @@ def compare_slice(
         small.spec, decoder.embed_weight, decoder.layers[:2], decoder.final_norm, decoder.head, decoder.codecs[:2]
     )
     options = EngineOptions(
-        device=str(device), max_batch=batch, max_model_len=256, num_blocks=batch * 2, prefix_cache=False,
+        device=str(device), max_batch=batch, max_model_len=128, num_blocks=batch * 2, prefix_cache=False,
         max_batch_tokens=8192 + batch,
     )  # fmt: skip
     runner = GpuRunner(two, resolve(options, spec=two.spec, token_bytes=1, free_bytes=1 << 40))

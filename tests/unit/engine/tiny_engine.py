@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 
+import msgspec
 import torch
 
 from fewbit.engine.attend import token_bytes
+from fewbit.engine.batch import PENDING, Batch, Drawn
 from fewbit.engine.config import EngineConfig, EngineOptions, resolve
 from fewbit.engine.engine import Engine
+from fewbit.engine.runner import Runner
 from fewbit.engine.types import GenerateRequest, SamplingParams
 from fewbit.model.attend import KVCodec
 from fewbit.model.decoder import Decoder, DecoderLayer
@@ -62,9 +65,32 @@ def config(model: Decoder | None = None, **options) -> EngineConfig:
     return resolve(EngineOptions(**given), spec=SPEC, token_bytes=size, free_bytes=1 << 30, eos_token_ids=(EOS,))
 
 
-def engine(kv: str = "float32", device: str = "cpu", **options) -> Engine:
+class Overlapping(Runner):
+    """A runner under which a step is planned while the one before it runs, as on a GPU: what a step chose is known to
+    the next one, and to nobody else before `collect`.
+    """
+
+    overlaps = True
+
+    def launch(self, batch: Batch) -> dict[str, Drawn]:
+        known = getattr(self, "chosen", {})
+        pieces = [
+            msgspec.structs.replace(p, tokens=[known[p.id].token if t == PENDING else t for t in p.tokens])
+            for p in batch.pieces
+        ]
+        self.chosen = super().collect(super().launch(Batch(pieces)))
+        return self.chosen
+
+    def collect(self, launched: dict[str, Drawn]) -> dict[str, Drawn]:
+        return launched
+
+
+def engine(kv: str = "float32", device: str = "cpu", overlapping: bool = False, **options) -> Engine:
     model = decoder(kv, device)
-    return Engine(model, config(model, device=device, **options))
+    made = Engine(model, config(model, device=device, **options))
+    if overlapping:
+        made.runner = Overlapping(model, made.config)
+    return made
 
 
 _serial = itertools.count()
