@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from digest import ops_digest
 
-from fewbit.compress.recipe import Recipe, read_recipe
+from fewbit.compress.recipe import AS_IT_WAS, read_recipe
 from fewbit.errors import FewbitError
 from fewbit.measure.dummy import shape_named
 from fewbit.measure.offline import Bench
@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--config", default="llama3-8b")
     parser.add_argument("--rows", default=ROWS, help="recipe:kv, by commas")
     parser.add_argument("--batches", default="1,32", help="by commas")
+    parser.add_argument("--head", help="format of the head: fp8 or int4")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--tests", action="store_true", help="run the tests too")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -100,8 +101,7 @@ def main() -> None:
     sizes = [int(size) for size in options.batches.split(",")]
     for row in options.rows.split(",") if options.rows else ():
         name, kv = (None if part == "none" else part for part in row.split(":"))
-        recipe = read_recipe(name) if name else Recipe("kv", "", ()) if kv else None
-        recipe = recipe.with_kv(kv) if recipe else None
+        recipe = (read_recipe(name) if name else AS_IT_WAS).with_kv(kv).with_head(options.head)
         try:
             shape, gpu = shape_named(options.config), torch.device("cuda", 0)
             bench = Bench(shape, recipe, gpu, prompt=2048, output=512, largest=max(sizes))
@@ -111,6 +111,7 @@ def main() -> None:
                     "config": options.config,
                     "recipe": name,
                     "kv": kv,
+                    "head": options.head,
                     "batch": size,
                     "input": 2048,
                     "output": 512,

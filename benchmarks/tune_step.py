@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from fewbit.compress.recipe import read_recipe
+from fewbit.compress.recipe import AS_IT_WAS, read_recipe
 from fewbit.engine.gpu import make_pages
 from fewbit.measure.dummy import dummy_checkpoint, shape_named
 from fewbit.model.load import Loader
@@ -46,7 +46,7 @@ class Step:
         config, recipe, rows, kv = cell
         device = torch.device("cuda", 0)
         shape = shape_named(config) | {"vocab_size": 4096}
-        made = None if recipe == "bf16" else read_recipe(recipe).with_kv(None if kv == "bf16" else kv)
+        made = (AS_IT_WAS if recipe == "bf16" else read_recipe(recipe)).with_kv(None if kv == "bf16" else kv)
         self.rows = rows
         self.decoder = Loader(dummy_checkpoint(shape, made, device, layers=layers), device).fused()
         self.attention, self.kv = self.decoder.spec.layers[0].attention, stored_as(self.decoder.codecs[0])

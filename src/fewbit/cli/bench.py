@@ -31,6 +31,9 @@ def offline(
     config: Annotated[str, typer.Option("--config", help="A built-in shape, or a folder or file with a config.json.")],
     recipe: Annotated[str | None, typer.Option("--recipe", help="Recipe of the weights; none: BF16.")] = None,
     kv: Annotated[str | None, typer.Option("--kv", help="Format of K and V: fp8, int8.")] = None,
+    head: Annotated[
+        str | None, typer.Option("--head", help="Format of the head's weights: fp8, int4 [default: as the model]")
+    ] = None,
     batch: Annotated[str, typer.Option("--batch", help="Sequences at a time; several sizes by commas.")] = "1",
     input_tokens: Annotated[int, typer.Option("--input", min=1, help="Tokens of each prompt.")] = 2048,
     output_tokens: Annotated[int, typer.Option("--output", min=2, help="Tokens of each answer.")] = 512,
@@ -46,7 +49,7 @@ def offline(
 ) -> None:
     """Speed of a static batch through the engine, against ceilings measured in the same run."""
     from fewbit.checkpoint.files import read_json
-    from fewbit.compress.recipe import Recipe, read_recipe
+    from fewbit.compress.recipe import AS_IT_WAS, read_recipe
     from fewbit.measure.dummy import shape_named
     from fewbit.measure.offline import Bench
 
@@ -54,9 +57,7 @@ def offline(
     path = Path(config)
     file = path / "config.json" if path.is_dir() else path
     shape = read_json(file) if path.exists() else shape_named(config)
-    chosen = read_recipe(recipe) if recipe else None
-    if kv:
-        chosen = (chosen or Recipe("kv", "", ())).with_kv(kv)
+    chosen = (read_recipe(recipe) if recipe else AS_IT_WAS).with_kv(kv).with_head(head)
     sizes = _sizes(batch)
     bench = Bench(
         shape, chosen, where, prompt=input_tokens, output=output_tokens, largest=max(sizes), tell=note
@@ -64,7 +65,7 @@ def offline(
     cells = []
     for size_ in sizes:
         found = bench.run(size_, runs, profile)
-        named = {"config": config, "recipe": recipe, "kv": kv, "batch": size_}
+        named = {"config": config, "recipe": recipe, "kv": kv, "head": head, "batch": size_}
         cells.append(named | {"input": input_tokens, "output": output_tokens} | asdict(found))
         if not json:
             print(*([] if size_ == sizes[0] else [""]), f"batch                  {size_}", sep="\n")

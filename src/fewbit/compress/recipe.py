@@ -32,6 +32,9 @@ from fewbit.numerics.reference import check_fits
 from fewbit.spec.decoder import DecoderSpec, LinearShape
 
 KV_FORMATS = {"fp8": FORMATS["fp8"], "int8": FORMATS["int8"]}
+HEADS = {"fp8": "fp8_row", "int4": "int4_g128"}
+"""What ``--head`` may say, and the format it means."""
+
 _BUILT_IN = importlib.resources.files("fewbit.compress") / "recipes"
 
 
@@ -67,6 +70,18 @@ class Recipe:
         """The same recipe with another format for K and V; None keeps its own."""
         return self if name is None else replace(self, kv=_kv({"format": name}, "--kv"))
 
+    def with_head(self, name: str | None) -> Recipe:
+        """The same recipe with the weights of the language-model head in another format; None keeps its own.
+
+        Raises:
+            RecipeError: no such format for a head.
+        """
+        if name is None:
+            return self
+        if name not in HEADS:
+            raise RecipeError(f"--head {name}: {nearest_name(name, HEADS)}")
+        return replace(self, rules=(Rule("lm_head", QuantSpec(FORMATS[HEADS[name]])), *self.rules))
+
     def resolve(self, spec: DecoderSpec) -> dict[str, QuantSpec]:
         """QuantSpec by linear; linears that stay as they are are absent.
 
@@ -88,6 +103,10 @@ class Recipe:
             if number not in used:
                 _refuse_idle(rule, number, spec)
         return decided
+
+
+AS_IT_WAS = Recipe("as it was", "", ())
+"""The recipe that changes nothing, to begin from."""
 
 
 def built_in() -> dict[str, str]:

@@ -67,13 +67,13 @@ def shape_named(name: str) -> dict[str, Any]:
 
 
 def dummy_checkpoint(
-    config: Mapping[str, Any], recipe: Recipe | None, device: torch.device, layers: int | None = None
+    config: Mapping[str, Any], recipe: Recipe, device: torch.device, layers: int | None = None
 ) -> Checkpoint:
     """A checkpoint whose tensors are made when they are asked for, the same each time.
 
     Args:
         config: a config.json.
-        recipe: how it is quantized; None: not at all.
+        recipe: how it is quantized.
         device: where tensors are made.
         layers: only so many.
     """
@@ -81,8 +81,8 @@ def dummy_checkpoint(
     spec = family.read(HFConfig(dict(config)))
     if layers is not None:
         spec = replace(spec, layers=spec.layers[:layers])
-    quant = recipe.resolve(spec) if recipe else {}
-    kv: Mapping[int, KVSpec] = dict.fromkeys(range(len(spec.layers)), recipe.kv) if recipe and recipe.kv else {}
+    quant = recipe.resolve(spec)
+    kv: Mapping[int, KVSpec] = dict.fromkeys(range(len(spec.layers)), recipe.kv) if recipe.kv else {}
     spec = replace(spec, tied=spec.tied and "lm_head" not in quant)
     tensors = Tensors()
 

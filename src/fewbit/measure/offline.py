@@ -122,7 +122,7 @@ class Bench:
 
     Args:
         config: a config.json.
-        recipe: numerics of the weights and of K and V; None: as they are.
+        recipe: numerics of the weights and of K and V; `AS_IT_WAS`: as they are.
         device: a GPU.
         prompt: tokens of each prompt.
         output: tokens of each answer.
@@ -134,7 +134,7 @@ class Bench:
     """
 
     def __init__(
-        self, config: Mapping[str, Any], recipe: Recipe | None, device: torch.device, *, prompt: int, output: int,
+        self, config: Mapping[str, Any], recipe: Recipe, device: torch.device, *, prompt: int, output: int,
         largest: int, tell: Tell = lambda text: None,
     ) -> None:  # fmt: skip
         if device.type != "cuda":
@@ -212,7 +212,7 @@ def _eight_bit_prompts(checkpoint: Checkpoint) -> bool:
 
 
 def _check_fit(
-    checkpoint: Checkpoint, config: Mapping[str, Any], recipe: Recipe | None, device: torch.device, batch: int,
+    checkpoint: Checkpoint, config: Mapping[str, Any], recipe: Recipe, device: torch.device, batch: int,
     longest: int,
 ) -> None:  # fmt: skip
     """Raise if the model with its cache cannot fit."""
@@ -229,8 +229,7 @@ def _check_fit(
     if 0 < (fits := (free - takes.total + takes.kv) // per_sequence) < batch:
         others.append((f"--batch {fits}", of(checkpoint, fits)))
     if not checkpoint.kv:
-        small = (recipe or Recipe("kv", "", ())).with_kv("fp8")
-        others.append(("--kv fp8", of(dummy_checkpoint(config, small, device))))
+        others.append(("--kv fp8", of(dummy_checkpoint(config, recipe.with_kv("fp8"), device))))
     for name in ("fp8", "int4"):
         small = read_recipe(name).with_kv("fp8" if checkpoint.kv else None)
         others.append((f"--recipe {name}", of(dummy_checkpoint(config, small, device))))

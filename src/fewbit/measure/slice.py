@@ -25,7 +25,7 @@ COMPARED = 4
 
 @torch.inference_mode()
 def compare_slice(
-    loader: Loader, decoder: FusedDecoder, config: Mapping[str, Any], recipe: Recipe | None, batch: int
+    loader: Loader, decoder: FusedDecoder, config: Mapping[str, Any], recipe: Recipe, batch: int
 ) -> tuple[float, float]:
     """Decode `STEPS` tokens of `batch` sequences with two layers of a model; the reference computes the same.
 
