@@ -30,7 +30,7 @@ from fewbit.measure.dummy import dummy_checkpoint, shape_named
 from fewbit.model.load import Loader
 from fewbit.model.step import DecodeStep
 from fewbit.ops.attention.decode import cut_of, stored_as
-from fewbit.ops.linear.tiles import Tile, table, tile
+from fewbit.ops.linear.tiles import Tile, table
 
 ROLES = {"qkv": "add", "o": "residual", "gate_up": "silu", "down": "residual"}
 LENGTH = 2304  # the middle of answers of 512 after prompts of 2048
@@ -76,7 +76,7 @@ class Step:
         if part == "attention":
             return cut_of(self.rows, self.attention, self.kv, PAGE, self.step.gpu)
         linear = getattr(self.decoder.layers[0], part)
-        return tile(linear.kind_of(self.rows), linear.n, linear.padded_k, self.rows, ROLES[part], self.step.gpu)
+        return linear.tile(self.rows, ROLES[part])
 
     def run(self) -> None:
         """Once, to compile."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fewbit.model.fused import FusedDecoder, cosines
 from fewbit.ops.attention.decode import cut_of, decode_attention, stored_as
-from fewbit.ops.device import dependent_launches, gpu_name
+from fewbit.ops.device import dependent_launches, gpu_name, shared_memory
 from fewbit.ops.linear.gpu import FEW, Codes, Folded, GpuLinear, Residual, Rounding
 from fewbit.ops.rows.rows import block_of
 
@@ -79,10 +79,10 @@ class DecodeStep:
         self.parts = buffer(rows, PIECES)
         self.part_ids = buffer(rows, PIECES, dtype=torch.int32)
         self.row_count = buffer(rows, dtype=torch.int32)
-        self.gpu = gpu_name(device)
+        self.gpu, self.shared = gpu_name(device), shared_memory(device)
         kinds = {(a, stored_as(codec)) for a, codec in zip(attentions, decoder.codecs, strict=True)}
         groups = max(
-            cut_of(m, a, kv, pages.size, self.gpu)["SPLITS"] * m * a.heads
+            cut_of(m, a, kv, pages.size, self.gpu, self.shared)["SPLITS"] * m * a.heads
             for m in range(1, rows + 1)
             for a, kv in kinds
         )
@@ -124,7 +124,7 @@ class DecodeStep:
             seen = self.seen[: m * layer.o.k].view(m, layer.o.k)
             target = seen if static is None else self._codes(m, layer.o.k, layer.o.few_dtype)
             cos, sin = self.angles[a.position, a.head_dim]
-            cut = cut_of(m, a, stored_as(decoder.codecs[i]), self.pages.size, self.gpu)
+            cut = cut_of(m, a, stored_as(decoder.codecs[i]), self.pages.size, self.gpu, self.shared)
             decode_attention(
                 qkv, target, self.pages.k[i], self.pages.v[i], decoder.codecs[i], table, lengths, a, self.pages.size,
                 (self.attention_parts, self.attention_stats, self.attention_count), write=(cos, sin, layer.norms),

@@ -120,6 +120,26 @@ def gpu_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
+HOPPER_SHARED = 227 << 10
+_LARGE_SHARED = {
+    (8, 0): 163 << 10,
+    (8, 7): 163 << 10,
+    (9, 0): HOPPER_SHARED,
+    (10, 0): HOPPER_SHARED,
+    (10, 3): HOPPER_SHARED,
+}
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may have (CUDA programming guide, technical specifications).
+
+    An H100's where there is no GPU.
+    """
+    if device.type != "cuda":
+        return HOPPER_SHARED
+    return _LARGE_SHARED.get(torch.cuda.get_device_capability(device), 99 << 10)
+
+
 def gpu_count() -> int:
     """How many CUDA devices PyTorch sees."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

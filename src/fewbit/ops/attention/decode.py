@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fewbit.ops.device import HOPPER_SHARED, shared_memory
 from fewbit.ops.linear.gpu import pieces_of
 from fewbit.ops.linear.tiles import tuned
 from fewbit.spec.decoder import Attention
@@ -24,13 +25,24 @@ def splits_of(rows: int, kv_heads: int) -> int:
     return min(16, 1 << (wanted.bit_length() - 1))
 
 
-def cut_of(rows: int, a: Attention, kv: str, page: int, gpu: str = "") -> dict[str, Any]:
-    """How the work of `rows` sequences is cut and launched; `kv`: the element of the cache, or ``none``."""
+def cut_of(rows: int, a: Attention, kv: str, page: int, gpu: str = "", shared: int = HOPPER_SHARED) -> dict[str, Any]:
+    """How the work of `rows` sequences is cut and launched.
+
+    Args:
+        rows: how many.
+        a: the shape.
+        kv: the element of the cache, or ``none``.
+        page: tokens of a page.
+        gpu: the name of the GPU.
+        shared: bytes of shared memory that a program of it may have.
+    """
     if found := tuned(gpu, f"attention {kv} {a.heads}x{a.kv_heads}x{a.head_dim} {page} {rows}"):
         return found
     splits = splits_of(rows, a.kv_heads)
     warps = 2 if splits >= 8 and page <= 64 else 4
-    return {"SPLITS": splits, "STAGES": 3, "num_warps": warps, "PDL": 0, "PREFETCH": 2}
+    stage = 2 * page * a.head_dim * (2 if kv == "none" else 1)  # a page of K and one of V
+    stages = max(1, min(3, (shared - (16 << 10)) // stage))
+    return {"SPLITS": splits, "STAGES": stages, "num_warps": warps, "PDL": 0, "PREFETCH": 2}
 
 
 def stored_as(codec: Any) -> str:
@@ -70,7 +82,7 @@ def decode_attention(
 
     m = len(lengths)
     kv = stored_as(codec)
-    cut = dict(cut or cut_of(m, a, kv, page))
+    cut = dict(cut or cut_of(m, a, kv, page, shared=shared_memory(qkv.device)))
     cut["PDL"] = cut["PDL"] if pdl else 0
     if not pdl:  # the instruction is as old as dependent launches
         cut["PREFETCH"] = 0

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.ops.device import gpu_name
+from fewbit.ops.device import gpu_name, shared_memory
 from fewbit.ops.linear.problem import LinearProblem, LinearWeights
 from fewbit.ops.linear.tiles import Tile, tile
 
@@ -83,8 +83,8 @@ class GpuLinear(ABC):
     def __init__(self, pieces: Sequence[LinearWeights], gpu: str, gated: bool) -> None:
         self.n = sum(piece.weight.shape[0] for piece in pieces)
         self.k = pieces[0].weight.shape[1]
-        self.gpu = gpu
         device = device_of(pieces[0])
+        self.gpu, self.shared = gpu, shared_memory(device)
         self.rounding = _rounding(pieces[0])
         self.bias = _bias(pieces, gated, device)
         self._none = torch.zeros(1, device=device)  # stands for arguments that a variant does not read
@@ -96,7 +96,7 @@ class GpuLinear(ABC):
 
     def tile(self, m: int, ending: str) -> Tile:
         """How the product is cut for `m` tokens."""
-        return tile(self.kind_of(m), self.n, self.padded_k, m, ending, self.gpu)
+        return tile(self.kind_of(m), self.n, self.padded_k, m, ending, self.gpu, self.shared)
 
     def kind_of(self, m: int) -> str:
         """What the product of `m` tokens was tuned as."""

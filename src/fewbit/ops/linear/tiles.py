@@ -13,7 +13,7 @@ from typing import Any
 Tile = dict[str, Any]
 
 
-def tile(kind: str, n: int, k: int, m: int, ending: str, gpu: str) -> Tile:
+def tile(kind: str, n: int, k: int, m: int, ending: str, gpu: str, shared: int) -> Tile:
     """The constants of a kernel's launch.
 
     Args:
@@ -23,6 +23,7 @@ def tile(kind: str, n: int, k: int, m: int, ending: str, gpu: str) -> Tile:
         m: tokens; 1: the answer may be a GEMV (``gemv`` is True).
         ending: how the product ends, see `triton_epilogue`.
         gpu: the name of the GPU.
+        shared: bytes of shared memory that a program of it may have.
     """
     bm = 1 if m == 1 else next((b for b in (16, 32) if m <= b), 64)
     # what was tuned for 32 tokens is closer than the rule for a few less or more
@@ -32,7 +33,16 @@ def tile(kind: str, n: int, k: int, m: int, ending: str, gpu: str) -> Tile:
         made["BM"] = max(bm, 16)
         if ending in ("store", "silu"):  # nobody adds up what several programs store
             made["SPLIT"] = 1
+        made["STAGES"] = max(1, min(made["STAGES"], (shared - 2048) // _stage_bytes(kind, made)))
     return made
+
+
+def _stage_bytes(kind: str, cut: Tile) -> int:
+    """Shared memory of what one step of the reduction loads: a tile of the weight, and one of x."""
+    if kind in ("bf16", "fp8", "int8"):
+        size = 2 if kind == "bf16" else 1
+        return int((cut["BN"] * size + cut["BM"] * 2) * cut["BK"])  # x may stay bfloat16 under 8-bit weights
+    return int(cut["BN"] * (144 if kind == "fp4" else 128) + cut["BM"] * 512)
 
 
 def _rule(kind: str, n: int, k: int, bm: int) -> Tile:
