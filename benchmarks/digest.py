@@ -15,3 +15,7 @@ def ops_digest() -> str:
         if file.suffix in (".py", ".json"):
             found.update(file.relative_to(OPS).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return found.hexdigest()[:12]
+
+
+if __name__ == "__main__":
+    print(ops_digest())
