@@ -41,15 +41,20 @@ def run_tests(workers: int = 14) -> dict[str, int]:
     ids = [line for line in listed.stdout.splitlines() if "::" in line]
     counts: Counter[str] = Counter()
 
-    def some(part: list[str]) -> str:
+    def some(part: list[str]) -> tuple[Counter[str], str]:
         done = subprocess.run([*pytest, "--tb=line", *part], capture_output=True, text=True)
-        for number, outcome in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout.splitlines()[-1]):
-            counts[outcome] += int(number)
-        return "\n".join(line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR", "E  ")))
+        summary = done.stdout.splitlines()[-1] if done.stdout.strip() else ""
+        found = re.findall(r"(\d+) (passed|failed|skipped|error)", summary)
+        outcomes = Counter({outcome: int(number) for number, outcome in found})
+        outcomes["crashed"] = len(part) - outcomes.total()
+        return outcomes, "\n".join(
+            line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR", "E  "))
+        )
 
     parts = [ids[i::workers] for i in range(min(workers, len(ids)))]
     with ThreadPoolExecutor(workers) as pool:
-        for text in pool.map(some, parts):
+        for outcomes, text in pool.map(some, parts):
+            counts.update(outcomes)
             print(text[:1000], end="\n" if text else "", flush=True)
     print("tests:", dict(counts), flush=True)
     return dict(counts)

@@ -76,7 +76,7 @@ def test_no_block_leaks_and_every_request_ends_exactly_once(options, actions, ov
             case ("fail",):
                 commit()
                 batch = scheduler.schedule()
-                events += scheduler.fail([p.id for p in batch.pieces], "on purpose")
+                events += scheduler.fail(batch, "on purpose")
         scheduler.check()
         if action == ("step", 5, False) and not scheduler.requests:
             commit()

@@ -62,9 +62,13 @@ class Piece(msgspec.Struct, frozen=True):
 
 
 class Batch(msgspec.Struct, frozen=True):
-    """One step."""
+    """One step.
+
+    ``wiped``: blocks that are made zeros first, since their last owner left something behind that is no number.
+    """
 
     pieces: list[Piece]
+    wiped: list[int] = []
 
     @property
     def tokens(self) -> int:

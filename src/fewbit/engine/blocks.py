@@ -77,6 +77,16 @@ class BlockPool:
                 else:
                     self._empty.appendleft(block)  # so that neighbours come out as neighbours again
 
+    def discard(self, table: list[int]) -> list[int]:
+        """Let go of all blocks of `table` and empty it; none of them can be found any more. Those that nobody holds."""
+        blocks = list(table)
+        for block in blocks:
+            if block in self._content:
+                digest, _ = self._content.pop(block)
+                del self._found[digest]
+        self.release(table)
+        return [block for block in blocks if self._holders[block] == 0]
+
     def match(self, digests: Sequence[bytes], tokens: Sequence[int]) -> list[int]:
         """Blocks that hold the longest known prefix of `tokens`, whose full blocks have these `digests`.
 

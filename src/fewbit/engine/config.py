@@ -79,6 +79,7 @@ def resolve(
     spec: DecoderSpec,
     token_bytes: int,
     free_bytes: int,
+    step_bytes: int = 0,
     eos_token_ids: tuple[int, ...] = (),
 ) -> EngineConfig:
     """Decide everything that `options` left open.
@@ -88,6 +89,7 @@ def resolve(
         spec: the model.
         token_bytes: bytes of K and V of one token, all layers together, as the cache stores them.
         free_bytes: memory of the device that is free now, with the weights loaded.
+        step_bytes: how much of that the largest step needs.
         eos_token_ids: the ids with which the model ends a text.
 
     Raises:
@@ -101,7 +103,7 @@ def resolve(
         budget = STEP_TOKENS["cuda"] + max_batch if gpu else max(STEP_TOKENS["cpu"], max_batch)
     _check_ranges(options, max_batch, budget, spec)
     wanted = options.max_model_len if options.max_model_len is not None else spec.context
-    num_blocks, how = _num_blocks(options, block_size, wanted * max_batch, token_bytes, free_bytes)
+    num_blocks, how = _num_blocks(options, block_size, wanted * max_batch, token_bytes, free_bytes, step_bytes)
     capacity = num_blocks * block_size
     # the last token of a sequence is never stored: nothing comes after it
     if capacity < 1 or (options.max_model_len is not None and wanted - 1 > capacity):
@@ -160,7 +162,7 @@ def _check_ranges(options: EngineOptions, max_batch: int, budget: int, spec: Dec
 
 
 def _num_blocks(
-    options: EngineOptions, block_size: int, useful_tokens: int, token_bytes: int, free_bytes: int
+    options: EngineOptions, block_size: int, useful_tokens: int, token_bytes: int, free_bytes: int, step_bytes: int
 ) -> tuple[int, str]:
     """Number of blocks, and where it comes from in words."""
     if options.num_blocks is not None:
@@ -182,6 +184,6 @@ def _num_blocks(
     # Decided here: no more than max_batch sequences of full length can ever use, and leave memory for activations and,
     # on a CPU, for everybody else.
     fraction = 0.5 if options.device == "cpu" else 0.9
-    size = int(free_bytes * fraction)
+    size = min(int(free_bytes * fraction), max(free_bytes - step_bytes, 0))
     useful_blocks = -(-useful_tokens // block_size)
     return min(useful_blocks, size // block_bytes), f"{fraction} of {free_bytes} free bytes"

@@ -15,7 +15,7 @@ from fewbit.engine.attend import token_bytes
 from fewbit.engine.batch import Batch
 from fewbit.engine.config import STEP_TOKENS, EngineConfig, EngineOptions, resolve
 from fewbit.engine.eos import eos_token_ids
-from fewbit.engine.fit import Need, check_fit, need
+from fewbit.engine.fit import Need, check_fit, kv_bytes_per_token, need
 from fewbit.engine.runner import DecoderLike, free_bytes, runner_for
 from fewbit.engine.scheduler import Scheduler
 from fewbit.engine.types import Ending, EngineInfo, Event, GenerateRequest, Stats, TokenLogprobs
@@ -23,6 +23,7 @@ from fewbit.errors import RequestError
 from fewbit.model.load import load
 from fewbit.numerics.format import FORMATS
 from fewbit.numerics.quantspec import QuantSpec
+from fewbit.ops.device import current
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +34,10 @@ class Engine:
     def __init__(self, decoder: DecoderLike, config: EngineConfig) -> None:
         self.config = config
         self.scheduler = Scheduler(config)
-        self.runner = runner_for(decoder, config)
+        with current(decoder.device):
+            self.runner = runner_for(decoder, config)
         self._under_way: tuple[Batch, Any] | None = None  # launched, not collected
+        self.unsent: list[Event] = []  # of a step that has not returned
 
     @property
     def info(self) -> EngineInfo:
@@ -70,40 +73,51 @@ class Engine:
     def step(self) -> list[Event]:
         """One step: at most `max_batch_tokens` tokens through the model, and what came of it.
 
-        Where the runner can overlap, this launches the next step first and gives the events of the one before.
+        Where the runner can overlap, this launches the next step first and gives the events of the one before. If it
+        raises, the engine cannot go on; what came before that is in `unsent`.
         """
-        events: list[Event] = []
+        with current(self.runner.device):
+            self._step()
+        events, self.unsent = self.unsent, []
+        return events
+
+    def _step(self) -> None:
         if self._under_way and self.scheduler.looks_back:
-            events += self._finish()
+            self._finish()
         batch = self.scheduler.schedule()
         if not batch.pieces:
-            return events + self._finish()
+            self._finish()
+            return
         try:
             launched = self.runner.launch(batch)
         except Exception as fault:  # house: one bad step must not end every request
-            return events + self._finish() + self._failed(batch, fault)
+            self._finish()
+            self._failed(batch, fault)
+            return
         if not self.runner.overlaps:
             self._under_way = batch, launched
-            return self._finish()
+            self._finish()
+            return
         self.scheduler.advance(batch)
         before, self._under_way = self._under_way, (batch, launched)
-        return events + self._collect(before)
+        self._collect(before)
 
-    def _finish(self) -> list[Event]:
+    def _finish(self) -> None:
         """Wait for the step under way, if there is one."""
         before, self._under_way = self._under_way, None
-        return self._collect(before)
+        self._collect(before)
 
-    def _collect(self, launched: tuple[Batch, Any] | None) -> list[Event]:
+    def _collect(self, launched: tuple[Batch, Any] | None) -> None:
         if launched is None:
-            return []
+            return
         try:
             drawn = self.runner.collect(launched[1])
         except Exception as fault:  # house: one bad step must not end every request
-            return self._failed(launched[0], fault)
-        return self.scheduler.commit(launched[0], drawn)
+            self._failed(launched[0], fault)
+        else:
+            self.unsent += self.scheduler.commit(launched[0], drawn)
 
-    def _failed(self, batch: Batch, fault: Exception) -> list[Event]:
+    def _failed(self, batch: Batch, fault: Exception) -> None:
         """A step came to nothing: out of memory, a kernel that failed.
 
         That is the end of the requests of this step and of nobody else. They are told, the others go on; what the step
@@ -112,7 +126,7 @@ class Engine:
         log.error("a step of %d tokens failed", batch.tokens, exc_info=fault)
         self.runner.recover()
         reason = str(fault).partition("\n")[0]
-        return self.scheduler.fail([p.id for p in batch.pieces], f"a step of the engine failed: {reason}")
+        self.unsent += self.scheduler.fail(batch, f"a step of the engine failed: {reason}")
 
     def stats(self) -> Stats:
         """What the engine is doing and has done."""
@@ -135,7 +149,7 @@ def open_engine(
     options, tell = options or EngineOptions(), progress or (lambda text: None)
     tell(f"opening {path}")
     checkpoint = open_checkpoint(path)
-    _check_fit(checkpoint, options)
+    step_bytes = _step_bytes(checkpoint, options)
     tell(f"loading weights onto {options.device}")
     decoder = load(checkpoint, device=options.device, backend=options.backend)
     config = resolve(
@@ -143,6 +157,7 @@ def open_engine(
         spec=decoder.spec,
         token_bytes=token_bytes(decoder.spec, decoder.codecs),
         free_bytes=free_bytes(decoder.device),
+        step_bytes=step_bytes,
         eos_token_ids=eos_token_ids(checkpoint.config, checkpoint.files.get("generation_config.json")),
     )
     if config.max_model_len < decoder.spec.context and options.max_model_len is None:
@@ -154,26 +169,38 @@ def open_engine(
     return Engine(decoder, config)
 
 
-def _check_fit(checkpoint: Checkpoint, options: EngineOptions) -> None:
-    """Raise if a model cannot run on a GPU with these settings, before its weights are read."""
+def _step_bytes(checkpoint: Checkpoint, options: EngineOptions) -> int:
+    """What the largest step takes on a GPU besides weights and cache.
+
+    Raises:
+        UnsupportedError: the model cannot run there with these settings; known before its weights are read.
+    """
     device = torch.device(options.device)
     if device.type != "cuda":
-        return
+        return 0
+    batch = options.max_batch or 256
     tokens = options.max_model_len or 64  # without a wish the cache takes what is left
-    batch_tokens = options.max_batch_tokens or STEP_TOKENS["cuda"]
+    most = batch * (options.max_model_len or checkpoint.spec.context)
+    asked = min(options.max_batch_tokens or STEP_TOKENS["cuda"] + batch, most)
 
-    def of(quant: Mapping[str, QuantSpec], length: int = tokens, step: int = batch_tokens) -> Need:
-        return need(checkpoint.spec, quant, checkpoint.kv, checkpoint.dtype, device, 1, length, step)
+    def of(quant: Mapping[str, QuantSpec], length: int = tokens, step: int = asked, rows: int = batch) -> Need:
+        return need(
+            checkpoint.spec, quant, checkpoint.kv, checkpoint.dtype, device, rows, 0, step, options.backend
+        ).with_kv(kv_bytes_per_token(checkpoint.spec, checkpoint.kv, checkpoint.dtype) * length)  # of one sequence
 
     linears = [linear.name for linear in checkpoint.spec.linears() if linear.name != "lm_head"]
     others = [
-        ("--max-batch-tokens 1024", of(checkpoint.quant, step=1024)),
-        (f"--max-model-len {tokens // 2}", of(checkpoint.quant, length=tokens // 2)),
-        ("--max-batch-tokens 1024 and --max-model-len 512", of(checkpoint.quant, 512, 1024)),
-        ("the model compressed with --recipe fp8", of(dict.fromkeys(linears, QuantSpec(FORMATS["fp8_row"])))),
-        ("the model compressed with --recipe int4", of(dict.fromkeys(linears, QuantSpec(FORMATS["int4_g128"])))),
+        ("--max-batch-tokens 1024 and --max-batch 32", of(checkpoint.quant, step=min(1024, asked), rows=32)),
+        (f"--max-model-len {max(tokens // 2, 2)}", of(checkpoint.quant, length=tokens // 2)),
     ]
-    check_fit(of(checkpoint.quant), free_bytes(device), str(checkpoint.path), others)
+    if options.backend == "auto":
+        others += [
+            (f"the model compressed with --recipe {name}", of(dict.fromkeys(linears, QuantSpec(FORMATS[fmt]))))
+            for name, fmt in (("fp8", "fp8_row"), ("int4", "int4_g128"))
+        ]
+    takes = of(checkpoint.quant)
+    check_fit(takes, free_bytes(device), str(checkpoint.path), others)
+    return takes.workspace + takes.graphs
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True):

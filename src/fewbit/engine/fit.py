@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,6 +12,7 @@ from fewbit.errors import UnsupportedError
 from fewbit.numerics.quantspec import KVSpec, QuantSpec
 from fewbit.ops.device import arithmetic_dtype, device_info
 from fewbit.ops.linear import LinearProblem, choose
+from fewbit.ops.linear.gpu import GpuKernel
 from fewbit.spec.decoder import DecoderSpec
 
 _GRAPHS = 64 << 20  # that recorded steps and the GPU's own bookkeeping were seen to take
@@ -32,6 +33,10 @@ class Need:
         """Their sum."""
         return self.weights + self.kv + self.workspace + self.graphs
 
+    def with_kv(self, size: int) -> Need:
+        """The same with another cache."""
+        return replace(self, kv=size)
+
     def __str__(self) -> str:
         parts = (("weights", self.weights), ("K/V", self.kv), ("workspace", self.workspace), ("graphs", self.graphs))
         text = " + ".join(f"{name} {size / _GIB:.1f}" for name, size in parts if size or name != "graphs")
@@ -51,7 +56,7 @@ def kv_bytes_per_token(spec: DecoderSpec, kv: Mapping[int, KVSpec], dtype: torch
 
 def need(
     spec: DecoderSpec, quant: Mapping[str, QuantSpec], kv: Mapping[int, KVSpec], stored: torch.dtype,
-    device: torch.device, batch: int, context: int, step_tokens: int | None = None,
+    device: torch.device, batch: int, context: int, step_tokens: int | None = None, backend: str = "auto",
 ) -> Need:  # fmt: skip
     """What a model takes with `batch` sequences of `context` tokens.
 
@@ -64,21 +69,26 @@ def need(
         batch: sequences at a time.
         context: tokens of each.
         step_tokens: most tokens of a step; None: the engine's default there.
+        backend: as in `fewbit.model.load`.
+
+    Raises:
+        UnsupportedError: `backend` cannot run it.
     """
     info, dtype = device_info(device), arithmetic_dtype(device, stored)
-    weights = spec.vocab * spec.hidden * stored.itemsize  # the embedding
+    weights, scratch = spec.vocab * spec.hidden * stored.itemsize, 0  # the embedding
     for linear in spec.linears():
         problem = LinearProblem(
             quant.get(linear.name, QuantSpec()), linear.out_features, linear.in_features, dtype, info
         )  # fmt: skip
-        if linear.name == "lm_head" and spec.tied and info.kind == "cuda" and dtype == stored:
-            continue  # the kernel reads the embedding itself
-        weights += choose(problem).kernel.weight_bytes(problem)
+        kernel = choose(problem, backend).kernel
+        if linear.name == "lm_head" and spec.tied and kernel.device == "cuda":
+            continue  # it reads the embedding itself
+        weights += kernel.weight_bytes(problem)
+        if isinstance(kernel, GpuKernel) and kernel.decodes:
+            scratch = max(scratch, 2 * linear.out_features * linear.in_features * 2)  # two at a time, in bfloat16
     widest = max(max(layer.mlp.width, spec.hidden) for layer in spec.layers)
     tokens = STEP_TOKENS[device.type] if step_tokens is None else step_tokens
-    workspace = tokens * widest * 6 * dtype.itemsize + max(batch, 1) * spec.vocab * 4 * 3
-    if quant and info.kind == "cuda":
-        workspace += 2 * widest * spec.hidden * 2  # weights decoded for prompts
+    workspace = tokens * widest * 6 * dtype.itemsize + max(batch, 1) * spec.vocab * 4 * 3 + scratch
     per_token = kv_bytes_per_token(spec, kv, stored)
     return Need(weights, per_token * batch * context, workspace, _GRAPHS if info.kind == "cuda" else 0)
 

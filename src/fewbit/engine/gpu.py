@@ -20,10 +20,11 @@ from torch.nn.attention.bias import causal_lower_right
 from fewbit.engine.batch import PENDING, Batch, Drawn, Piece
 from fewbit.engine.config import EngineConfig
 from fewbit.engine.sampler import NOT_FINITE, Choice, choose
+from fewbit.errors import RecipeError
 from fewbit.model.fused import FusedDecoder
 from fewbit.model.step import DecodeStep, Pages
 from fewbit.ops.attention import attention
-from fewbit.ops.attention.decode import decode_attention
+from fewbit.ops.attention.decode import cut_of, decode_attention, stored_as
 from fewbit.ops.attention.store import store_pages
 from fewbit.spec.decoder import Attention
 
@@ -65,6 +66,8 @@ class GpuRunner:
     overlaps = True
 
     def __init__(self, decoder: FusedDecoder, config: EngineConfig) -> None:
+        if config.block_size < 16 or config.block_size & (config.block_size - 1):
+            raise RecipeError(f"block_size {config.block_size}: on a GPU a power of two from 16 up, 64 is fastest")
         self.decoder, self.config, self.device = decoder, config, decoder.device
         self.pages = make_pages(decoder, config.num_blocks, config.block_size)
         self.sizes = [s for s in SIZES if s < min(config.max_batch, SIZES[-1])]
@@ -94,6 +97,8 @@ class GpuRunner:
     def launch(self, batch: Batch) -> Launched:
         """Start a step and return at once."""
         pieces = batch.pieces
+        if batch.wiped:
+            self._wipe(batch.wiped)
         drawing = [p for p in pieces if p.draw is not None]
         self.computed_tokens += batch.tokens
         replay = len(drawing) == len(pieces) == batch.tokens and len(pieces) <= self.sizes[-1]
@@ -104,7 +109,7 @@ class GpuRunner:
             hidden = self._prompt(pieces)
             if not drawing:
                 self._rows = {}
-                return Launched([])
+                return self._marked(Launched([]))
             logits = self.decoder.logits(hidden)
         launched = Launched([p.id for p in drawing])
         plain = all(p.draw.plain for p in drawing if p.draw)
@@ -115,16 +120,25 @@ class GpuRunner:
             launched.choice = None if plain else choice.to_host()
         self._rows = {p.id: row for row, p in enumerate(drawing)}
         launched.outcome = _to_host(self.step.outcome)
+        return self._marked(launched)
+
+    def _marked(self, launched: Launched) -> Launched:
+        """With an event after everything that was launched: a step without a draw is waited for as well."""
         launched.done = torch.cuda.Event()
         launched.done.record()
         return launched
 
+    def _wipe(self, blocks: list[int]) -> None:
+        index = self._tensor(blocks)
+        for page in (*self.pages.k, *self.pages.v):
+            page.view(torch.uint8 if page.element_size() == 1 else page.dtype)[index] = 0
+
     def collect(self, launched: Launched) -> dict[str, Drawn]:
         """Wait for a step: what was drawn for each request that was due a token."""
-        if launched.done is None:
-            return {}
+        assert launched.done is not None
         launched.done.synchronize()
-        assert launched.outcome is not None
+        if launched.outcome is None:
+            return {}
         if launched.choice is not None:
             return dict(zip(launched.ids, launched.choice.read(), strict=True))
         tokens, best = launched.outcome[:, : len(launched.ids)]
@@ -162,7 +176,7 @@ class GpuRunner:
         """Record the graph of a size. The step is run once before: that compiles its kernels."""
         log.info("recording the decode step for %d sequences", m)
         held = self.step.inputs.clone(), self.step.chosen.clone()
-        self.step.inputs[2 * m : 3 * m].zero_()  # empty rows: nothing is written to the cache
+        self.step.inputs[: 3 * m].zero_()  # empty rows: nothing is written to the cache
         self.step.run(m)
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
@@ -273,9 +287,11 @@ class PageAttend:
             for some in rows.split(self.step.rows):
                 m = len(some)
                 scratch = self.step.attention_parts, self.step.attention_stats, self.step.attention_count
+                cut = cut_of(m, a, stored_as(codec), pages.size, self.step.gpu, self.step.shared)  # as scratch is made
                 decode_attention(
                     some.flatten(-2), seen[at : at + m], pages.k[layer], pages.v[layer], codec,
                     self.tables[at : at + m], self.lengths[at : at + m], a, pages.size, scratch,
+                    cut=cut,
                 )  # fmt: skip
                 at += m
             out[self.single_rows] = seen.view(rows.shape)

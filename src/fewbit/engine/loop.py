@@ -160,4 +160,5 @@ class EngineLoop:
         if self.broken is None:
             self._send([event for i in scheduler.requests for event in scheduler.abort(i)])
         else:
+            self._emit(self._engine.unsent)
             self._emit([Event(i, ending=Ending("error", self.broken)) for i in scheduler.requests])

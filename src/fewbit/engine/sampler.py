@@ -86,12 +86,12 @@ def choose(logits: Tensor, draws: Sequence[Draw]) -> Choice:
     best, tokens = shaped.max(-1)
     rows = [i for i, draw in enumerate(draws) if draw.params.temperature > 0]
     if rows:
-        index = torch.tensor(rows, device=logits.device)
+        index = _on(rows, logits.device)
         tokens[index] = _sample(shaped[index].double(), [draws[i] for i in rows])
     reporting = [i for i, draw in enumerate(draws) if draw.params.logprobs is not None]
     if not reporting:
         return Choice(draws, tokens, best)
-    index = torch.tensor(reporting, device=logits.device)
+    index = _on(reporting, logits.device)
     logprobs = logits[index].double().log_softmax(-1)
     most = max(draws[i].params.logprobs or 0 for i in reporting)
     chosen = logprobs.gather(-1, tokens[index, None])
@@ -104,6 +104,13 @@ def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) with 53 random bits, the same for the same seed and position everywhere."""
     digest = hashlib.blake2b(seed.to_bytes(8, "little") + position.to_bytes(8, "little"), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def _on(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Numbers on a device; to a GPU through pinned memory, so that nobody waits for what is under way there."""
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=dtype)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 def _shape(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -119,14 +126,14 @@ def _shape(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
             shaped = logits.clone()
         x = shaped[row]
         if p.repetition_penalty != 1:
-            said = torch.tensor(list(set(draw.tokens)), device=x.device)
+            said = _on(list(set(draw.tokens)), x.device)
             values = x[said]
             x[said] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
         if (p.presence_penalty or p.frequency_penalty) and draw.output:
-            said, counts = torch.unique(torch.tensor(draw.output, device=x.device), return_counts=True)
+            said, counts = torch.unique(_on(draw.output, x.device), return_counts=True)
             x[said] -= p.frequency_penalty * counts.to(x.dtype) + p.presence_penalty
         if banned:
-            x[torch.tensor(banned, device=x.device)] = float("-inf")
+            x[_on(banned, x.device)] = float("-inf")
     return shaped
 
 
@@ -140,7 +147,7 @@ def _sample(x: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Steps 5 to 9 for rows with a temperature. x: float64 [n, vocab]; returns int64 [n]."""
 
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=x.device)[:, None]
+        return _on(values, x.device, torch.float64)[:, None]
 
     params = [draw.params for draw in draws]
     # the largest becomes 0 first: then neither a tiny nor a huge temperature can overflow to a NaN

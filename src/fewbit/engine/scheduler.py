@@ -25,7 +25,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from fewbit.engine.batch import PENDING, Batch, Draw, Drawn, Piece, looks_back
 from fewbit.engine.blocks import BlockPool, chain
@@ -90,6 +90,7 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._serials = itertools.count(1)
         self._seeds = random.Random(config.seed) if config.seed is not None else random.SystemRandom()
+        self._tainted: list[int] = []  # blocks that must be wiped before anyone reads them
         self._counts: Counter[str] = Counter()
         self._endings: Counter[str] = Counter()
 
@@ -119,9 +120,9 @@ class Scheduler:
         request = self._requests.get(request_id)
         return [] if request is None else [self._end(request, "abort")]
 
-    def fail(self, request_ids: Iterable[str], detail: str) -> list[Event]:
-        """End these requests, whose step went wrong."""
-        found = [self._requests[i] for i in request_ids if i in self._requests]
+    def fail(self, batch: Batch, detail: str) -> list[Event]:
+        """End the requests of a step that went wrong."""
+        found = [request for piece in batch.pieces if (request := self._find(piece)) is not None]
         return [self._end(request, "error", detail) for request in found]
 
     @property
@@ -162,7 +163,9 @@ class Scheduler:
                 plan[request] = min(request.pending, left)
                 left -= plan[request]
         assert plan or not self._requests or self.flying, "there is always somebody who can go on"
-        return Batch([self._piece(request, count) for request, count in plan.items()])
+        pieces = [self._piece(request, count) for request, count in plan.items()]
+        wiped, self._tainted = (self._tainted, []) if pieces else ([], self._tainted)
+        return Batch(pieces, wiped)
 
     def _worth(self, request: Request, left: int) -> bool:
         """Whether what is left of the budget is enough to start on: a prompt is not cut for the sake of a scrap."""
@@ -256,10 +259,11 @@ class Scheduler:
                     request.tokens.append(PENDING)
             else:
                 continue
-            if kept:
+            outcome = drawn[piece.id] if piece.draw is not None else None
+            if kept and not (outcome and outcome.fault):
                 self._publish(request, piece.first, piece.end)
-            if piece.draw is not None:
-                events.append(self._accept(request, drawn[piece.id], piece.end))
+            if outcome is not None:
+                events.append(self._accept(request, outcome, piece.end))
         return events
 
     def _publish(self, request: Request, first: int, end: int) -> None:
@@ -293,7 +297,10 @@ class Scheduler:
             self.running.remove(request)
         else:
             self.waiting.remove(request)
-        self.pool.release(request.blocks)
+        if reason == "error":  # what it stored may be no numbers, which not even masks keep from others
+            self._tainted += self.pool.discard(request.blocks)
+        else:
+            self.pool.release(request.blocks)
         self._endings[reason] += 1
         ending = Ending(reason, detail, stop_token, request.prompt_tokens, request.cached or 0, request.output_tokens)
         return Event(request.id, ending=ending)

@@ -158,5 +158,10 @@ def prefill_flops(checkpoint: Checkpoint, tokens: int) -> tuple[float, float]:
     """Floating-point operations of one prompt: linears (the head for one position), and causal attention."""
     spec = checkpoint.spec
     linears = sum(2.0 * x.out_features * x.in_features * (1 if x.name == "lm_head" else tokens) for x in spec.linears())
-    pairs = tokens * (tokens + 1) / 2
-    return linears, sum(4.0 * y.attention.heads * y.attention.head_dim * pairs for y in spec.layers)
+
+    def pairs(window: int | None) -> float:
+        seen = min(window or tokens, tokens)  # by a token late enough
+        return seen * (seen + 1) / 2 + (tokens - seen) * seen
+
+    attention = (y.attention for y in spec.layers)
+    return linears, sum(4.0 * a.heads * a.head_dim * pairs(a.window) for a in attention)

@@ -20,7 +20,7 @@ from fewbit.engine.attend import token_bytes
 from fewbit.engine.config import EngineOptions, resolve
 from fewbit.engine.engine import Engine
 from fewbit.engine.fit import Need, check_fit, need
-from fewbit.engine.gpu import GpuRunner
+from fewbit.engine.gpu import SIZES, GpuRunner
 from fewbit.engine.runner import free_bytes
 from fewbit.engine.types import GenerateRequest, SamplingParams
 from fewbit.errors import UnsupportedError
@@ -31,6 +31,8 @@ from fewbit.model.load import Loader
 Tell = Callable[[str], None]
 STEP_TOKENS = 16384
 """Most tokens of prompts in one step."""
+TIMED_STEPS = 64
+"""Steps of the full batch that are timed alone."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Ceilings:
 
     copy: float
     bf16: float
-    eight: float  # FP8, or BF16 where there is none
+    eight: float  # FP8, or INT8 where there is none
 
 
 @dataclass
@@ -90,7 +92,6 @@ def ceilings(device: torch.device) -> Ceilings:
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
     flops = 2.0 * size**3
     bf16 = flops / _seconds(lambda: a @ b.t())
-    eight = bf16
     if torch.cuda.get_device_capability(device) >= (8, 9):
         a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
         one = torch.ones((), device=device)
@@ -99,6 +100,9 @@ def ceilings(device: torch.device) -> Ceilings:
                 a8, b8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
             )
         )
+    else:
+        a8, b8 = a.to(torch.int8), b.to(torch.int8)
+        eight = flops / _seconds(lambda: torch._int_mm(a8, b8.t()))
     return Ceilings(copy, bf16, eight)
 
 
@@ -141,6 +145,8 @@ class Bench:
             raise UnsupportedError("bench offline with random weights needs an NVIDIA GPU; give --device cuda:0")
         self.config, self.recipe, self.device, self.tell = config, recipe, device, tell
         self.prompt, self.output = prompt, output
+        if largest > SIZES[-1]:
+            raise UnsupportedError(f"batch {largest}: the largest recorded step holds {SIZES[-1]} sequences")
         self.checkpoint = dummy_checkpoint(config, recipe, device)
         if prompt + output > self.checkpoint.spec.context:
             raise UnsupportedError(
@@ -179,10 +185,11 @@ class Bench:
         counted = sorted(found[1:], key=lambda run: run[0])
         _, first, between, last_first = counted[len(counted) // 2]
         step, graph = _step_times(engine, prompts, prompt + output // 2)
+        step = between if step is None else step
         read = sum(decode_bytes(checkpoint, batch, prompt + output / 2))
         linear, scores = (batch * f for f in prefill_flops(checkpoint, prompt))
         ceiling = top.eight if _eight_bit_prompts(checkpoint) else top.bf16
-        limit = batch * output / (linear / ceiling + scores / top.bf16 + output * read / top.copy)
+        limit = batch * output / (linear / ceiling + scores / top.bf16 + (output - 1) * read / top.copy)
         speeds = [batch * output / run[0] for run in found[1:]]
         reached = statistics.median(speeds)
         return Offline(
@@ -195,11 +202,13 @@ class Bench:
         )  # fmt: skip
 
     def _engine(self, batch: int) -> Engine:
-        """With as many tokens to a step as memory was counted for."""
-        longest = self.prompt + self.output
+        """With as many tokens to a step as memory was counted for, and room to time single steps."""
+        middle = self.prompt + self.output // 2
+        timed = middle + -(-batch * middle // STEP_TOKENS) + TIMED_STEPS + 8
+        longest = min(max(self.prompt + self.output, timed), self.decoder.spec.context)
         options = EngineOptions(
             device=str(self.device), max_batch=batch, max_model_len=longest, prefix_cache=False,
-            num_blocks=batch * -(-longest // 64) + 1, max_batch_tokens=STEP_TOKENS + batch,
+            num_blocks=batch * (-(-longest // 64) + 1) + 1, max_batch_tokens=STEP_TOKENS + batch,
         )  # fmt: skip
         spec, stored = self.decoder.spec, token_bytes(self.decoder.spec, self.decoder.codecs)
         resolved = resolve(options, spec=spec, token_bytes=stored, free_bytes=free_bytes(self.device))
@@ -267,11 +276,12 @@ def _run(engine: Engine, prompts: list[list[int]], output: int, name: str) -> tu
     return total, statistics.mean(first.values()), between, max(first.values())
 
 
-def _step_times(engine: Engine, prompts: list[list[int]], length: int, steps: int = 64) -> tuple[float, float]:
-    """Seconds of one engine step at the full batch in the middle of the answers, and of one bare graph replay."""
-    params = SamplingParams(
-        max_tokens=min(steps * 2, engine.config.max_model_len - length), temperature=0.0, ignore_eos=True
-    )
+def _step_times(engine: Engine, prompts: list[list[int]], length: int) -> tuple[float | None, float]:
+    """Seconds of one engine step at the full batch in the middle of the answers, and of one bare graph replay.
+
+    None: the model's context has no room for so many more tokens.
+    """
+    params = SamplingParams(max_tokens=engine.config.max_model_len - length, temperature=0.0, ignore_eos=True)
     for index, tokens in enumerate(prompts):
         longer = (tokens * (length // len(tokens) + 1))[:length]
         engine.submit(GenerateRequest(id=f"step-{index}", prompt=tuple(longer), params=params))
@@ -283,11 +293,11 @@ def _step_times(engine: Engine, prompts: list[list[int]], length: int, steps: in
     torch.cuda.synchronize()
     begin = time.perf_counter()
     count = 0
-    while engine.has_work and count < steps and len(engine.scheduler.running) == len(prompts):
+    while engine.has_work and count < TIMED_STEPS and len(engine.scheduler.running) == len(prompts):
         engine.step()
         count += 1
     torch.cuda.synchronize()
-    step = (time.perf_counter() - begin) / max(count, 1)
+    step = (time.perf_counter() - begin) / count if count else None
     runner = engine.runner
     assert isinstance(runner, GpuRunner)
     m = next(size for size in runner.sizes if size >= len(prompts))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewbit.model import rope
 from fewbit.model.attend import Attend, KVCodec
-from fewbit.ops.linear.gpu import Codes, GpuLinear, Rounding
+from fewbit.ops.linear.gpu import FEW, Codes, GpuLinear, Rounding
 from fewbit.ops.rows.rows import add_norm, gated, rotate, rounded
 from fewbit.spec.decoder import Attention, DecoderSpec, Layer, Rope
 
@@ -82,8 +82,11 @@ class FusedDecoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, d] to float32 [n, vocab]."""
-        pieces = [self.head.product(_rounded(piece, *self.head.wants(len(piece)))) for piece in hidden.split(1024)]
-        return torch.cat(pieces).float()
+        pieces = [
+            self.head.product(_rounded(piece, *self.head.wants(len(piece))), torch.float32)
+            for piece in hidden.split(FEW)
+        ]
+        return torch.cat(pieces)
 
 
 def _rounded(x: Tensor, rounding: Rounding | None, dtype: torch.dtype | None) -> Tensor | Codes:

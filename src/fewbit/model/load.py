@@ -87,7 +87,10 @@ class Loader:
             kernel = self.choose(shape).kernel
             if not isinstance(kernel, GpuKernel):
                 return f"{shape.name} runs on '{kernel.name}'"
-        for index, layer in enumerate(self.checkpoint.spec.layers):
+        layers = self.checkpoint.spec.layers
+        if len({(y.attention.heads, y.attention.kv_heads, y.attention.head_dim) for y in layers}) > 1:
+            return "its layers differ in their heads"
+        for index, layer in enumerate(layers):
             if reason := self._layer_why_not(index, layer):
                 return f"layer {index}: {reason}"
         return None

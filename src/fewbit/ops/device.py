@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +109,11 @@ def _available_bytes() -> int:
     except OSError:
         pass
     return 0
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels, events and graphs go to `device` while this is entered: PyTorch's current device, kept by thread."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def dependent_launches(device: torch.device) -> bool:

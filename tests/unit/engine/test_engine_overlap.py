@@ -79,3 +79,22 @@ def test_a_step_that_fails_ends_its_own_requests_only(where, monkeypatch):
     machine.submit(request([6, 7], "after", max_tokens=2))
     assert [e.ending.reason for e in run(machine) if e.ending] == ["length"]
     assert machine.stats().blocks_free == machine.stats().blocks
+
+
+def test_endings_that_came_before_a_breakdown_are_kept(monkeypatch):
+    """A step under way is collected first; what it ended is told even if the device cannot go on."""
+    machine = engine(overlapping=True)
+    machine.submit(request([1, 2, 3], "done", max_tokens=2))
+    machine.submit(request([4], "left", max_tokens=9))
+    events = machine.step() + machine.step()
+
+    def broken(*args):
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(machine.runner, "launch", broken)
+    monkeypatch.setattr(machine.runner, "recover", broken)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        machine.step()
+    told = {e.id for e in events + machine.unsent if e.ending}
+    assert told == {"done"}
+    assert machine.scheduler.requests == ["left"]

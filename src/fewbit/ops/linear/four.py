@@ -25,6 +25,7 @@ class Int4(GpuKernel):
     """
 
     name = "int4"
+    decodes = True
 
     def declines(self, problem: LinearProblem) -> str | None:
         """See `GpuKernel.declines`."""
@@ -108,15 +109,17 @@ class _Int4Linear(_FourLinear):
         if weights[0].zero is not None:
             zero = order(torch.cat([w.zero for w in weights if w.zero is not None]))
             self.zeros = F.pad(zero, (0, missing[0], 0, missing[1])).t().contiguous()
-        self.row = (scale.float().amax(1) / 32).contiguous() if self.rounding else None  # of the E4M3 scratch
+        # of the E4M3 scratch: the largest of 8 or, with zeros, 15 times a scale stays below 448
+        fits = 32 if self.zeros is None else 16
+        self.row = (scale.float().amax(1) / fits).clamp_min(1e-30) if self.rounding else None
 
-    def tile(self, m: int, ending: str) -> Tile:
+    def rows_of(self, m: int) -> int:
         """The GEMV knows symmetric groups of 128 alone."""
-        return super().tile(m if self.pairs is not None else max(m, 2), ending)
+        return m if self.pairs is not None else max(m, 2)
 
     def kind_of(self, m: int) -> str:
         """A GEMV that rounds its input is another."""
-        return "w4a8" if m == 1 and self.rounding else "int4"
+        return "w4a8" if self.rows_of(m) == 1 and self.rounding else "int4"
 
     @property
     def few_dtype(self) -> torch.dtype:
@@ -181,6 +184,7 @@ class Fp4(GpuKernel):
     """NVFP4 and MXFP4 weights. Prompts: decoded to a bfloat16 scratch for the library's product."""
 
     name = "fp4"
+    decodes = True
 
     def declines(self, problem: LinearProblem) -> str | None:
         """See `GpuKernel.declines`."""
@@ -211,10 +215,6 @@ class _Fp4Linear(_FourLinear):
         self.scales, row = pack_block_scales(order(stored).repeat_interleave(weights[0].format.block[1] // 16, 1))
         outer = [row.new_ones(w.shape[0]) if w.outer is None else w.outer.expand(w.shape[0]) for w in weights]
         self.row = row * order(torch.cat(outer))  # float32 [N]
-
-    def tile(self, m: int, ending: str) -> Tile:
-        """There is no GEMV."""
-        return super().tile(max(m, 2), ending)
 
     def _launch(
         self,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fewbit.ops.device import gpu_name, shared_memory
 from fewbit.ops.linear.problem import LinearProblem, LinearWeights
-from fewbit.ops.linear.tiles import Tile, tile
+from fewbit.ops.linear.tiles import Tile, key, tile
 
 FEW = 128
 """Most tokens of a skinny product."""
@@ -96,7 +96,15 @@ class GpuLinear(ABC):
 
     def tile(self, m: int, ending: str) -> Tile:
         """How the product is cut for `m` tokens."""
-        return tile(self.kind_of(m), self.n, self.padded_k, m, ending, self.gpu, self.shared)
+        return tile(self.kind_of(m), self.n, self.padded_k, self.rows_of(m), ending, self.gpu, self.shared)
+
+    def key(self, m: int) -> str:
+        """Where the table of tuned tiles has that of `m` tokens."""
+        return key(self.kind_of(m), self.n, self.padded_k, self.rows_of(m))
+
+    def rows_of(self, m: int) -> int:
+        """As how many tokens the product of `m` is cut."""
+        return m
 
     def kind_of(self, m: int) -> str:
         """What the product of `m` tokens was tuned as."""
@@ -201,12 +209,12 @@ class GpuLinear(ABC):
             return None, None
         return self.rounding, self.few_dtype if tokens <= FEW else None
 
-    def product(self, x: Tensor | Codes) -> Tensor:
-        """[T, K] as `wants` says, to bfloat16 [T, N]."""
+    def product(self, x: Tensor | Codes, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """[T, K] as `wants` says, to [T, N] of `dtype`; of many tokens it is rounded to bfloat16 on the way."""
         rows = x.x if isinstance(x, Codes) else x
         if rows.shape[0] > FEW:
-            return self.many(x)
-        out = torch.empty(rows.shape[0], self.n, dtype=torch.bfloat16, device=rows.device)
+            return self.many(x).to(dtype)
+        out = torch.empty(rows.shape[0], self.n, dtype=dtype, device=rows.device)
         dynamic = self.rounding is not None and self.rounding.scale is None and not isinstance(x, Codes)
         self.few(x, out, tops=rows.abs().amax(1, keepdim=True).float().repeat(1, 16) if dynamic else None)
         return out
@@ -222,6 +230,8 @@ class GpuKernel(ABC):
 
     name: str
     device: str | None = "cuda"
+    decodes = False
+    """Whether prompts need a scratch for decoded weights."""
 
     def why_not(self, problem: LinearProblem) -> str | None:
         """See `LinearKernel.why_not`."""

@@ -10,6 +10,8 @@ import json
 from importlib.resources import files
 from typing import Any
 
+from fewbit.ops.device import HOPPER_SHARED
+
 Tile = dict[str, Any]
 
 
@@ -25,16 +27,27 @@ def tile(kind: str, n: int, k: int, m: int, ending: str, gpu: str, shared: int) 
         gpu: the name of the GPU.
         shared: bytes of shared memory that a program of it may have.
     """
-    bm = 1 if m == 1 else next((b for b in (16, 32) if m <= b), 64)
     # what was tuned for 32 tokens is closer than the rule for a few less or more
-    found = tuned(gpu, f"{kind} {n}x{k} {bm}") or (tuned(gpu, f"{kind} {n}x{k} 32") if bm > 1 else None)
+    bm = _bucket(m)
+    found = tuned(gpu, key(kind, n, k, m)) or (tuned(gpu, key(kind, n, k, 32)) if bm > 1 else None)
     made = found or _rule(kind, n, k, bm)
     if not made["gemv"]:
         made["BM"] = max(bm, 16)
         if ending in ("store", "silu"):  # nobody adds up what several programs store
             made["SPLIT"] = 1
-        made["STAGES"] = max(1, min(made["STAGES"], (shared - 2048) // _stage_bytes(kind, made)))
+        # Triton keeps one stage less in shared memory where it does not use Hopper's matrix instructions
+        room = (shared - 2048) // _stage_bytes(kind, made) + (shared < HOPPER_SHARED)
+        made["STAGES"] = max(1, min(made["STAGES"], room))
     return made
+
+
+def key(kind: str, n: int, k: int, m: int) -> str:
+    """Where the table has the cut of a product of `m` tokens."""
+    return f"{kind} {n}x{k} {_bucket(m)}"
+
+
+def _bucket(m: int) -> int:
+    return 1 if m == 1 else next((b for b in (16, 32) if m <= b), 64)
 
 
 def _stage_bytes(kind: str, cut: Tile) -> int:

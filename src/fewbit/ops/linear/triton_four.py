@@ -116,11 +116,12 @@ def _plane_of_x(xp, at, rc, K, real, EVEN: tl.constexpr):
 
 @triton.jit
 def _prefetch_tiles(
-    w_ptr, pid_n, k0, blocks, BN: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr, PTX: tl.constexpr
+    w_ptr, pid_n, k0, blocks, N, BN: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr, PTX: tl.constexpr
 ):
     """The first tiles of every 64 rows on their way to L2 (they depend on no kernel before)."""
     for i in tl.static_range(BN // 64):
-        tile = (pid_n * (BN // 64) + i).to(tl.int64) * blocks + k0
+        rows = tl.minimum(pid_n * (BN // 64) + i, (N - 1) // 64)  # the last program may have less than its rows
+        tile = rows.to(tl.int64) * blocks + k0
         prefetch_block(w_ptr + tile * (64 * C), tl.minimum(TILES, blocks - k0) * (128 * C), PTX)
 
 
@@ -172,7 +173,7 @@ def int4_gemm(
     if PDL:
         start_next(PDL)
         if PREFETCH > 0:
-            _prefetch_tiles(w_ptr, pid_n, k0, blocks, BN, C, PREFETCH, PTX)
+            _prefetch_tiles(w_ptr, pid_n, k0, blocks, N, BN, C, PREFETCH, PTX)
         wait_previous(PDL)
     real = rm[:, None] < M
     acc = tl.zeros((BN, BM), tl.float32)
@@ -263,7 +264,7 @@ def fp4_gemm(
     if PDL:
         start_next(PDL)
         if PREFETCH > 0:
-            _prefetch_tiles(w_ptr, pid_n, k0, blocks, BN, 64, PREFETCH, PTX)
+            _prefetch_tiles(w_ptr, pid_n, k0, blocks, N, BN, 64, PREFETCH, PTX)
         wait_previous(PDL)
     real = rm[:, None] < M
     acc = tl.zeros((BN, BM), tl.float32)
