@@ -71,10 +71,12 @@ def device_of(text: str | None) -> torch.device:
     """The device asked for, else a GPU if there is one, else the CPU."""
     import torch
 
-    from fewbit.ops.device import device_named, gpu_count
+    from fewbit.ops.device import device_named, gpu_count, make_current
 
     torch.manual_seed(settings.seed)
-    return device_named(text or ("cuda:0" if gpu_count() else "cpu"))
+    device = device_named(text or ("cuda:0" if gpu_count() else "cpu"))
+    make_current(device)
+    return device
 
 
 def open_model(model: str) -> Checkpoint:

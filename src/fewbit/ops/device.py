@@ -116,6 +116,12 @@ def current(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def make_current(device: torch.device) -> None:
+    """`current`, for the rest of this thread: a command has one device."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def dependent_launches(device: torch.device) -> bool:
     """Whether a kernel may start before the one before it is complete: compute capability 9.0 and later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
