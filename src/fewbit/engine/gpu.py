@@ -42,7 +42,7 @@ def make_pages(decoder: FusedDecoder, count: int, size: int) -> Pages:
     k, v = [], []
     for layer, codec in zip(decoder.spec.layers, decoder.codecs, strict=True):
         a = layer.attention
-        dtype = _CODES[codec.spec.k.element.name] if codec.spec else torch.bfloat16
+        dtype = _CODES[codec.spec.k.element.name] if codec.spec else decoder.dtype
         shape = (count, a.kv_heads, size, a.head_dim)
         turned = (count, a.kv_heads, a.head_dim, size) if codec.spec else shape
         k.append(torch.zeros(shape, dtype=torch.uint8 if codec.spec else dtype, device=decoder.device).view(dtype))
@@ -310,13 +310,13 @@ class PageAttend:
     def _read(self, layer: int, chunk: _Chunk) -> tuple[Tensor, Tensor]:
         """K and V of a sequence from its pages, [tokens, kv, D]."""
         codec, pages = self.decoder.codecs[layer], self.pages
-        k = pages.k[layer].view(torch.uint8 if codec.spec else torch.bfloat16)[chunk.blocks]  # [n, kv, page, D]
-        v = pages.v[layer].view(torch.uint8 if codec.spec else torch.bfloat16)[chunk.blocks]
+        k = pages.k[layer].view(torch.uint8 if codec.spec else self.decoder.dtype)[chunk.blocks]  # [n, kv, page, D]
+        v = pages.v[layer].view(torch.uint8 if codec.spec else self.decoder.dtype)[chunk.blocks]
         k, v = (
             k.transpose(1, 2).flatten(0, 1),
             (v.permute(0, 3, 1, 2) if codec.spec else v.transpose(1, 2)).flatten(0, 1),
         )
-        return codec.load(k[: chunk.end].contiguous(), v[: chunk.end].contiguous(), torch.bfloat16)
+        return codec.load(k[: chunk.end].contiguous(), v[: chunk.end].contiguous(), self.decoder.dtype)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:

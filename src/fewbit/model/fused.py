@@ -47,7 +47,7 @@ class FusedDecoder:
         head: GpuLinear,
         codecs: Sequence[KVCodec],
     ) -> None:
-        self.spec, self.layers, self.codecs, self.dtype = spec, tuple(layers), tuple(codecs), torch.bfloat16
+        self.spec, self.layers, self.codecs, self.dtype = spec, tuple(layers), tuple(codecs), embed.dtype
         self.embed_weight, self.final_norm, self.head = embed, final_norm, head
 
     @property

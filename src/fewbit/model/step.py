@@ -68,11 +68,11 @@ class DecodeStep:
         self.chosen, self.best = self.outcome[0], self.outcome[1].view(torch.float32)
         self.logits = buffer(rows, spec.vocab)
         self.res = buffer(rows, spec.hidden)
-        self.x = buffer(rows, spec.hidden, dtype=torch.bfloat16)  # residual * the next norm's weight
+        self.x = buffer(rows, spec.hidden, dtype=decoder.dtype)  # residual * the next norm's weight
         self.qkv = [buffer(rows * qkv) for _ in range(2)]
-        self.seen = buffer(rows * heads, dtype=torch.bfloat16)
-        self.act = buffer(rows * width, dtype=torch.bfloat16)
-        self.codes = buffer(rows * max(spec.hidden, heads, width) * 2, dtype=torch.uint8)
+        self.seen = buffer(rows * heads, dtype=decoder.dtype)
+        self.act = buffer(rows * width, dtype=decoder.dtype)
+        self.codes = buffer(rows * max(spec.hidden, heads, width) * decoder.dtype.itemsize, dtype=torch.uint8)
         self.code_scale = buffer(rows)
         self.stats = [buffer(rows, 3, 16) for _ in range(2)]
         self.count = buffer(max(spec.hidden // 16, 1) * 8, dtype=torch.int32)
@@ -205,7 +205,7 @@ class DecodeStep:
         stats, clear, eps = (norm.stats, norm.clear, norm.eps) if norm else (x, x, 0.0)
         round_known[(m, -(-width // 2048))](
             x, stats, tops, clear, codes.x, codes.scale, width, eps, BLOCK=2048, NORM=norm is not None,
-            CODE=rounding.code, DYNAMIC=rounding.scale is None, PDL=int(self.pdl), PTX=True, num_warps=4,
+            CODE=rounding.code, DYNAMIC=rounding.scale is None, PDL=int(self.pdl), PTX=x.is_cuda, num_warps=4,
             **self._dependent,
         )  # fmt: skip
         return codes

@@ -103,7 +103,7 @@ def test_new_token_is_written_and_sees_the_past(kv, heads, kv_heads, depth, wind
         )
     decode_attention(
         qkv, out, k_pages, v_pages, codec, table, torch.tensor(lengths, device=DEVICE).int(), a, size, scratch,
-        write=(cos, sin, norms), clear=clear, ptx=GPU,
+        write=(cos, sin, norms), clear=clear,
     )  # fmt: skip
     expected = torch.stack(expected)
     assert out.isfinite().all()
@@ -120,7 +120,7 @@ def test_new_token_is_written_and_sees_the_past(kv, heads, kv_heads, depth, wind
             ready[i : i + 1], cos[one], sin[one], heads, kv_heads, depth, norms.get("q_norm"), norms.get("k_norm"), 1e-6
         )
     known = torch.tensor(lengths, device=DEVICE).int()
-    decode_attention(ready.to(ACT), again, k_pages, v_pages, codec, table, known, a, size, scratch, ptx=GPU)
+    decode_attention(ready.to(ACT), again, k_pages, v_pages, codec, table, known, a, size, scratch)
     assert (again.double() - expected).norm() / expected.norm() < limit
 
 
@@ -137,7 +137,7 @@ def test_output_as_codes():
     length = torch.ones(1, dtype=torch.int32, device=DEVICE)
     scratch = torch.zeros(groups * 32, device=DEVICE), torch.zeros(groups * 2, device=DEVICE), count
     decode_attention(
-        qkv, out, *pages, codec, table, length, a, 16, scratch, write=(cos, sin, {}), rounding=r, ptx=GPU
+        qkv, out, *pages, codec, table, length, a, 16, scratch, write=(cos, sin, {}), rounding=r
     )  # fmt: skip
     expected = qkv[:, 6 * 32 :].view(2, 32).repeat_interleave(2, 0).flatten()  # one token: its own values
     assert (out.float() * 0.04 - expected).abs().max() <= (0.15 if GPU else 0.0201)

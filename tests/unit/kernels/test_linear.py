@@ -119,7 +119,7 @@ def test_product(cell):
     # a sum that lies on the border between two codes may fall on either side
     limit = 1.5e-2 if linear.rounding else 8e-3 if GPU else 1e-5
     act = torch.bfloat16 if GPU else torch.float32
-    options = {"ending": ending, "norm": folded, "tops": tops_of(x), "ptx": GPU}
+    options = {"ending": ending, "norm": folded, "tops": tops_of(x)}
     poisoned = torch.full((rows, n // 2 if ending == "silu" else n), float("nan"), device=DEVICE, dtype=act)
     if ending == "silu":
         linear.few(handed, out := poisoned, stats=after, out_tops=True, **options)
@@ -150,7 +150,7 @@ def test_silu_can_store_codes(kind, rows):
     handed, seen = given(linear, x, torch.ones(rows, 1, device=DEVICE))
     r = Rounding("e4m3", torch.tensor(0.01, device=DEVICE))
     out = torch.empty(rows, 128, device=DEVICE, dtype=torch.float8_e4m3fn if GPU else torch.float32)
-    linear.few(handed, out, ending="silu", out_rounding=r, ptx=GPU)
+    linear.few(handed, out, ending="silu", out_rounding=r)
     y = seen @ dense.t() + bias
     expected = fake_quantize((F.silu(y[:, :128]) * y[:, 128:]).float(), FORMATS["fp8"], scale=r.scale.reshape(1, 1))
     assert error(out.float() * 0.01, expected.double()) < 2e-2
@@ -162,7 +162,7 @@ def test_codes_that_were_made_before(rows):
     x = torch.randn(rows, 256, device=DEVICE)
     codes = rounded(x, linear.rounding, None if GPU else torch.float32)
     out = torch.full((rows, 192), float("nan"), device=DEVICE)
-    linear.few(codes, out, ptx=GPU)
+    linear.few(codes, out)
     assert error(out, codes.x.double() * codes.scale.double() @ dense.t() + bias) < 1e-3
 
 
@@ -184,5 +184,5 @@ def test_many_tokens(kind):
 @pytest.mark.parametrize("kind", [k for k in KINDS if isinstance(k[0], Int4 | Fp4)], ids=name)
 def test_decoding_to_a_scratch(kind):
     linear, dense, _ = make(kind, 200, 640)
-    found = linear.decode(torch.bfloat16, ptx=GPU) if isinstance(kind[0], Int4) else linear.decode(ptx=GPU)
+    found = linear.decode(torch.bfloat16) if isinstance(kind[0], Int4) else linear.decode()
     assert error(found.float(), dense) < 4e-3

@@ -54,7 +54,7 @@ def decode_attention(
     qkv: Tensor, out: Tensor, k: Tensor, v: Tensor, codec: Any, table: Tensor, lengths: Tensor, a: Attention, page: int,
     scratch: tuple[Tensor, Tensor, Tensor], *, write: tuple[Tensor, Tensor, Mapping[str, Tensor]] | None = None,
     clear: Tensor | None = None, rounding: Any = None, tops: Tensor | None = None, ahead: Tensor | None = None,
-    pdl: bool = False, ptx: bool = True,    cut: dict[str, Any] | None = None,
+    pdl: bool = False, cut: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Attention of one new token a sequence.
 
@@ -75,7 +75,6 @@ def decode_attention(
         tops: raised to the largest magnitudes of `out`, [m, 16] of the stats of `triton_epilogue`.
         ahead: see `GpuLinear.few`.
         pdl: likewise.
-        ptx: likewise.
         cut: see `cut_of`.
     """
     from fewbit.ops.attention.triton_decode import decode_attention as kernel
@@ -100,5 +99,5 @@ def decode_attention(
         QK_NORM=write is not None and a.qk_norm is not None, WINDOW=a.window is not None,
         CODE=rounding.code if rounding is not None else "none", TOPS=tops is not None, CLEAR=clear is not None,
         AHEAD=pieces > 0,
-        PTX=ptx, **cut, **options,
+        PTX=qkv.is_cuda, **cut, **options,
     )  # fmt: skip

@@ -124,7 +124,7 @@ class _Int4Linear(_FourLinear):
     @property
     def few_dtype(self) -> torch.dtype:
         """E4M3 numbers are bfloat16 numbers, which is what the weights become."""
-        return torch.bfloat16
+        return self.act
 
     def _launch(
         self,
@@ -166,7 +166,7 @@ class _Int4Linear(_FourLinear):
             return out if bias is None else out + bias
         return F.linear(x, self.decode(torch.bfloat16), bias)
 
-    def decode(self, dtype: torch.dtype, ptx: bool = True) -> Tensor:
+    def decode(self, dtype: torch.dtype) -> Tensor:
         """The weight [N, K] in a scratch that the next call uses again; E4M3: in units of `row`."""
         from fewbit.ops.linear.triton_four import int4_decode
 
@@ -174,7 +174,8 @@ class _Int4Linear(_FourLinear):
         int4_decode[(-(-self.n // 64), self.blocks)](
             self.words, self.scales, self._none if self.zeros is None else self.zeros,
             self._none if self.row is None else self.row, out, self.n, self.k, self.blocks,
-            C=self.columns, PER=self.per, ASYM=self.zeros is not None, ROWS=dtype == torch.float8_e4m3fn, PTX=ptx,
+            C=self.columns, PER=self.per, ASYM=self.zeros is not None, ROWS=dtype == torch.float8_e4m3fn,
+            PTX=self.on_gpu,
             num_warps=8,
         )  # fmt: skip
         return out
@@ -239,13 +240,13 @@ class _Fp4Linear(_FourLinear):
         assert isinstance(x, Tensor)
         return F.linear(x, self.decode(), None if self.bias is None else self.bias.to(torch.bfloat16))
 
-    def decode(self, ptx: bool = True) -> Tensor:
+    def decode(self) -> Tensor:
         """The weight [N, K] in a scratch that the next call uses again."""
         from fewbit.ops.linear.triton_four import fp4_decode
 
         out = scratch(self.words.device, self.n * self.k, torch.bfloat16).view(self.n, self.k)
         fp4_decode[(-(-self.n // 64), self.blocks)](
-            self.words, self.scales, self.row, out, self.n, self.k, self.blocks, PTX=ptx, num_warps=8
+            self.words, self.scales, self.row, out, self.n, self.k, self.blocks, PTX=self.on_gpu, num_warps=8
         )
         return out
 

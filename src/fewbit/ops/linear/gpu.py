@@ -76,6 +76,7 @@ class GpuLinear(ABC):
         n, k: rows and columns.
         rounding: how the input is rounded; None: it stays bfloat16.
         kind: see `tiles.tile`.
+        act: dtype of activations: bfloat16.
     """
 
     kind: str
@@ -85,6 +86,8 @@ class GpuLinear(ABC):
         self.k = pieces[0].weight.shape[1]
         device = device_of(pieces[0])
         self.gpu, self.shared = gpu, shared_memory(device)
+        self.on_gpu = device.type == "cuda"  # else Triton's interpreter runs the kernels, which has no bfloat16
+        self.act = torch.bfloat16 if self.on_gpu else torch.float32
         self.rounding = _rounding(pieces[0])
         self.bias = _bias(pieces, gated, device)
         self._none = torch.zeros(1, device=device)  # stands for arguments that a variant does not read
@@ -117,13 +120,12 @@ class GpuLinear(ABC):
     @property
     def few_dtype(self) -> torch.dtype:
         """What `few` wants codes stored in."""
-        return self.rounding.dtype if self.rounding else torch.bfloat16
+        return self.rounding.dtype if self.rounding else self.act
 
     def few(
         self, x: Tensor | Codes, out: Tensor, *, ending: str = "store", norm: Folded | None = None,
         residual: Residual | None = None, out_rounding: Rounding | None = None, tops: Tensor | None = None,
         stats: Tensor | None = None, out_tops: bool = False, ahead: Tensor | None = None, pdl: bool = False,
-        ptx: bool = True,
     ) -> None:  # fmt: skip
         """The product of up to `FEW` tokens.
 
@@ -140,7 +142,6 @@ class GpuLinear(ABC):
             ahead: uint8, the weights of a later product, to bring as much of them to the cache by the way as the tile
                 says (compute capability 9.0 and later).
             pdl: may start before the kernel before is complete (compute capability 9.0 and later).
-            ptx: False under Triton's interpreter.
         """
         rows, scale = (x.x, x.scale) if isinstance(x, Codes) else (x, None)
         assert stats is not None or not (residual or out_tops)
@@ -169,7 +170,7 @@ class GpuLinear(ABC):
         constants = {
             "BN": cut["BN"], "BIAS": self.bias is not None, "OUT": ending, "NORM": norm is not None,
             "OUT_CODE": out_rounding.code if out_rounding else "none", "TOPS": out_tops,
-            "AHEAD": pieces > 0, "PDL": start, "PTX": ptx,
+            "AHEAD": pieces > 0, "PDL": start, "PTX": self.on_gpu,
             "num_warps": cut["num_warps"], **({"launch_pdl": True} if start else {}),
         }  # fmt: skip
         self._launch(cut, rows, scale, none if tops is None else tops, ends, eps, constants)
@@ -209,12 +210,12 @@ class GpuLinear(ABC):
             return None, None
         return self.rounding, self.few_dtype if tokens <= FEW else None
 
-    def product(self, x: Tensor | Codes, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """[T, K] as `wants` says, to [T, N] of `dtype`; of many tokens it is rounded to bfloat16 on the way."""
+    def product(self, x: Tensor | Codes, dtype: torch.dtype | None = None) -> Tensor:
+        """[T, K] as `wants` says, to [T, N] of `dtype` (None: that of activations), by way of it if there are many."""
         rows = x.x if isinstance(x, Codes) else x
         if rows.shape[0] > FEW:
-            return self.many(x).to(dtype)
-        out = torch.empty(rows.shape[0], self.n, dtype=dtype, device=rows.device)
+            return self.many(x).to(dtype or self.act)
+        out = torch.empty(rows.shape[0], self.n, dtype=dtype or self.act, device=rows.device)
         dynamic = self.rounding is not None and self.rounding.scale is None and not isinstance(x, Codes)
         self.few(x, out, tops=rows.abs().amax(1, keepdim=True).float().repeat(1, 16) if dynamic else None)
         return out
