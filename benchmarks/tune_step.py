@@ -15,7 +15,6 @@ import functools
 import json
 import multiprocessing
 import os
-import statistics
 import sys
 import time
 from itertools import product
@@ -27,6 +26,7 @@ import torch
 from fewbit.compress.recipe import AS_IT_WAS, read_recipe
 from fewbit.engine.gpu import make_pages
 from fewbit.measure.dummy import dummy_checkpoint, shape_named
+from fewbit.measure.offline import seconds
 from fewbit.model.load import Loader
 from fewbit.model.step import DecodeStep
 from fewbit.ops.attention.decode import cut_of, stored_as
@@ -87,17 +87,7 @@ class Step:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.step.run(self.rows)
-        graph.replay()
-        times = []
-        for _ in range(5):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(10):
-                graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end) * 1e-4)
-        return statistics.median(times)
+        return seconds(graph.replay)
 
 
 def candidates(step: Step, part: str) -> list[Tile]:

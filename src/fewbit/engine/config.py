@@ -97,10 +97,7 @@ def resolve(
     """
     gpu = options.device != "cpu"
     block_size = options.block_size if options.block_size is not None else (64 if gpu else 16)
-    max_batch = options.max_batch if options.max_batch is not None else (256 if gpu else 32)
-    budget = options.max_batch_tokens
-    if budget is None:
-        budget = STEP_TOKENS["cuda"] + max_batch if gpu else max(STEP_TOKENS["cpu"], max_batch)
+    max_batch, budget = limits(options)
     _check_ranges(options, max_batch, budget, spec)
     wanted = options.max_model_len if options.max_model_len is not None else spec.context
     num_blocks, how = _num_blocks(options, block_size, wanted * max_batch, token_bytes, free_bytes, step_bytes)
@@ -128,6 +125,16 @@ def resolve(
         vocab=spec.vocab,
         eos_token_ids=eos_token_ids,
     )
+
+
+def limits(options: EngineOptions) -> tuple[int, int]:
+    """Most sequences, and most tokens, of a step."""
+    gpu = options.device != "cpu"
+    max_batch = options.max_batch if options.max_batch is not None else (256 if gpu else 32)
+    budget = options.max_batch_tokens
+    if budget is None:
+        budget = STEP_TOKENS["cuda"] + max_batch if gpu else max(STEP_TOKENS["cpu"], max_batch)
+    return max_batch, budget
 
 
 def _check_ranges(options: EngineOptions, max_batch: int, budget: int, spec: DecoderSpec) -> None:

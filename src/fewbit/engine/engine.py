@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ import torch
 from fewbit.checkpoint import Checkpoint, open_checkpoint
 from fewbit.engine.attend import token_bytes
 from fewbit.engine.batch import Batch
-from fewbit.engine.config import STEP_TOKENS, EngineConfig, EngineOptions, resolve
+from fewbit.engine.config import EngineConfig, EngineOptions, limits, resolve
 from fewbit.engine.eos import eos_token_ids
-from fewbit.engine.fit import Need, check_fit, kv_bytes_per_token, need
+from fewbit.engine.fit import Need, check_fit, need
 from fewbit.engine.runner import DecoderLike, free_bytes, runner_for
 from fewbit.engine.scheduler import Scheduler
 from fewbit.engine.types import Ending, EngineInfo, Event, GenerateRequest, Stats, TokenLogprobs
@@ -178,28 +178,26 @@ def _step_bytes(checkpoint: Checkpoint, options: EngineOptions) -> int:
     device = torch.device(options.device)
     if device.type != "cuda":
         return 0
-    batch = options.max_batch or 256
+    batch, budget = limits(options)
     tokens = options.max_model_len or 64  # without a wish the cache takes what is left
-    most = batch * (options.max_model_len or checkpoint.spec.context)
-    asked = min(options.max_batch_tokens or STEP_TOKENS["cuda"] + batch, most)
+    asked = min(budget, batch * (options.max_model_len or checkpoint.spec.context))
 
     def of(quant: Mapping[str, QuantSpec], length: int = tokens, step: int = asked, rows: int = batch) -> Need:
-        return need(
-            checkpoint.spec, quant, checkpoint.kv, checkpoint.dtype, device, rows, 0, step, options.backend
-        ).with_kv(kv_bytes_per_token(checkpoint.spec, checkpoint.kv, checkpoint.dtype) * length)  # of one sequence
+        """With one sequence in the cache."""
+        c = checkpoint
+        return need(c.spec, quant, c.kv, c.dtype, device, rows, length, step, options.backend)
 
-    linears = [linear.name for linear in checkpoint.spec.linears() if linear.name != "lm_head"]
-    others = [
-        ("--max-batch-tokens 1024 and --max-batch 32", of(checkpoint.quant, step=min(1024, asked), rows=32)),
-        (f"--max-model-len {max(tokens // 2, 2)}", of(checkpoint.quant, length=tokens // 2)),
-    ]
-    if options.backend == "auto":
-        others += [
-            (f"the model compressed with --recipe {name}", of(dict.fromkeys(linears, QuantSpec(FORMATS[fmt]))))
-            for name, fmt in (("fp8", "fp8_row"), ("int4", "int4_g128"))
-        ]
+    def others() -> Iterator[tuple[str, Need]]:
+        yield "--max-batch-tokens 1024 and --max-batch 32", of(checkpoint.quant, step=min(1024, asked), rows=32)
+        yield f"--max-model-len {max(tokens // 2, 2)}", of(checkpoint.quant, length=tokens // 2)
+        if options.backend == "auto":
+            linears = [linear.name for linear in checkpoint.spec.linears() if linear.name != "lm_head"]
+            for name, fmt in (("fp8", "fp8_row"), ("int4", "int4_g128")):
+                made = dict.fromkeys(linears, QuantSpec(FORMATS[fmt]))
+                yield f"the model compressed with --recipe {name}", of(made)
+
     takes = of(checkpoint.quant)
-    check_fit(takes, free_bytes(device), str(checkpoint.path), others)
+    check_fit(takes, free_bytes(device), str(checkpoint.path), others())
     return takes.workspace + takes.graphs
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -33,10 +33,6 @@ class Need:
         """Their sum."""
         return self.weights + self.kv + self.workspace + self.graphs
 
-    def with_kv(self, size: int) -> Need:
-        """The same with another cache."""
-        return replace(self, kv=size)
-
     def __str__(self) -> str:
         parts = (("weights", self.weights), ("K/V", self.kv), ("workspace", self.workspace), ("graphs", self.graphs))
         text = " + ".join(f"{name} {size / _GIB:.1f}" for name, size in parts if size or name != "graphs")
@@ -56,9 +52,9 @@ def kv_bytes_per_token(spec: DecoderSpec, kv: Mapping[int, KVSpec], dtype: torch
 
 def need(
     spec: DecoderSpec, quant: Mapping[str, QuantSpec], kv: Mapping[int, KVSpec], stored: torch.dtype,
-    device: torch.device, batch: int, context: int, step_tokens: int | None = None, backend: str = "auto",
+    device: torch.device, batch: int, cached: int, step_tokens: int | None = None, backend: str = "auto",
 ) -> Need:  # fmt: skip
-    """What a model takes with `batch` sequences of `context` tokens.
+    """What a model takes with `batch` sequences, and `cached` tokens of theirs in the cache.
 
     Args:
         spec: its shape.
@@ -67,7 +63,7 @@ def need(
         stored: dtype of what is not quantized.
         device: where it would run.
         batch: sequences at a time.
-        context: tokens of each.
+        cached: tokens of all of them together.
         step_tokens: most tokens of a step; None: the engine's default there.
         backend: as in `fewbit.model.load`.
 
@@ -89,8 +85,9 @@ def need(
     widest = max(max(layer.mlp.width, spec.hidden) for layer in spec.layers)
     tokens = STEP_TOKENS[device.type] if step_tokens is None else step_tokens
     workspace = tokens * widest * 6 * dtype.itemsize + max(batch, 1) * spec.vocab * 4 * 3 + scratch
-    per_token = kv_bytes_per_token(spec, kv, stored)
-    return Need(weights, per_token * batch * context, workspace, _GRAPHS if info.kind == "cuda" else 0)
+    return Need(
+        weights, kv_bytes_per_token(spec, kv, stored) * cached, workspace, _GRAPHS if info.kind == "cuda" else 0
+    )
 
 
 def check_fit(needed: Need, free: int, what: str, others: Iterable[tuple[str, Need]]) -> None:
@@ -100,7 +97,7 @@ def check_fit(needed: Need, free: int, what: str, others: Iterable[tuple[str, Ne
         needed: what it takes.
         free: bytes that can be had.
         what: its settings in words.
-        others: settings in words that may do instead, best first, and what they take.
+        others: settings in words that may do instead, best first, and what they take; read only if they are wanted.
 
     Raises:
         UnsupportedError: the sum, and up to three settings that would fit.

@@ -26,6 +26,7 @@ from fewbit.model.step import DecodeStep, Pages
 from fewbit.ops.attention import attention
 from fewbit.ops.attention.decode import cut_of, decode_attention, stored_as
 from fewbit.ops.attention.store import store_pages
+from fewbit.ops.device import to_device, to_host
 from fewbit.spec.decoder import Attention
 
 log = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ class GpuRunner:
             self.step.best[: len(drawing)].copy_(choice.best)
             launched.choice = None if plain else choice.to_host()
         self._rows = {p.id: row for row, p in enumerate(drawing)}
-        launched.outcome = _to_host(self.step.outcome)
+        launched.outcome = to_host(self.step.outcome)
         return self._marked(launched)
 
     def _marked(self, launched: Launched) -> Launched:
@@ -149,7 +150,7 @@ class GpuRunner:
 
     def _replay(self, pieces: Sequence[Piece]) -> None:
         """Put a step of single tokens into the graph of its size and start it."""
-        m = next(size for size in self.sizes if size >= len(pieces))
+        m = self._size_of(len(pieces))
         width, step = self.step.table_width, self.step
         tokens, sources, lengths = [0] * m, [-1] * m, [0] * m
         table = torch.zeros(m, width, dtype=torch.int32)
@@ -168,9 +169,7 @@ class GpuRunner:
         staging[: 3 * m].copy_(torch.tensor(tokens + sources + lengths, dtype=torch.int32))
         staging[3 * m : count].copy_(table.view(-1))
         step.inputs[:count].copy_(staging[:count], non_blocking=True)
-        if m not in self._graphs:
-            self._record(m)
-        self._graphs[m].replay()
+        self.graph(m).replay()
 
     def _record(self, m: int) -> None:
         """Record the graph of a size. The step is run once before: that compiles its kernels."""
@@ -186,11 +185,15 @@ class GpuRunner:
         self.step.inputs.copy_(held[0])
         self.step.chosen.copy_(held[1])
 
-    def warm_up(self, rows: int) -> None:
-        """Record the graph that a batch of so many sequences takes."""
-        m = next((size for size in self.sizes if size >= rows), None)
-        if m is not None and m not in self._graphs:
+    def graph(self, rows: int) -> torch.cuda.CUDAGraph:
+        """The graph that a batch of so many sequences takes; recorded if it was not yet."""
+        m = self._size_of(rows)
+        if m not in self._graphs:
             self._record(m)
+        return self._graphs[m]
+
+    def _size_of(self, rows: int) -> int:
+        return next(size for size in self.sizes if size >= rows)
 
     # ---- prompts ----
 
@@ -215,17 +218,7 @@ class GpuRunner:
         return hidden[self._tensor(last)]
 
     def _tensor(self, values: list[int]) -> Tensor:
-        return _to_device(values, torch.int64, self.device)
-
-
-def _to_device(values: Sequence[int] | Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Integers on the device; through pinned memory, so that the copy does not hold up the host."""
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
-
-
-def _to_host(x: Tensor) -> Tensor:
-    """A copy in pinned memory, on its way."""
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+        return to_device(values, torch.int64, self.device)
 
 
 @dataclass(frozen=True)
@@ -257,21 +250,21 @@ class PageAttend:
             else:
                 self._chunk(row, piece, device)
             row += count
-        self.parts = _to_device(parts, torch.int32, device)
+        self.parts = to_device(parts, torch.int32, device)
         self.single_rows: Tensor | None = None
         if singles:
-            self.single_rows = _to_device([r for r, _ in singles], torch.int64, device)
+            self.single_rows = to_device([r for r, _ in singles], torch.int64, device)
             width = max(len(p.blocks) for _, p in singles)
             tables = [p.blocks + [0] * (width - len(p.blocks)) for _, p in singles]
-            self.tables = _to_device(tables, torch.int32, device)
-            self.lengths = _to_device([p.end for _, p in singles], torch.int32, device)
+            self.tables = to_device(tables, torch.int32, device)
+            self.lengths = to_device([p.end for _, p in singles], torch.int32, device)
 
     def _chunk(self, row: int, piece: Piece, device: torch.device) -> None:
         count, before = len(piece.tokens), self.chunks[-1] if self.chunks else None
         if piece.first == 0 and before and before.blocks is None and before.end == count and before.rows.stop == row:
             self.chunks[-1] = _Chunk(slice(before.rows.start, row + count), 0, count, None, before.sequences + 1)
         else:
-            blocks = _to_device(piece.blocks, torch.int64, device) if piece.first else None
+            blocks = to_device(piece.blocks, torch.int64, device) if piece.first else None
             self.chunks.append(_Chunk(slice(row, row + count), piece.first, piece.end, blocks))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:

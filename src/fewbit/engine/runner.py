@@ -17,6 +17,7 @@ from fewbit.engine.batch import Batch, Drawn
 from fewbit.engine.config import EngineConfig
 from fewbit.engine.sampler import Choice, choose
 from fewbit.model.attend import Attend, KVCodec
+from fewbit.ops.device import to_device
 from fewbit.spec.decoder import DecoderSpec
 
 
@@ -105,10 +106,7 @@ class Runner:
         return dict(zip(launched.ids, launched.choice.read(), strict=True))
 
     def _tensor(self, values: list[int]) -> Tensor:
-        """Integers on the device; through pinned memory, so that the copy does not hold up the host."""
-        if self.device.type == "cpu":
-            return torch.tensor(values, dtype=torch.int64)
-        return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(self.device, non_blocking=True)
+        return to_device(values, torch.int64, self.device)
 
 
 def runner_for(decoder: DecoderLike, config: EngineConfig) -> Any:

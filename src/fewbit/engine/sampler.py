@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fewbit.engine.batch import Draw, Drawn
 from fewbit.engine.types import TokenLogprobs
+from fewbit.ops.device import to_device, to_host
 
 NO_TOKEN = "every token is forbidden by bad_words, min_tokens or both: nothing is left to choose from"
 NOT_FINITE = "the model's logits are not finite (NaN or infinity), so there is no token to choose"
@@ -59,13 +60,9 @@ class Choice:
 
     def to_host(self) -> Choice:
         """The same on its way to pinned memory; who waits for the stream may `read` it without waiting again."""
-
-        def moved(x: Tensor) -> Tensor:
-            return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-
         reports = self.logprobs, self.alternatives
-        logprobs, alternatives = (None if x is None else moved(x) for x in reports)
-        return Choice(self.draws, moved(self.tokens), moved(self.best), logprobs, alternatives)
+        logprobs, alternatives = (None if x is None else to_host(x) for x in reports)
+        return Choice(self.draws, to_host(self.tokens), to_host(self.best), logprobs, alternatives)
 
     def _reports(self) -> Iterator[TokenLogprobs]:
         if self.logprobs is None or self.alternatives is None:
@@ -86,12 +83,12 @@ def choose(logits: Tensor, draws: Sequence[Draw]) -> Choice:
     best, tokens = shaped.max(-1)
     rows = [i for i, draw in enumerate(draws) if draw.params.temperature > 0]
     if rows:
-        index = _on(rows, logits.device)
+        index = to_device(rows, torch.int64, logits.device)
         tokens[index] = _sample(shaped[index], [draws[i] for i in rows])
     reporting = [i for i, draw in enumerate(draws) if draw.params.logprobs is not None]
     if not reporting:
         return Choice(draws, tokens, best)
-    index = _on(reporting, logits.device)
+    index = to_device(reporting, torch.int64, logits.device)
     logprobs = logits[index].double().log_softmax(-1)
     most = max(draws[i].params.logprobs or 0 for i in reporting)
     chosen = logprobs.gather(-1, tokens[index, None])
@@ -104,13 +101,6 @@ def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) with 53 random bits, the same for the same seed and position everywhere."""
     digest = hashlib.blake2b(seed.to_bytes(8, "little") + position.to_bytes(8, "little"), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
-
-
-def _on(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Numbers on a device; to a GPU through pinned memory, so that nobody waits for what is under way there."""
-    if device.type == "cpu":
-        return torch.tensor(values, dtype=dtype)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 def _shape(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -126,14 +116,14 @@ def _shape(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
             shaped = logits.clone()
         x = shaped[row]
         if p.repetition_penalty != 1:
-            said = _on(list(set(draw.tokens)), x.device)
+            said = to_device(list(set(draw.tokens)), torch.int64, x.device)
             values = x[said]
             x[said] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
         if (p.presence_penalty or p.frequency_penalty) and draw.output:
-            said, counts = torch.unique(_on(draw.output, x.device), return_counts=True)
+            said, counts = torch.unique(to_device(draw.output, torch.int64, x.device), return_counts=True)
             x[said] -= p.frequency_penalty * counts.to(x.dtype) + p.presence_penalty
         if banned:
-            x[_on(banned, x.device)] = float("-inf")
+            x[to_device(banned, torch.int64, x.device)] = float("-inf")
     return shaped
 
 
@@ -147,7 +137,7 @@ def _sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Steps 5 to 9 for rows with a temperature. logits: float32 [n, vocab]; returns int64 [n]."""
 
     def column(values: list[float]) -> Tensor:
-        return _on(values, x.device, torch.float64)[:, None]
+        return to_device(values, torch.float64, x.device)[:, None]
 
     params = [draw.params for draw in draws]
     x = logits.double()

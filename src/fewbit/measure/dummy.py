@@ -16,6 +16,7 @@ from fewbit.checkpoint import Checkpoint
 from fewbit.checkpoint.checkpoint import Tensors
 from fewbit.compress.recipe import Recipe
 from fewbit.errors import UnsupportedError, nearest_name
+from fewbit.measure.facts import file_bits
 from fewbit.numerics.element import Element
 from fewbit.numerics.format import Format
 from fewbit.numerics.qtensor import QTensor, block_size
@@ -138,14 +139,9 @@ def decode_bytes(checkpoint: Checkpoint, batch: int, context: float) -> tuple[fl
     """Bytes that a decode step must read: weights with the head, and K and V of `batch` sequences of `context`."""
     spec, weights = checkpoint.spec, 0.0
     for linear in spec.linears():
-        fmt = checkpoint.quant.get(linear.name, QuantSpec()).weight
-        numbers = linear.out_features * linear.in_features
-        if fmt is None:
-            weights += numbers * 2
-            continue
-        rows, columns = block_size(fmt, (linear.out_features, linear.in_features))
-        zero = fmt.element.bits if fmt.zero else 0
-        weights += numbers * (fmt.element.bits + (fmt.scale_bits + zero) / (rows * columns)) / 8
+        kind, columns = checkpoint.quant.get(linear.name, QuantSpec()), linear.in_features
+        numbers = linear.out_features * columns
+        weights += numbers * file_bits(kind, numbers, columns, checkpoint.dtype) / 8
     kv = 0.0
     for index, layer in enumerate(spec.layers):
         a, stored = layer.attention, checkpoint.kv.get(index)

@@ -136,7 +136,7 @@ def memory(checkpoint: Checkpoint, planned: Plan | None, device: torch.device, b
     quant: Mapping[str, QuantSpec] = planned.quant if planned else checkpoint.quant
     kv = planned.kv if planned else checkpoint.kv
     info = device_info(device)
-    takes = need(spec, quant, kv, checkpoint.dtype, device, batch, context)
+    takes = need(spec, quant, kv, checkpoint.dtype, device, batch, batch * context)
     files = 0
     for linear in spec.linears():
         if linear.name != "lm_head" or not spec.tied:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from fewbit.engine.attend import token_bytes
 from fewbit.engine.config import EngineOptions, resolve
 from fewbit.engine.engine import Engine
 from fewbit.engine.fit import Need, check_fit, need
-from fewbit.engine.gpu import SIZES, GpuRunner
+from fewbit.engine.gpu import SIZES
 from fewbit.engine.runner import free_bytes
 from fewbit.engine.types import GenerateRequest, SamplingParams
 from fewbit.errors import UnsupportedError
@@ -87,26 +87,26 @@ class Offline:
 def ceilings(device: torch.device) -> Ceilings:
     """Measure them; about half a second."""
     ends = torch.empty(2, 1 << 30, dtype=torch.uint8, device=device)
-    copy = ends.numel() / _seconds(lambda: ends[0].copy_(ends[1]))
+    copy = ends.numel() / seconds(lambda: ends[0].copy_(ends[1]))
     size = 8192
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
     flops = 2.0 * size**3
-    bf16 = flops / _seconds(lambda: a @ b.t())
+    bf16 = flops / seconds(lambda: a @ b.t())
     if torch.cuda.get_device_capability(device) >= (8, 9):
         a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
         one = torch.ones((), device=device)
-        eight = flops / _seconds(
+        eight = flops / seconds(
             lambda: torch._scaled_mm(
                 a8, b8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
             )
         )
     else:
         a8, b8 = a.to(torch.int8), b.to(torch.int8)
-        eight = flops / _seconds(lambda: torch._int_mm(a8, b8.t()))
+        eight = flops / seconds(lambda: torch._int_mm(a8, b8.t()))
     return Ceilings(copy, bf16, eight)
 
 
-def _seconds(call: Callable[[], Any], times: int = 10, repeats: int = 5) -> float:
+def seconds(call: Callable[[], Any], times: int = 10, repeats: int = 5) -> float:
     """Median time of one call on the GPU."""
     call()
     found: list[float] = []
@@ -175,7 +175,7 @@ class Bench:
         torch.cuda.reset_peak_memory_stats(device)
         engine = self._engine(batch)
         self.tell("recording graphs")
-        engine.runner.warm_up(batch)
+        engine.runner.graph(batch)
         generator = torch.Generator().manual_seed(0)
         prompts = torch.randint(0, self.decoder.spec.vocab, (batch, prompt), generator=generator).tolist()
         found = []
@@ -228,28 +228,25 @@ def _check_fit(
     longest = -(-longest // 64) * 64
 
     def of(c: Checkpoint, sequences: int = batch, tokens: int = longest) -> Need:
-        return need(
-            c.spec, c.quant, c.kv, c.dtype, device, sequences, tokens, min(STEP_TOKENS, sequences * tokens) + sequences
-        )  # fmt: skip
+        cached = sequences * tokens
+        return need(c.spec, c.quant, c.kv, c.dtype, device, sequences, cached, min(STEP_TOKENS, cached) + sequences)
+
+    def made(small: Recipe, sequences: int = batch) -> Need:
+        return of(dummy_checkpoint(config, small, device), sequences)
 
     free, takes = free_bytes(device), of(checkpoint)
-    others: list[tuple[str, Need]] = []
-    per_sequence = takes.kv // batch
-    if 0 < (fits := (free - takes.total + takes.kv) // per_sequence) < batch:
-        others.append((f"--batch {fits}", of(checkpoint, fits)))
-    if not checkpoint.kv:
-        others.append(("--kv fp8", of(dummy_checkpoint(config, recipe.with_kv("fp8"), device))))
-    for name in ("fp8", "int4"):
-        small = read_recipe(name).with_kv("fp8" if checkpoint.kv else None)
-        others.append((f"--recipe {name}", of(dummy_checkpoint(config, small, device))))
-    others.append((f"--input and --output of {longest // 2} tokens together", of(checkpoint, batch, longest // 2)))
-    others.append(
-        (
-            "--batch 1 --recipe int4 --kv fp8",
-            of(dummy_checkpoint(config, read_recipe("int4").with_kv("fp8"), device), 1),
-        )
-    )
-    check_fit(takes, free, f"batch {batch} x {longest} tokens", others)
+
+    def others() -> Iterator[tuple[str, Need]]:
+        if 0 < (fits := (free - takes.total + takes.kv) // (takes.kv // batch)) < batch:
+            yield f"--batch {fits}", of(checkpoint, fits)
+        if not checkpoint.kv:
+            yield "--kv fp8", made(recipe.with_kv("fp8"))
+        for name in ("fp8", "int4"):
+            yield f"--recipe {name}", made(read_recipe(name).with_kv("fp8" if checkpoint.kv else None))
+        yield f"--input and --output of {longest // 2} tokens together", of(checkpoint, batch, longest // 2)
+        yield "--batch 1 --recipe int4 --kv fp8", made(read_recipe("int4").with_kv("fp8"), 1)
+
+    check_fit(takes, free, f"batch {batch} x {longest} tokens", others())
 
 
 def _run(engine: Engine, prompts: list[list[int]], output: int, name: str) -> tuple[float, float, float, float]:
@@ -298,10 +295,7 @@ def _step_times(engine: Engine, prompts: list[list[int]], length: int) -> tuple[
         count += 1
     torch.cuda.synchronize()
     step = (time.perf_counter() - begin) / count if count else None
-    runner = engine.runner
-    assert isinstance(runner, GpuRunner)
-    m = next(size for size in runner.sizes if size >= len(prompts))
-    graph = _seconds(runner._graphs[m].replay, times=20)
+    graph = seconds(engine.runner.graph(len(prompts)).replay, times=20)
     for index in range(len(prompts)):
         engine.abort(f"step-{index}")
     while engine.has_work:
@@ -311,10 +305,8 @@ def _step_times(engine: Engine, prompts: list[list[int]], length: int) -> tuple[
 
 def _profile(engine: Engine, prompts: list[list[int]]) -> dict[str, dict[str, float]]:
     """Seconds and count of each kernel in one replay of the step's graph."""
-    runner = engine.runner
-    m = next(size for size in runner.sizes if size >= len(prompts))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        runner._graphs[m].replay()
+        engine.runner.graph(len(prompts)).replay()
         torch.cuda.synchronize()
     found: dict[str, dict[str, float]] = {}
     for event in seen.events():

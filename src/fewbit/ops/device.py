@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +115,18 @@ def _available_bytes() -> int:
 def current(device: torch.device) -> AbstractContextManager[object]:
     """Kernels, events and graphs go to `device` while this is entered: PyTorch's current device, kept by thread."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Numbers on a device; to a GPU through pinned memory, so that the host waits for nothing that is under way."""
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=dtype)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
+def to_host(x: torch.Tensor) -> torch.Tensor:
+    """A copy of a GPU's tensor in pinned memory, on its way."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 def make_current(device: torch.device) -> None:
