@@ -29,7 +29,7 @@ from fewbit.measure.dummy import dummy_checkpoint, shape_named
 from fewbit.measure.offline import seconds
 from fewbit.model.load import Loader
 from fewbit.model.step import DecodeStep
-from fewbit.ops.attention.decode import cut_of, stored_as
+from fewbit.ops.attention.decode import stored_as
 from fewbit.ops.linear.tiles import Tile, table
 
 ROLES = {"qkv": "add", "o": "residual", "gate_up": "silu", "down": "residual"}
@@ -54,8 +54,8 @@ class Step:
         self.step = DecodeStep(self.decoder, make_pages(self.decoder, rows * width, PAGE), rows, width * PAGE)
         # room for finer cuts of attention than the table holds yet
         pieces = 48 * rows * self.attention.heads
-        self.step.attention_parts = torch.zeros(pieces * self.attention.head_dim, device=device)
-        self.step.attention_stats = torch.zeros(pieces * 2, device=device)
+        parts, stats = (torch.zeros(pieces * each, device=device) for each in (self.attention.head_dim, 2))
+        self.step.scratch = parts, stats, self.step.scratch[2]
         inputs = torch.zeros(rows * (3 + width), dtype=torch.int32)
         inputs[rows : 2 * rows], inputs[2 * rows : 3 * rows] = -1, LENGTH
         inputs[3 * rows :] = torch.randperm(rows * width, generator=torch.Generator().manual_seed(0))
@@ -72,7 +72,7 @@ class Step:
     def cut(self, part: str) -> Tile:
         """What the table or the rule says now."""
         if part == "attention":
-            return cut_of(self.rows, self.attention, self.kv, PAGE, self.step.gpu)
+            return self.step.cut(self.rows, self.attention, self.decoder.codecs[0])
         linear = getattr(self.decoder.layers[0], part)
         return linear.tile(self.rows, ROLES[part])
 

@@ -24,7 +24,7 @@ from fewbit.errors import RecipeError
 from fewbit.model.fused import FusedDecoder
 from fewbit.model.step import DecodeStep, Pages
 from fewbit.ops.attention import attention
-from fewbit.ops.attention.decode import cut_of, decode_attention, stored_as
+from fewbit.ops.attention.decode import decode_attention
 from fewbit.ops.attention.store import store_pages
 from fewbit.ops.device import to_device, to_host
 from fewbit.spec.decoder import Attention
@@ -279,12 +279,10 @@ class PageAttend:
             seen = torch.empty(rows.shape, dtype=q.dtype, device=q.device).flatten(-2)
             for some in rows.split(self.step.rows):
                 m = len(some)
-                scratch = self.step.attention_parts, self.step.attention_stats, self.step.attention_count
-                cut = cut_of(m, a, stored_as(codec), pages.size, self.step.gpu, self.step.shared)  # as scratch is made
                 decode_attention(
                     some.flatten(-2), seen[at : at + m], pages.k[layer], pages.v[layer], codec,
-                    self.tables[at : at + m], self.lengths[at : at + m], a, pages.size, scratch,
-                    cut=cut,
+                    self.tables[at : at + m], self.lengths[at : at + m], a, pages.size, self.step.scratch,
+                    cut=self.step.cut(m, a, codec),
                 )  # fmt: skip
                 at += m
             out[self.single_rows] = seen.view(rows.shape)

@@ -127,7 +127,7 @@ class Loader:
         kernel = self.choose(shape).kernel
         assert isinstance(kernel, GpuKernel)
         shared = spec.tied and embed.dtype == self.checkpoint.dtype
-        head = kernel.join([LinearWeights(QuantSpec(), embed) if shared else self.weights(shape)], self._info.name)
+        head = kernel.join([LinearWeights(QuantSpec(), embed) if shared else self.weights(shape)])
         codecs = []
         for layer, codec in zip(spec.layers, map(self.codec, range(len(spec.layers))), strict=True):
             heads = layer.attention.kv_heads
@@ -148,7 +148,7 @@ class Loader:
     def _joined(self, shapes: tuple[LinearShape, ...], gated: bool = False) -> GpuLinear:
         kernel = self.choose(shapes[0]).kernel
         assert isinstance(kernel, GpuKernel)
-        return kernel.join([self.weights(shape) for shape in shapes], self._info.name, gated)
+        return kernel.join([self.weights(shape) for shape in shapes], gated)
 
     def embed(self) -> Tensor:
         """The embedding as stored: a step looks up few of its rows."""

@@ -17,11 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.model.attend import KVCodec
 from fewbit.model.fused import FusedDecoder, cosines
 from fewbit.ops.attention.decode import cut_of, decode_attention, stored_as
 from fewbit.ops.device import dependent_launches, gpu_name, shared_memory
 from fewbit.ops.linear.gpu import FEW, Codes, Folded, GpuLinear, Residual, Rounding
+from fewbit.ops.linear.tiles import Tile
 from fewbit.ops.rows.rows import block_of
+from fewbit.spec.decoder import Attention
 
 PIECES = 16
 """Programs that look for the largest logit of a row."""
@@ -80,15 +83,15 @@ class DecodeStep:
         self.part_ids = buffer(rows, PIECES, dtype=torch.int32)
         self.row_count = buffer(rows, dtype=torch.int32)
         self.gpu, self.shared = gpu_name(device), shared_memory(device)
-        kinds = {(a, stored_as(codec)) for a, codec in zip(attentions, decoder.codecs, strict=True)}
+        kinds = {(a, stored_as(codec)): codec for a, codec in zip(attentions, decoder.codecs, strict=True)}
         groups = max(
             cut_of(m, a, kv, pages.size, self.gpu, self.shared)["SPLITS"] * m * a.heads
             for m in range(1, rows + 1)
             for a, kv in kinds
         )
         depth = max(a.head_dim for a in attentions)
-        self.attention_parts, self.attention_stats = buffer(groups * depth), buffer(groups * 2)
-        self.attention_count = buffer(rows * max(a.kv_heads for a in attentions), dtype=torch.int32)
+        count = buffer(rows * max(a.kv_heads for a in attentions), dtype=torch.int32)
+        self.scratch = buffer(groups * depth), buffer(groups * 2), count  # of attention
         positions = torch.arange(longest, device=device)
         self.angles = {
             (a.position, a.head_dim): cosines(a.position, a.head_dim, positions) for a in dict.fromkeys(attentions)
@@ -96,7 +99,7 @@ class DecodeStep:
 
     def reset(self) -> None:
         """Put right what a step that broke off may have left behind."""
-        for counter in (*self.stats, *self.qkv, self.count, self.row_count, self.attention_count):
+        for counter in (*self.stats, *self.qkv, self.count, self.row_count, self.scratch[2]):
             counter.zero_()
 
     @torch.inference_mode()
@@ -124,17 +127,17 @@ class DecodeStep:
             seen = self.seen[: m * layer.o.k].view(m, layer.o.k)
             target = seen if static is None else self._codes(m, layer.o.k, layer.o.few_dtype)
             cos, sin = self.angles[a.position, a.head_dim]
-            cut = cut_of(m, a, stored_as(decoder.codecs[i]), self.pages.size, self.gpu, self.shared)
+            cut = self.cut(m, a, decoder.codecs[i])
             decode_attention(
                 qkv, target, self.pages.k[i], self.pages.v[i], decoder.codecs[i], table, lengths, a, self.pages.size,
-                (self.attention_parts, self.attention_stats, self.attention_count), write=(cos, sin, layer.norms),
-                clear=clear, rounding=static, tops=stats_a[:m, 2] if _dynamic(layer.o) else None, pdl=self.pdl,
+                self.scratch, write=(cos, sin, layer.norms),
+                clear=clear, rounding=static, tops=stats_a[:m, 2] if layer.o.dynamic else None, pdl=self.pdl,
                 ahead=self._ahead(layer.gate_up), cut=cut,
             )  # fmt: skip
             self._apply(
                 layer.o, seen, x, "residual", residual=Residual(self.res[:m], layer.norms["pre_mlp"], self.count),
                 coded=None if static is None else target, tops=stats_a[:m, 2], stats=stats_b,
-                out_tops=_dynamic(layer.gate_up), ahead=self._ahead(layer.gate_up, cut.get("AHEAD", 0)),
+                out_tops=layer.gate_up.dynamic, ahead=self._ahead(layer.gate_up, cut.get("AHEAD", 0)),
             )  # fmt: skip
             static = _static(layer.down)
             act = self.act[: m * layer.down.k].view(m, layer.down.k)
@@ -146,18 +149,22 @@ class DecodeStep:
                 coded = coded.view(layer.down.few_dtype).view(m, layer.down.k)
             self._apply(
                 layer.gate_up, x, act if coded is None else coded, "silu", norm, tops=stats_b[:m, 1], stats=stats_b,
-                out_rounding=static, out_tops=_dynamic(layer.down), ahead=self._ahead(layer.down),
+                out_rounding=static, out_tops=layer.down.dynamic, ahead=self._ahead(layer.down),
             )  # fmt: skip
             g = decoder.final_norm if last else decoder.layers[i + 1].norms["pre_attn"]
             self._apply(
                 layer.down, act, x, "residual", residual=Residual(self.res[:m], g, self.count), coded=coded,
                 tops=stats_b[:m, 2], stats=stats_a,
-                out_tops=_dynamic(following), ahead=self._ahead(following),
+                out_tops=following.dynamic, ahead=self._ahead(following),
             )  # fmt: skip
         logits = self.logits[:m]
         norm = Folded(stats_a, stats_b, spec.final_norm.eps)
         self._apply(decoder.head, self.x[:m], logits, "store", norm, tops=stats_a[:m, 1])
         self._choose(m, logits)
+
+    def cut(self, m: int, a: Attention, codec: KVCodec) -> Tile:
+        """How attention of `m` rows is cut; `scratch` has room for it."""
+        return cut_of(m, a, stored_as(codec), self.pages.size, self.gpu, self.shared)
 
     def _ahead(self, linear: GpuLinear, known: int = 0) -> Tensor | None:
         """A later product's weights, of which a kernel may bring some to the cache; `known` MiB are there already."""
@@ -205,7 +212,7 @@ class DecodeStep:
         stats, clear, eps = (norm.stats, norm.clear, norm.eps) if norm else (x, x, 0.0)
         round_known[(m, -(-width // 2048))](
             x, stats, tops, clear, codes.x, codes.scale, width, eps, BLOCK=2048, NORM=norm is not None,
-            CODE=rounding.code, DYNAMIC=rounding.scale is None, PDL=int(self.pdl), PTX=x.is_cuda, num_warps=4,
+            CODE=rounding.code, DYNAMIC=rounding.dynamic, PDL=int(self.pdl), PTX=x.is_cuda, num_warps=4,
             **self._dependent,
         )  # fmt: skip
         return codes
@@ -217,11 +224,6 @@ class DecodeStep:
             logits, self.parts, self.part_ids, self.row_count, self.best, self.chosen, self.decoder.spec.vocab,
             BLOCK=4096, PIECES=PIECES, PDL=int(self.pdl), num_warps=4, **self._dependent,
         )  # fmt: skip
-
-
-def _dynamic(linear: GpuLinear) -> bool:
-    """Whether a linear rounds its input under a scale that needs the whole row: who makes the row leaves its tops."""
-    return linear.rounding is not None and linear.rounding.scale is None
 
 
 def _static(linear: GpuLinear) -> Rounding | None:

@@ -7,7 +7,7 @@ Dependent launches (PDL): a kernel launched with ``launch_pdl=True`` may start w
 must call `wait_previous` before it reads or writes what any kernel of the same graph writes; weights, page tables and
 lengths may be read before. All blocks of every such kernel wait, so a kernel that is done implies that all before it
 are done. ``PDL: tl.constexpr`` is 0 (an ordinary launch), 1 (the next kernel may start at once: several can stand in
-line with their weights under way), 2 (when this one has stopped waiting) or 3 (where it says `start_last`).
+line with their weights under way) or 2 (when this one has stopped waiting).
 """
 
 from __future__ import annotations
@@ -21,13 +21,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 def start_next(PDL: tl.constexpr):
     """Allow the next kernel of the stream to start."""
     if PDL == 1:
-        gdc_launch_dependents()
-
-
-@triton.jit
-def start_last(PDL: tl.constexpr):
-    """What `start_next` is under PDL 3."""
-    if PDL == 3:
         gdc_launch_dependents()
 
 

@@ -64,8 +64,7 @@ def make(kind, n, k, gated=False):
             w = w.bfloat16()
         scale = torch.tensor(0.011, device=DEVICE) if how == "static" else None
         pieces.append(LinearWeights(quant, w, torch.randn(rows, device=DEVICE), scale))
-    gpu = torch.cuda.get_device_name() if GPU else ""
-    linear = kernel.join(pieces, gpu, gated)
+    linear = kernel.join(pieces, gated)
     dense = torch.cat([(p.weight.dequantize() if weight else p.weight).double() for p in pieces])
     return linear, dense, torch.cat([p.bias for p in pieces]).double()
 

@@ -85,7 +85,8 @@ def decode_attention(
     cut["PDL"] = cut["PDL"] if pdl else 0
     if not pdl:  # the instruction is as old as dependent launches
         cut["PREFETCH"] = 0
-    pieces = pieces_of(ahead, {"AHEAD": cut.pop("AHEAD", 0)})
+    pieces = pieces_of(ahead, cut)
+    cut["AHEAD"] = pieces > 0
     options: dict[str, Any] = {"launch_pdl": True} if cut["PDL"] else {}
     cos, sin, norms = write or (qkv, qkv, {})
     kernel[(a.kv_heads, cut["SPLITS"], m)](
@@ -98,6 +99,5 @@ def decode_attention(
         H=a.heads, HK=a.kv_heads, D=a.head_dim, PAGE=page, KV=kv, WRITE=write is not None,
         QK_NORM=write is not None and a.qk_norm is not None, WINDOW=a.window is not None,
         CODE=rounding.code if rounding is not None else "none", TOPS=tops is not None, CLEAR=clear is not None,
-        AHEAD=pieces > 0,
         PTX=qkv.is_cuda, **cut, **options,
     )  # fmt: skip

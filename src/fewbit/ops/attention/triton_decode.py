@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fewbit.ops.triton_common import prefetch_ahead, prefetch_block, round_code, start_last, start_next, wait_previous
+from fewbit.ops.triton_common import prefetch_ahead, prefetch_block, round_code, start_next, wait_previous
 
 
 @triton.jit
@@ -168,7 +168,6 @@ def decode_attention(
         l = l * a + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v if KV == "none" else v.T, acc * a[:, None])
         m = mn
-    start_last(PDL)
     if AHEAD and SPLITS == 1:
         prefetch_ahead(ahead_ptr, ahead, mine, HK * tl.num_programs(2), PTX)
     op = out_ptr + (b * H + h * G + rg)[:, None] * D + rd[None, :]

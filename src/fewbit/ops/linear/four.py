@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from fewbit.numerics.element import Element
 from fewbit.numerics.qtensor import QTensor
-from fewbit.ops.linear.gpu import FEW, Codes, GpuKernel, GpuLinear, input_why_not
+from fewbit.ops.linear.gpu import FEW, Codes, Common, Ends, GpuKernel, GpuLinear, input_why_not
 from fewbit.ops.linear.layouts import interleave, pack_block_scales, pack_scale_pairs, pack_tiles
 from fewbit.ops.linear.problem import LinearProblem, LinearWeights
 from fewbit.ops.linear.tiles import Tile
@@ -51,9 +50,9 @@ class Int4(GpuKernel):
         group = 2 * (2 if fmt.block[1] == 128 and not fmt.zero else 1) + bool(fmt.zero)
         return problem.n * (problem.k // 2 + problem.k // fmt.block[1] * group)
 
-    def join(self, pieces: Sequence[LinearWeights], gpu: str = "", gated: bool = False) -> GpuLinear:
+    def join(self, pieces: Sequence[LinearWeights], gated: bool = False) -> GpuLinear:
         """See `GpuKernel.join`."""
-        return _Int4Linear(pieces, gpu, gated)
+        return _Int4Linear(pieces, gated)
 
 
 class _FourLinear(GpuLinear):
@@ -92,8 +91,8 @@ class _FourLinear(GpuLinear):
 class _Int4Linear(_FourLinear):
     kind = "int4"
 
-    def __init__(self, pieces: Sequence[LinearWeights], gpu: str, gated: bool) -> None:
-        super().__init__(pieces, gpu, gated)
+    def __init__(self, pieces: Sequence[LinearWeights], gated: bool) -> None:
+        super().__init__(pieces, gated)
         weights = [p.weight for p in pieces if isinstance(p.weight, QTensor)]
         group = weights[0].format.block[1]
         self.columns = 32 if group == 32 else 64
@@ -126,31 +125,22 @@ class _Int4Linear(_FourLinear):
         """E4M3 numbers are bfloat16 numbers, which is what the weights become."""
         return self.act
 
-    def _launch(
-        self,
-        cut: Tile,
-        x: Tensor,
-        scale: Tensor | None,
-        tops: Tensor,
-        ends: tuple[Any, ...],
-        eps: float,
-        constants: dict[str, Any],
-    ) -> None:
+    def _launch(self, cut: Tile, x: Tensor, scale: Tensor | None, tops: Tensor, ends: Ends, common: Common) -> None:
         from fewbit.ops.linear.triton_four import int4_gemm, int4_gemv
 
         m, grid, even = len(x), self._grid(cut, len(x)), self.k == self.padded_k
         if cut["gemv"]:
             int4_gemv[grid](
-                x.view(torch.int32), self.words.view(torch.int32), self.pairs, tops, *ends, self.n, self.k, eps,
+                x.view(torch.int32), self.words.view(torch.int32), self.pairs, tops, *ends, self.n, self.k,
                 KC=cut["KC"], NIT=cut["NIT"], CODE=self.rounding.code if self.rounding else "none", EVEN=even,
-                **constants,
+                **common,
             )  # fmt: skip
             return
         zeros, given = (self._none if t is None else t for t in (self.zeros, scale))
         int4_gemm[grid](
-            x, self.words, self.scales, zeros, given, *ends, m, self.n, self.k, self.blocks, eps, BM=cut["BM"],
+            x, self.words, self.scales, zeros, given, *ends, m, self.n, self.k, self.blocks, BM=cut["BM"],
             C=self.columns, PER=self.per, SPLIT=cut["SPLIT"], STAGES=cut["STAGES"], ASYM=self.zeros is not None,
-            SX="none" if scale is None else "rows", EVEN=even, PREFETCH=cut["PREFETCH"], **constants,
+            SX="none" if scale is None else "rows", EVEN=even, PREFETCH=cut["PREFETCH"], **common,
         )  # fmt: skip
 
     def many(self, x: Tensor | Codes) -> Tensor:
@@ -198,17 +188,17 @@ class Fp4(GpuKernel):
         """See `LinearKernel.weight_bytes`: half a byte a weight, a byte for 16."""
         return problem.n * (problem.k // 2 + problem.k // 16 + 4)
 
-    def join(self, pieces: Sequence[LinearWeights], gpu: str = "", gated: bool = False) -> GpuLinear:
+    def join(self, pieces: Sequence[LinearWeights], gated: bool = False) -> GpuLinear:
         """See `GpuKernel.join`."""
-        return _Fp4Linear(pieces, gpu, gated)
+        return _Fp4Linear(pieces, gated)
 
 
 class _Fp4Linear(_FourLinear):
     kind = "fp4"
     columns = 64
 
-    def __init__(self, pieces: Sequence[LinearWeights], gpu: str, gated: bool) -> None:
-        super().__init__(pieces, gpu, gated)
+    def __init__(self, pieces: Sequence[LinearWeights], gated: bool) -> None:
+        super().__init__(pieces, gated)
         weights = [p.weight for p in pieces if isinstance(p.weight, QTensor)]
         order = interleave if gated else (lambda rows: rows)
         stored = torch.cat([E.decode(w.scale) for w in weights if isinstance(E := w.format.scale, Element)])
@@ -217,22 +207,13 @@ class _Fp4Linear(_FourLinear):
         outer = [row.new_ones(w.shape[0]) if w.outer is None else w.outer.expand(w.shape[0]) for w in weights]
         self.row = row * order(torch.cat(outer))  # float32 [N]
 
-    def _launch(
-        self,
-        cut: Tile,
-        x: Tensor,
-        scale: Tensor | None,
-        tops: Tensor,
-        ends: tuple[Any, ...],
-        eps: float,
-        constants: dict[str, Any],
-    ) -> None:
+    def _launch(self, cut: Tile, x: Tensor, scale: Tensor | None, tops: Tensor, ends: Ends, common: Common) -> None:
         from fewbit.ops.linear.triton_four import fp4_gemm
 
         fp4_gemm[self._grid(cut, len(x))](
-            x, self.words, self.scales, self.row, *ends, len(x), self.n, self.k, self.blocks, eps, BM=cut["BM"],
+            x, self.words, self.scales, self.row, *ends, len(x), self.n, self.k, self.blocks, BM=cut["BM"],
             SPLIT=cut["SPLIT"], STAGES=cut["STAGES"], EVEN=self.k == self.padded_k, PREFETCH=cut["PREFETCH"],
-            **constants,
+            **common,
         )  # fmt: skip
 
     def many(self, x: Tensor | Codes) -> Tensor:

@@ -16,12 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.numerics.format import ALL
 from fewbit.ops.device import gpu_name, shared_memory
 from fewbit.ops.linear.problem import LinearProblem, LinearWeights
 from fewbit.ops.linear.tiles import Tile, key, tile
 
 FEW = 128
 """Most tokens of a skinny product."""
+
+Ends = tuple[Any, ...]
+Common = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,11 @@ class Rounding:
 
     code: str
     scale: Tensor | None = None  # float32 []
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the scale needs the whole row."""
+        return self.scale is None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,11 +90,11 @@ class GpuLinear(ABC):
 
     kind: str
 
-    def __init__(self, pieces: Sequence[LinearWeights], gpu: str, gated: bool) -> None:
+    def __init__(self, pieces: Sequence[LinearWeights], gated: bool) -> None:
         self.n = sum(piece.weight.shape[0] for piece in pieces)
         self.k = pieces[0].weight.shape[1]
         device = device_of(pieces[0])
-        self.gpu, self.shared = gpu, shared_memory(device)
+        self.gpu, self.shared = gpu_name(device), shared_memory(device)
         self.on_gpu = device.type == "cuda"  # else Triton's interpreter runs the kernels, which has no bfloat16
         self.act = torch.bfloat16 if self.on_gpu else torch.float32
         self.rounding = _rounding(pieces[0])
@@ -112,6 +121,11 @@ class GpuLinear(ABC):
     def kind_of(self, m: int) -> str:
         """What the product of `m` tokens was tuned as."""
         return self.kind
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the input is rounded under a scale that needs the whole row."""
+        return self.rounding is not None and self.rounding.dynamic
 
     def rounds_itself(self, m: int) -> bool:
         """Whether `few` rounds its input on the way; else it wants codes (if it has a `rounding`)."""
@@ -152,43 +166,22 @@ class GpuLinear(ABC):
         out_scale = none if out_rounding is None or out_rounding.scale is None else out_rounding.scale
         bias, after, next_ = (none if t is None else t for t in (self.bias, stats, ahead))
         pieces = pieces_of(ahead, cut)
-        ends = (
-            bias,
-            before,
-            out,
-            out_scale,
-            res,
-            g,
-            after,
-            count,
-            clear,
-            next_,
-            pieces,
-        )
+        ends = bias, before, out, out_scale, res, g, after, count, clear, next_, pieces
         if ending == "add":  # what several programs add to cannot be stored
             ending = "atomic" if cut.get("SPLIT", 1) > 1 else "store"
-        constants = {
+        common = {
             "BN": cut["BN"], "BIAS": self.bias is not None, "OUT": ending, "NORM": norm is not None,
             "OUT_CODE": out_rounding.code if out_rounding else "none", "TOPS": out_tops,
             "AHEAD": pieces > 0, "PDL": start, "PTX": self.on_gpu,
-            "num_warps": cut["num_warps"], **({"launch_pdl": True} if start else {}),
+            "num_warps": cut["num_warps"], "eps": eps, **({"launch_pdl": True} if start else {}),
         }  # fmt: skip
-        self._launch(cut, rows, scale, none if tops is None else tops, ends, eps, constants)
+        self._launch(cut, rows, scale, none if tops is None else tops, ends, common)
 
     @abstractmethod
-    def _launch(
-        self,
-        cut: Tile,
-        x: Tensor,
-        scale: Tensor | None,
-        tops: Tensor,
-        ends: tuple[Any, ...],
-        eps: float,
-        constants: dict[str, Any],
-    ) -> None:
+    def _launch(self, cut: Tile, x: Tensor, scale: Tensor | None, tops: Tensor, ends: Ends, common: Common) -> None:
         """Launch the kernel that `cut` is for: x [M, K] bfloat16, or codes in units of `scale` [] or [M].
 
-        `ends` and `constants`: the arguments that all kernels take alike.
+        `ends` and `common`: what all kernels take alike, in their order and by name.
         """
 
     def _grid(self, cut: Tile, m: int) -> tuple[int, ...]:
@@ -216,7 +209,7 @@ class GpuLinear(ABC):
         if rows.shape[0] > FEW:
             return self.many(x).to(dtype or self.act)
         out = torch.empty(rows.shape[0], self.n, dtype=dtype or self.act, device=rows.device)
-        dynamic = self.rounding is not None and self.rounding.scale is None and not isinstance(x, Codes)
+        dynamic = self.dynamic and not isinstance(x, Codes)
         self.few(x, out, tops=rows.abs().amax(1, keepdim=True).float().repeat(1, 16) if dynamic else None)
         return out
 
@@ -261,12 +254,12 @@ class GpuKernel(ABC):
         """See `LinearKernel.weight_bytes`."""
 
     @abstractmethod
-    def join(self, pieces: Sequence[LinearWeights], gpu: str = "", gated: bool = False) -> GpuLinear:
+    def join(self, pieces: Sequence[LinearWeights], gated: bool = False) -> GpuLinear:
         """Prepare linears that read the same input as one; `gated`: gate above up, for the ending ``silu``."""
 
     def prepare(self, weights: LinearWeights, dtype: torch.dtype) -> GpuLinear:
         """See `LinearKernel.prepare`."""
-        return self.join([weights], gpu_name(device_of(weights)))
+        return self.join([weights])
 
     def run(self, x: Tensor, prepared: GpuLinear) -> Tensor:
         """See `LinearKernel.run`."""
@@ -289,7 +282,7 @@ def input_why_not(problem: LinearProblem, element: str) -> str | None:
     fmt, how = problem.quant.input, problem.quant.input_scale
     if fmt is None:
         return None
-    whole_row = fmt.block[1] == -1
+    whole_row = fmt.block[1] == ALL
     if fmt.element.name != element or not whole_row or (how == "dynamic" and fmt.block[0] != 1) or how == "outer":
         return f"cannot round inputs to {fmt} ({how})"
     if element == "e4m3" and problem.device.capability < (8, 9):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fewbit.numerics.qtensor import QTensor
-from fewbit.ops.linear.gpu import Codes, GpuKernel, GpuLinear, input_why_not, version
+from fewbit.ops.linear.gpu import Codes, Common, Ends, GpuKernel, GpuLinear, input_why_not, version
 from fewbit.ops.linear.layouts import interleave
 from fewbit.ops.linear.problem import LinearProblem, LinearWeights
 from fewbit.ops.linear.tiles import Tile
@@ -44,14 +43,14 @@ class Wide(GpuKernel):
             return problem.n * problem.k * 2
         return problem.n * (problem.k + 4)
 
-    def join(self, pieces: Sequence[LinearWeights], gpu: str = "", gated: bool = False) -> GpuLinear:
+    def join(self, pieces: Sequence[LinearWeights], gated: bool = False) -> GpuLinear:
         """See `GpuKernel.join`."""
-        return _WideLinear(pieces, gpu, gated)
+        return _WideLinear(pieces, gated)
 
 
 class _WideLinear(GpuLinear):
-    def __init__(self, pieces: Sequence[LinearWeights], gpu: str, gated: bool) -> None:
-        super().__init__(pieces, gpu, gated)
+    def __init__(self, pieces: Sequence[LinearWeights], gated: bool) -> None:
+        super().__init__(pieces, gated)
         parts = [p.weight for p in pieces if isinstance(p.weight, QTensor)]
         self.scale: Tensor | None = None  # float32 [N]
         self.uniform = False  # one scale for all rows
@@ -70,16 +69,7 @@ class _WideLinear(GpuLinear):
             weight = torch.cat(plain) if len(plain) > 1 else plain[0]
             self.weight = interleave(weight) if gated else weight.contiguous()
 
-    def _launch(
-        self,
-        cut: Tile,
-        x: Tensor,
-        scale: Tensor | None,
-        tops: Tensor,
-        ends: tuple[Any, ...],
-        eps: float,
-        constants: dict[str, Any],
-    ) -> None:
+    def _launch(self, cut: Tile, x: Tensor, scale: Tensor | None, tops: Tensor, ends: Ends, common: Common) -> None:
         from fewbit.ops.linear.triton_wide import int8_gemv, wide_gemm, wide_gemv
 
         m, grid, none = len(x), self._grid(cut, len(x)), self._none
@@ -87,25 +77,25 @@ class _WideLinear(GpuLinear):
         if not cut["gemv"]:
             how = "none" if scale is None else "one" if scale.ndim == 0 else "rows"
             wide_gemm[grid](
-                x, self.weight, rows, none if scale is None else scale, *ends, m, self.n, self.k, eps, BM=cut["BM"],
+                x, self.weight, rows, none if scale is None else scale, *ends, m, self.n, self.k, BM=cut["BM"],
                 BK=cut["BK"], SPLIT=cut["SPLIT"], STAGES=cut["STAGES"], SX=how, SCALED=self.scale is not None,
-                PREFETCH=cut["PREFETCH"], **constants,
+                PREFETCH=cut["PREFETCH"], **common,
             )  # fmt: skip
             return
         r = self.rounding if scale is None else None  # that the kernel does itself
         given = none if r is None or r.scale is None else r.scale
         cuts = {"BK": cut["BK"], "NIT": cut["NIT"], "EVEN": self.k % cut["BK"] == 0}
-        dynamic = r is not None and r.scale is None
+        dynamic = r is not None and r.dynamic
         if r is not None and r.code == "int8":
             int8_gemv[grid](
-                x, self.weight.view(torch.int32), rows, given, tops, *ends, self.n, self.k, eps, DYNAMIC=dynamic,
-                **cuts, **constants,
+                x, self.weight.view(torch.int32), rows, given, tops, *ends, self.n, self.k, DYNAMIC=dynamic,
+                **cuts, **common,
             )  # fmt: skip
         else:
             wide_gemv[grid](
-                x, self.weight, rows, given if scale is None else scale, tops, *ends, self.n, self.k, eps,
+                x, self.weight, rows, given if scale is None else scale, tops, *ends, self.n, self.k,
                 CODE=r.code if r else "none", DYNAMIC=dynamic, SX=scale is not None, SCALED=self.scale is not None,
-                **cuts, **constants,
+                **cuts, **common,
             )  # fmt: skip
 
     @property

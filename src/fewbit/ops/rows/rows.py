@@ -28,7 +28,7 @@ def rounded(x: Tensor, rounding: Rounding, dtype: torch.dtype | None = None) -> 
     block, warps = block_of(width)
     if rows:
         round_rows[(rows,)](
-            x, out.x, out.scale, width, BLOCK=block, CODE=rounding.code, DYNAMIC=rounding.scale is None, PTX=x.is_cuda,
+            x, out.x, out.scale, width, BLOCK=block, CODE=rounding.code, DYNAMIC=rounding.dynamic, PTX=x.is_cuda,
             num_warps=warps,
         )  # fmt: skip
     return out
@@ -51,7 +51,7 @@ def add_norm(
     target, scale = (out.x, out.scale) if isinstance(out, Codes) else (out, res)
     kernel[(rows,)](
         res if x is None else x, res, weight, target, scale, width, eps, BLOCK=block, ADD=x is not None,
-        CODE=rounding.code if rounding else "none", DYNAMIC=rounding is not None and rounding.scale is None,
+        CODE=rounding.code if rounding else "none", DYNAMIC=rounding is not None and rounding.dynamic,
         PTX=res.is_cuda, num_warps=warps,
     )  # fmt: skip
     return out
@@ -71,7 +71,7 @@ def gated(x: Tensor, rounding: Rounding | None, dtype: torch.dtype | None = None
     target, scale = (out.x, out.scale) if isinstance(out, Codes) else (out, x)
     kernel[(rows,)](
         x, target, scale, width, BLOCK=block, CODE=rounding.code if rounding else "none",
-        DYNAMIC=rounding is not None and rounding.scale is None, PTX=x.is_cuda, num_warps=warps,
+        DYNAMIC=rounding is not None and rounding.dynamic, PTX=x.is_cuda, num_warps=warps,
     )  # fmt: skip
     return out
 
