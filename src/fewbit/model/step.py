@@ -85,9 +85,7 @@ class DecodeStep:
         self.gpu, self.shared = gpu_name(device), shared_memory(device)
         kinds = {(a, stored_as(codec)): codec for a, codec in zip(attentions, decoder.codecs, strict=True)}
         groups = max(
-            cut_of(m, a, kv, pages.size, self.gpu, self.shared)["SPLITS"] * m * a.heads
-            for m in range(1, rows + 1)
-            for a, kv in kinds
+            self.cut(m, a, codec)["SPLITS"] * m * a.heads for m in range(1, rows + 1) for (a, _), codec in kinds.items()
         )
         depth = max(a.head_dim for a in attentions)
         count = buffer(rows * max(a.kv_heads for a in attentions), dtype=torch.int32)
