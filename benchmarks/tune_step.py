@@ -33,7 +33,7 @@ from fewbit.ops.attention.decode import stored_as
 from fewbit.ops.linear.tiles import Tile, table
 
 ROLES = {"qkv": "add", "o": "residual", "gate_up": "silu", "down": "residual"}
-LENGTH = 2304  # the middle of answers of 512 after prompts of 2048
+LENGTHS = (2112, 2496)  # in answers of 512 after prompts of 2048
 PAGE = 64
 SHARED = 227 << 10  # bytes of shared memory that the programs of a multiprocessor have together
 Cell = tuple[str, str, int, str]  # config, recipe, rows, K/V
@@ -50,14 +50,14 @@ class Step:
         self.rows = rows
         self.decoder = Loader(dummy_checkpoint(shape, made, device, layers=layers), device).fused()
         self.attention, self.kv = self.decoder.spec.layers[0].attention, stored_as(self.decoder.codecs[0])
-        width = -(-LENGTH // PAGE) + 4
+        width = -(-LENGTHS[-1] // PAGE)
         self.step = DecodeStep(self.decoder, make_pages(self.decoder, rows * width, PAGE), rows, width * PAGE)
         # room for finer cuts of attention than the table holds yet
         pieces = 48 * rows * self.attention.heads
         parts, stats = (torch.zeros(pieces * each, device=device) for each in (self.attention.head_dim, 2))
         self.step.scratch = parts, stats, self.step.scratch[2]
         inputs = torch.zeros(rows * (3 + width), dtype=torch.int32)
-        inputs[rows : 2 * rows], inputs[2 * rows : 3 * rows] = -1, LENGTH
+        inputs[rows : 2 * rows] = -1
         inputs[3 * rows :] = torch.randperm(rows * width, generator=torch.Generator().manual_seed(0))
         self.step.inputs[: len(inputs)].copy_(inputs)
         self.table = table(self.step.gpu)
@@ -82,23 +82,28 @@ class Step:
         torch.cuda.synchronize()
 
     def seconds(self) -> float:
-        """Of the step, in a graph."""
+        """Of the step, in a graph; the mean over the lengths of sequences."""
         self.run()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.step.run(self.rows)
-        return seconds(graph.replay)
+        times = []
+        for length in LENGTHS:
+            self.step.inputs[2 * self.rows : 3 * self.rows] = length
+            times.append(seconds(graph.replay))
+        return sum(times) / len(times)
 
 
 def candidates(step: Step, part: str) -> list[Tile]:
     """What is tried for a part, without the moment at which the next kernel may start."""
-    few = step.rows <= 4
     if part == "attention":
-        splits, warps, stages = ((12, 16, 18, 24, 36), (2, 4), (3, 7)) if few else ((1, 2, 4), (2, 4, 8), (2, 3, 5))
-        return [
-            {"SPLITS": s, "STAGES": n, "num_warps": w, "PREFETCH": p}
-            for s, w, n, p in product(splits, warps, stages, (0, 1))
-        ]
+        few = step.rows <= 4
+        names = "SPLITS", "num_warps", "STAGES", "PREFETCH", "PDL"
+        values = (
+            ((12, 16, 20, 24, 40), (2, 4, 8), (2, 3), (1, 3), (2,)) if few
+            else ((1, 2), (2, 4), (3, 4, 6), (0, 2), (0, 2))
+        )  # fmt: skip
+        return [dict(zip(names, each, strict=True)) for each in product(*values)]
     linear = getattr(step.decoder.layers[0], part)
     kind, n, k, rows = linear.kind_of(step.rows), linear.n, linear.padded_k, step.rows
     found: list[Tile] = []
@@ -113,9 +118,11 @@ def candidates(step: Step, part: str) -> list[Tile]:
     if rows > 1 or kind == "fp4" or (kind == "fp8" and ROLES[part] == "residual"):
         size = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0}.get(kind, 0.5)
         spans = [256, 128] if size >= 1 else [128]  # bytes of a row in a stage
-        tokens = max(16, min(64, 1 << (rows - 1).bit_length()))
+        widths = (8, 16) if rows == 1 else (max(8, min(64, 1 << (rows - 1).bit_length())),)
         splits = (1,) if ROLES[part] == "silu" else (1, 2, 4, 7, 8)
-        for (bn, warps), span, stages, split in product(((64, 4), (128, 4), (128, 8)), spans, (2, 3, 4, 6, 8), splits):
+        for (bn, warps), span, stages, split, tokens in product(
+            ((64, 4), (128, 4), (128, 8)), spans, (2, 3, 4, 6), splits, widths
+        ):
             columns = int(span / size)
             if k % (columns * split):
                 continue
@@ -179,13 +186,15 @@ class Descent:
     def round(self, part: str, cuts: list[Tile]) -> list[Tile]:
         """Try cuts, and when the next kernel may start; the cuts from the fastest to the slowest."""
         held = {name: value for name, value in self.step.cut(part).items() if name in ("PDL", "AHEAD")}
-        times = [self.offer(part, cut | held) for cut in cuts]
-        for other in (0, 2) if part == "attention" else (0, 1):
-            self.offer(part, self.step.cut(part) | {"PDL": other})
+        times = [self.offer(part, held | cut) for cut in cuts]
+        fastest = sorted(range(len(cuts)), key=times.__getitem__)
+        if part != "attention":  # the best cut for the one start need not be that for the other
+            for i in fastest[:4]:
+                self.offer(part, held | cuts[i] | {"PDL": 1 - held.get("PDL", 1)})
         for ahead in (0, 1, 2, 4, 8):
             self.offer(part, self.step.cut(part) | {"AHEAD": ahead})
         print(f"   {part}: {self.best * 1e3:.3f} ms {self.step.cut(part)}", flush=True)
-        return [cuts[i] for i in sorted(range(len(cuts)), key=times.__getitem__)]
+        return [cuts[i] for i in fastest]
 
 
 def tune(cell: Cell, pool: Any) -> dict[str, Tile]:
@@ -193,10 +202,10 @@ def tune(cell: Cell, pool: Any) -> dict[str, Tile]:
     began, step = time.time(), Step(cell, layers=8)
     tried = {part: candidates(step, part) for part in (*ROLES, "attention")}
     jobs = [
-        (cell, part, [cut | {"PDL": start} for cut in cuts[i::3]])
+        (cell, part, [{"PDL": start} | cut for cut in cuts[i::4]])
         for part, cuts in tried.items()
-        for start in ((0, 2) if part == "attention" else (0, 1))
-        for i in range(3)
+        for start in ((2,) if part == "attention" else (0, 1))
+        for i in range(4)
     ]
     for _ in pool.imap_unordered(_compile, jobs):
         pass

@@ -84,7 +84,7 @@ def test_prompts_and_steps_are_those_of_the_definition(tmp_path, family, kind, m
     expected = [definition(ids).double() for ids in said]
     # noise turns into whole steps of a code where inputs or the cache are rounded
     rounded = "a scale" in kind or "calibrated" in kind or "cache" in kind
-    limit = 0.1 if rounded else 2e-2 if GPU else 1e-4
+    limit = 0.1 if rounded else 4e-2 if GPU else 1e-4
     for ids, wanted in zip(said, expected, strict=True):
         assert off(definition(ids, fused), wanted) < limit
     pages = make_pages(fused, 6, PAGE)
@@ -101,7 +101,8 @@ def test_prompts_and_steps_are_those_of_the_definition(tmp_path, family, kind, m
             step.run(len(rows))
             for i, (r, on) in enumerate(zip(rows, alive, strict=True)):
                 if on:
-                    assert off(step.logits[i], expected[r][t]) < limit, (kind, rows, t)
+                    error = off(step.logits[i], expected[r][t])
+                    assert error < limit, (kind, rows, t, error)
                     assert int(step.chosen[i]) == int(step.logits[i].argmax())
                     assert float(step.best[i]) == float(step.logits[i].max())
     # the token of a row may be what the step before chose

@@ -23,7 +23,7 @@ SHAPES += [(RANDOM.randint(1, 3000), 64 * RANDOM.randint(1, 200)) for _ in range
 def test_every_cut_covers_the_product_and_fits(kind, gpu):
     for n, k in SHAPES:
         k = -(-k // 256) * 256 if kind in ("int4", "w4a8", "fp4") else k  # the kernel's view is filled up
-        for m in (1, 2, 16, 17, 33, 64, 128):
+        for m in (1, 2, 9, 16, 17, 33, 64, 128):
             for ending in ("store", "add", "silu", "residual"):
                 if kind == "w4a8" and m > 1:
                     continue  # a GEMV alone
@@ -36,7 +36,7 @@ def test_every_cut_covers_the_product_and_fits(kind, gpu):
                 else:
                     step = cut.get("BK", 256)
                     assert k % (step * cut["SPLIT"]) == 0, (n, k, m, cut)
-                    assert cut["BM"] >= 16
+                    assert cut["BM"] >= 8
                     assert cut["SPLIT"] == 1 or ending in ("add", "residual")
                     held = cut["STAGES"] - (GPUS[gpu] < HOPPER_SHARED)
                     assert _stage_bytes(kind, cut) * held <= GPUS[gpu]
@@ -48,7 +48,7 @@ def test_what_was_tuned_is_what_is_taken():
     n, k = map(int, key.split()[1].split("x"))
     assert tile("fp8", n, k, 1, "store", "NVIDIA H100 80GB HBM3", HOPPER_SHARED) == tuned
     key, tuned = next((k, v) for k, v in table("NVIDIA H100 80GB HBM3").items() if k.startswith("fp4 28672x4096 1"))
-    assert tile("fp4", 28672, 4096, 1, "silu", "NVIDIA H100 80GB HBM3", HOPPER_SHARED) == tuned | {"BM": 16}
+    assert tile("fp4", 28672, 4096, 1, "silu", "NVIDIA H100 80GB HBM3", HOPPER_SHARED) == tuned | {"BM": tuned.get("BM", 8)}
     assert table("NVIDIA H200") == table("NVIDIA H100 80GB HBM3")
     assert table("NVIDIA A100") == {}
 

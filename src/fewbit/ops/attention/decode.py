@@ -39,10 +39,10 @@ def cut_of(rows: int, a: Attention, kv: str, page: int, gpu: str = "", shared: i
     if found := tuned(gpu, f"attention {kv} {a.heads}x{a.kv_heads}x{a.head_dim} {page} {rows}"):
         return found
     splits = splits_of(rows, a.kv_heads)
-    warps = 2 if splits >= 8 and page <= 64 else 4
     stage = 2 * page * a.head_dim * (2 if kv == "none" else 1)  # a page of K and one of V
     stages = max(1, min(3, (shared - (16 << 10)) // stage))
-    return {"SPLITS": splits, "STAGES": stages, "num_warps": warps, "PDL": 0, "PREFETCH": 2}
+    early = {"PDL": 2, "PREFETCH": 1} if splits > 1 else {"PDL": 0, "PREFETCH": 0}
+    return {"SPLITS": splits, "STAGES": stages, "num_warps": 4} | early
 
 
 def stored_as(codec: Any) -> str:

@@ -1,6 +1,6 @@
 """How a skinny product is cut into programs: measured for the shapes that were tuned, a rule for all others.
 
-The tables lie in ``tuned/``, one a GPU, made by ``benchmarks/tune_linear.py``. Nothing is tuned while a request waits.
+The tables lie in ``tuned/``, one a GPU, made by ``benchmarks/tune_step.py``. Nothing is tuned while a request waits.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def tile(kind: str, n: int, k: int, m: int, ending: str, gpu: str, shared: int) 
     found = tuned(gpu, key(kind, n, k, m)) or (tuned(gpu, key(kind, n, k, 32)) if bm > 1 else None)
     made = found or _rule(kind, n, k, bm)
     if not made["gemv"]:
-        made["BM"] = max(bm, 16)
+        made["BM"] = bm if bm > 1 else made.get("BM", 8)
         if ending in ("store", "silu"):  # nobody adds up what several programs store
             made["SPLIT"] = 1
         # Triton keeps one stage less in shared memory where it does not use Hopper's matrix instructions
@@ -47,7 +47,7 @@ def key(kind: str, n: int, k: int, m: int) -> str:
 
 
 def _bucket(m: int) -> int:
-    return 1 if m == 1 else next((b for b in (16, 32) if m <= b), 64)
+    return 1 if m == 1 else next((b for b in (8, 16, 32) if m <= b), 64)
 
 
 def _stage_bytes(kind: str, cut: Tile) -> int:
