@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--config", default="llama3-8b")
     parser.add_argument("--rows", default=ROWS, help="recipe:kv, by commas")
     parser.add_argument("--batches", default="1,32", help="by commas")
+    parser.add_argument("--once", default="", help="batch sizes that are measured once, for a sweep")
     parser.add_argument("--head", help="format of the head: fp8 or int4")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--tests", action="store_true", help="run the tests too")
@@ -103,15 +104,16 @@ def main() -> None:
     if options.tests:
         found["tests"] = run_tests()
         save()
-    sizes = [int(size) for size in options.batches.split(",")]
+    sizes = {int(size): options.runs for size in options.batches.split(",") if size}
+    sizes |= {int(size): 1 for size in options.once.split(",") if size}
     for row in options.rows.split(",") if options.rows else ():
         name, kv = (None if part == "none" else part for part in row.split(":"))
         recipe = (read_recipe(name) if name else AS_IT_WAS).with_kv(kv).with_head(options.head)
         try:
             shape, gpu = shape_named(options.config), torch.device("cuda", 0)
             bench = Bench(shape, recipe, gpu, prompt=2048, output=512, largest=max(sizes))
-            for size in sizes:
-                r = bench.run(size, options.runs)
+            for size, runs in sorted(sizes.items()):
+                r = bench.run(size, runs)
                 named = {
                     "config": options.config,
                     "recipe": name,

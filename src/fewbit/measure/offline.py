@@ -181,7 +181,7 @@ class Bench:
         found = []
         for index in range(runs + 1):
             self.tell("warming up" if index == 0 else f"run {index} of {runs}")
-            found.append(_run(engine, prompts, output, f"r{index}"))
+            found.append(_run(engine, prompts, output if index else min(output, 8), f"r{index}"))
         counted = sorted(found[1:], key=lambda run: run[0])
         _, first, between, last_first = counted[len(counted) // 2]
         step, graph = _step_times(engine, prompts, prompt + output // 2)

@@ -48,7 +48,9 @@ def test_what_was_tuned_is_what_is_taken():
     n, k = map(int, key.split()[1].split("x"))
     assert tile("fp8", n, k, 1, "store", "NVIDIA H100 80GB HBM3", HOPPER_SHARED) == tuned
     key, tuned = next((k, v) for k, v in table("NVIDIA H100 80GB HBM3").items() if k.startswith("fp4 28672x4096 1"))
-    assert tile("fp4", 28672, 4096, 1, "silu", "NVIDIA H100 80GB HBM3", HOPPER_SHARED) == tuned | {"BM": tuned.get("BM", 8)}
+    assert tile("fp4", 28672, 4096, 1, "silu", "NVIDIA H100 80GB HBM3", HOPPER_SHARED) == tuned | {
+        "BM": tuned.get("BM", 8)
+    }
     assert table("NVIDIA H200") == table("NVIDIA H100 80GB HBM3")
     assert table("NVIDIA A100") == {}
 

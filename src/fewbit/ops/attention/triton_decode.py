@@ -204,8 +204,8 @@ def decode_attention(
         kn, vn = _new_token(
             row, kn_ptr, k_ptr, v_ptr, newest, pos, h, c, s, ks, vs, eps, n > 0, H, HK, D, PAGE, KV, QK_NORM, PTX
         )
-        score = tl.sum(q.to(tl.float32) * kn[None, :], 1) * scale
-        mn = tl.maximum(m, tl.where(n > 0, score, -1e30))
+        score = tl.where(n > 0, tl.sum(q.to(tl.float32) * kn[None, :], 1) * scale, -1e30)
+        mn = tl.maximum(m, score)
         a = tl.exp2(m - mn)
         p = tl.where(n > 0, tl.exp2(score - mn), 0.0)
         l = l * a[None, :] + tl.where((rt == 0)[:, None], p[None, :], 0.0)

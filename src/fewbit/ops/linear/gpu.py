@@ -174,6 +174,7 @@ class GpuLinear(ABC):
             "OUT_CODE": out_rounding.code if out_rounding else "none", "TOPS": out_tops,
             "AHEAD": pieces > 0, "PDL": start, "PTX": self.on_gpu,
             "num_warps": cut["num_warps"], "eps": eps, **({"launch_pdl": True} if start else {}),
+            **({"maxnreg": cut["maxnreg"]} if "maxnreg" in cut else {}),
         }  # fmt: skip
         self._launch(cut, rows, scale, none if tops is None else tops, ends, common)
 

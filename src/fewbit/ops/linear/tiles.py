@@ -33,6 +33,8 @@ def tile(kind: str, n: int, k: int, m: int, ending: str, gpu: str, shared: int) 
     made = found or _rule(kind, n, k, bm)
     if not made["gemv"]:
         made["BM"] = bm if bm > 1 else made.get("BM", 8)
+        if kind == "int4" and made["num_warps"] == 8 and made["BM"] <= 32:
+            made["maxnreg"] = 128  # with the 163 that the compiler takes only one program fits a multiprocessor
         if ending in ("store", "silu"):  # nobody adds up what several programs store
             made["SPLIT"] = 1
         # Triton keeps one stage less in shared memory where it does not use Hopper's matrix instructions

@@ -12,7 +12,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fewbit.ops.linear.triton_epilogue import gemm_epilogue, gemv_epilogue, gemv_rows, inverse_rms, row_scale
+from fewbit.ops.linear.triton_epilogue import (
+    gemm_epilogue,
+    gemv_epilogue,
+    gemv_residual,
+    gemv_rows,
+    load_stats,
+    row_scale,
+    scale_rows,
+)
 from fewbit.ops.triton_common import (
     e2m1_planes,
     high_bf16,
@@ -69,7 +77,10 @@ def int4_gemv(
     s = tl.load(sp)
     start_next(PDL)
     wait_previous(PDL)
-    inverse, factor = row_scale(stats_ptr, tops_ptr, tops_ptr, K, eps, CODE, True, NORM)
+    squares, tops = load_stats(stats_ptr, tops_ptr, tops_ptr, CODE, True, NORM)
+    res, g = gemv_residual(res_ptr, g_ptr, row, N, OUT)
+    if CODE != "none":
+        inverse, factor = row_scale(squares, tops, K, eps, CODE, True, NORM)
     acc = tl.zeros((BN, F // 4), tl.float32)
     for it in tl.range(0, NIT):
         wn = w
@@ -100,9 +111,11 @@ def int4_gemv(
         acc += _sum4(b, BN, F) * high_bf16(s)  # planes 2, 3: the second
         w = wn
         s = sn
+    if CODE == "none":
+        _, factor = row_scale(squares, tops, K, eps, CODE, True, NORM)
     r = tl.sum(acc, 1) * factor
     gemv_epilogue(
-        r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, zero_ptr, ahead_ptr, ahead, row, pid, N,
+        r, res, g, bias_ptr, out_ptr, out_scale_ptr, res_ptr, stats_out_ptr, zero_ptr, ahead_ptr, ahead, row, pid, N,
         BN, OUT, OUT_CODE, TOPS, AHEAD, BIAS, NORM, PTX,
     )  # fmt: skip
 
@@ -216,10 +229,7 @@ def int4_gemm(
             acc += tl.dot(p3.to(x0.dtype), x3) * s3.to(tl.float32)[:, None]
             s2, s3 = n2, n3
         s0, s1 = n0, n1
-    if SX == "rows":
-        acc = acc * tl.load(sx_ptr + rm, mask=rm < M, other=0.0)[None, :]
-    if NORM:
-        acc = acc * inverse_rms(stats_ptr, rm, rm < M, K, eps)[None, :]
+    acc = scale_rows(acc, stats_ptr, sx_ptr, rm, M, K, eps, NORM, SX)
     gemm_epilogue(
         acc, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, count_ptr, zero_ptr, ahead_ptr, ahead,
         rn, rm, pid_n, pid_k, pid_m, M, N, BN, BM, SPLIT, OUT, OUT_CODE, TOPS, AHEAD, BIAS, NORM, PTX,
@@ -287,8 +297,7 @@ def fp4_gemm(
         g3 = tl.dot(p3.to(x0.dtype), _plane_of_x(xp, x + 192, rc, K, real, EVEN))
         acc += (g0 + g1) + (g2 + g3)
     acc = acc * tl.load(sw_ptr + tl.minimum(rn, N - 1))[:, None]
-    if NORM:
-        acc = acc * inverse_rms(stats_ptr, rm, rm < M, K, eps)[None, :]
+    acc = scale_rows(acc, stats_ptr, sw_ptr, rm, M, K, eps, NORM, "none")
     gemm_epilogue(
         acc, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, count_ptr, zero_ptr, ahead_ptr, ahead,
         rn, rm, pid_n, pid_k, pid_m, M, N, BN, BM, SPLIT, OUT, OUT_CODE, TOPS, AHEAD, BIAS, NORM, PTX,

@@ -10,15 +10,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fewbit.ops.linear.triton_epilogue import gemm_epilogue, gemv_epilogue, gemv_rows, inverse_rms, row_scale
+from fewbit.ops.linear.triton_epilogue import (
+    gemm_epilogue,
+    gemv_epilogue,
+    gemv_residual,
+    gemv_rows,
+    load_stats,
+    row_scale,
+    scale_rows,
+)
 from fewbit.ops.triton_common import dot4, prefetch_line, round_code, start_next, wait_previous
 
 
 @triton.jit
 def _load_x(x_ptr, rk, K, EVEN: tl.constexpr):
     if EVEN:
-        return tl.load(x_ptr + rk).to(tl.float32)
-    return tl.load(x_ptr + rk, mask=rk < K, other=0.0).to(tl.float32)
+        return tl.load(x_ptr + rk)
+    return tl.load(x_ptr + rk, mask=rk < K, other=0.0)
 
 
 @triton.jit
@@ -60,16 +68,21 @@ def wide_gemv(
     w = _load_w(wp, rk, K, EVEN)
     start_next(PDL)
     wait_previous(PDL)
-    inverse, factor = row_scale(stats_ptr, tops_ptr, sx_ptr, K, eps, CODE, DYNAMIC, NORM)
-    if SX:
-        factor = tl.load(sx_ptr)
+    squares, given = load_stats(stats_ptr, tops_ptr, sx_ptr, CODE, DYNAMIC, NORM)
+    v = _load_x(x_ptr, rk, K, EVEN)
+    res, g = gemv_residual(res_ptr, g_ptr, row, N, OUT)
+    inverse = 1.0
+    if CODE != "none":
+        inverse, factor = row_scale(squares, given, K, eps, CODE, DYNAMIC, NORM)
     acc = tl.zeros((BN, BK), tl.float32)
     for it in tl.range(0, NIT):
         wn = w
+        vn = v
         if NIT > 1:
             nx = tl.minimum(it + 1, NIT - 1) * BK
             wn = _load_w(wp + nx, nx + rk, K, EVEN)
-        x = _load_x(x_ptr, it * BK + rk, K, EVEN)
+            vn = _load_x(x_ptr, nx + rk, K, EVEN)
+        x = v.to(tl.float32)
         if CODE != "none":
             x = round_code(x * inverse, CODE, PTX)
         if w_ptr.dtype.element_ty == tl.float8e4nv:
@@ -77,11 +90,16 @@ def wide_gemv(
         else:
             acc += w.to(tl.float32) * x[None, :]
         w = wn
+        v = vn
+    if SX:
+        factor = tl.load(sx_ptr)
+    elif CODE == "none":
+        _, factor = row_scale(squares, given, K, eps, CODE, DYNAMIC, NORM)
     r = tl.sum(acc, 1) * factor
     if SCALED:
         r = r * tl.load(sw_ptr + tl.minimum(row, N - 1))
     gemv_epilogue(
-        r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, zero_ptr, ahead_ptr, ahead, row, pid, N,
+        r, res, g, bias_ptr, out_ptr, out_scale_ptr, res_ptr, stats_out_ptr, zero_ptr, ahead_ptr, ahead, row, pid, N,
         BN, OUT, OUT_CODE, TOPS, AHEAD, BIAS, NORM, PTX,
     )  # fmt: skip
 
@@ -106,22 +124,28 @@ def int8_gemv(
     w = _load_words(wp, rk, K, EVEN)
     start_next(PDL)
     wait_previous(PDL)
-    inverse, factor = row_scale(stats_ptr, tops_ptr, sx_ptr, K, eps, "int8", DYNAMIC, NORM)
+    squares, given = load_stats(stats_ptr, tops_ptr, sx_ptr, "int8", DYNAMIC, NORM)
     r4 = tl.arange(0, 4)
     at = rk[:, None] * 4 + r4[None, :]
+    v = _load_x(x_ptr, at, K, EVEN)
+    res, g = gemv_residual(res_ptr, g_ptr, row, N, OUT)
+    inverse, factor = row_scale(squares, given, K, eps, "int8", DYNAMIC, NORM)
     acc = tl.zeros((BN, words), tl.int32)
     for it in tl.range(0, NIT):
         wn = w
+        vn = v
         if NIT > 1:
             nx = tl.minimum(it + 1, NIT - 1) * words
             wn = _load_words(wp + nx, nx + rk, K, EVEN)
-        x = round_code(_load_x(x_ptr, it * BK + at, K, EVEN) * inverse, "int8", PTX).to(tl.int32)
+            vn = _load_x(x_ptr, nx * 4 + at, K, EVEN)
+        x = round_code(v.to(tl.float32) * inverse, "int8", PTX).to(tl.int32)
         packed = tl.sum((x & 255) << (r4 * 8)[None, :], 1)
         acc = dot4(w, tl.broadcast_to(packed[None, :], (BN, words)), acc, PTX)
         w = wn
+        v = vn
     r = tl.sum(acc, 1).to(tl.float32) * factor * tl.load(sw_ptr + tl.minimum(row, N - 1))
     gemv_epilogue(
-        r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, zero_ptr, ahead_ptr, ahead, row, pid, N,
+        r, res, g, bias_ptr, out_ptr, out_scale_ptr, res_ptr, stats_out_ptr, zero_ptr, ahead_ptr, ahead, row, pid, N,
         BN, OUT, OUT_CODE, TOPS, AHEAD, BIAS, NORM, PTX,
     )  # fmt: skip
 
@@ -171,12 +195,7 @@ def wide_gemm(
     r = acc.to(tl.float32)
     if SCALED:
         r = r * tl.load(sw_ptr + tl.minimum(rn, N - 1))[:, None]
-    if SX == "one":
-        r = r * tl.load(sx_ptr)
-    elif SX == "rows":
-        r = r * tl.load(sx_ptr + rm, mask=rm < M, other=0.0)[None, :]
-    if NORM:
-        r = r * inverse_rms(stats_ptr, rm, rm < M, K, eps)[None, :]
+    r = scale_rows(r, stats_ptr, sx_ptr, rm, M, K, eps, NORM, SX)
     gemm_epilogue(
         r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, count_ptr, zero_ptr, ahead_ptr, ahead,
         rn, rm, pid_n, pid_k, pid_m, M, N, BN, BM, SPLIT, OUT, OUT_CODE, TOPS, AHEAD, BIAS, NORM, PTX,

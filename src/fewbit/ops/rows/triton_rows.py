@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fewbit.ops.linear.triton_epilogue import row_scale
+from fewbit.ops.linear.triton_epilogue import load_stats, row_scale
 from fewbit.ops.triton_common import round_code, start_next, top_of, wait_previous
 
 
@@ -92,10 +92,11 @@ def round_known(
     wait_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
-    inverse, factor = row_scale(stats_ptr + row * 48, tops_ptr + row * 48, s_ptr, K, eps, CODE, DYNAMIC, NORM)
+    squares, given = load_stats(stats_ptr + row * 48, tops_ptr + row * 48, s_ptr, CODE, DYNAMIC, NORM)
     k = piece * BLOCK + tl.arange(0, BLOCK)
-    y = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
-    y = round_code(y * inverse, CODE, PTX)
+    y = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0)
+    inverse, factor = row_scale(squares, given, K, eps, CODE, DYNAMIC, NORM)
+    y = round_code(y.to(tl.float32) * inverse, CODE, PTX)
     tl.store(out_ptr + row * K + k, y.to(out_ptr.dtype.element_ty), mask=k < K)
     if piece == 0:
         if DYNAMIC:
