@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import platform
 import re
 import subprocess
@@ -79,6 +80,47 @@ def record(path: Path, commit: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def save(found: dict[str, Any], path: Path) -> None:
+    """Write a record."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def card_now() -> dict[str, str]:
+    """Clocks in MHz, degrees and watts of the GPU: what they are explains a cell that is slower than its like."""
+    asked = "clocks.sm,clocks.mem,temperature.gpu,power.draw,clocks_event_reasons.active"
+    query = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader,nounits", "--id=0"]
+    told = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    return dict(zip(asked.split(","), told.split(", "), strict=False))
+
+
+def measure(options: argparse.Namespace, row: str, path: Path) -> None:
+    """One recipe at all batch sizes. A process of its own: the second in one ran at lower clocks than the first."""
+    sizes = {int(size): options.runs for size in options.batches.split(",") if size}
+    sizes |= {int(size): 1 for size in options.once.split(",") if size}
+    name, kv = (None if part == "none" else part for part in row.split(":"))
+    recipe = (read_recipe(name) if name else AS_IT_WAS).with_kv(kv).with_head(options.head)
+    named = {"config": options.config, "recipe": name, "kv": kv, "head": options.head, "input": 2048, "output": 512}
+    try:
+        shape, gpu = shape_named(options.config), torch.device("cuda", 0)
+        bench = Bench(shape, recipe, gpu, prompt=2048, output=512, largest=max(sizes))
+        for size, runs in sorted(sizes.items()):
+            before = card_now()
+            r = bench.run(size, runs)
+            found = json.loads(path.read_text())
+            found["cells"].append(named | {"batch": size} | asdict(r) | {"card": [before, card_now()]})
+            save(found, path)
+            print(
+                f"{options.config} {row} batch {size}: {r.tokens_per_s:.1f} tok/s ({r.slowest:.1f}-{r.fastest:.1f}), "
+                f"first {r.first_token_s * 1e3:.1f} ms, step {r.step_s * 1e3:.3f} graph {r.graph_s * 1e3:.3f} ms, "
+                f"{r.bandwidth:.1%} of copy ({r.ceilings.copy / 1e12:.2f} TB/s), {r.of_limit:.1%} of the limit, "
+                f"differs {r.difference:.3f}",
+                flush=True,
+            )
+    except FewbitError as error:
+        print(f"{row}: {error}", flush=True)
+
+
 def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -95,47 +137,15 @@ def main() -> None:
     card = "-".join(torch.cuda.get_device_name().split()[1:2])
     path = options.out / f"{card}-{options.commit}.json"
     found = record(path, options.commit)
-    found["commands"].append("python benchmarks/gpu_run.py " + " ".join(sys.argv[1:]))
-
-    def save() -> None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
-
+    said = [f"--{name} {value}" for name, value in vars(options).items() if value and name not in ("out", "tests")]
+    found["commands"].append(" ".join(["python benchmarks/gpu_run.py", *said, *["--tests"] * options.tests]))
     if options.tests:
         found["tests"] = run_tests()
-        save()
-    sizes = {int(size): options.runs for size in options.batches.split(",") if size}
-    sizes |= {int(size): 1 for size in options.once.split(",") if size}
+    save(found, path)
     for row in options.rows.split(",") if options.rows else ():
-        name, kv = (None if part == "none" else part for part in row.split(":"))
-        recipe = (read_recipe(name) if name else AS_IT_WAS).with_kv(kv).with_head(options.head)
-        try:
-            shape, gpu = shape_named(options.config), torch.device("cuda", 0)
-            bench = Bench(shape, recipe, gpu, prompt=2048, output=512, largest=max(sizes))
-            for size, runs in sorted(sizes.items()):
-                r = bench.run(size, runs)
-                named = {
-                    "config": options.config,
-                    "recipe": name,
-                    "kv": kv,
-                    "head": options.head,
-                    "batch": size,
-                    "input": 2048,
-                    "output": 512,
-                }
-                found["cells"].append(named | asdict(r))
-                save()
-                print(
-                    f"{options.config} {row} batch {size}: {r.tokens_per_s:.1f} tok/s ({r.slowest:.1f}-"
-                    f"{r.fastest:.1f}), first {r.first_token_s * 1e3:.1f} ms, step {r.step_s * 1e3:.3f} graph "
-                    f"{r.graph_s * 1e3:.3f} ms, {r.bandwidth:.1%} of copy, {r.of_limit:.1%} of the limit, differs "
-                    f"{r.difference:.3f}",
-                    flush=True,
-                )
-        except FewbitError as error:
-            print(f"{row}: {error}", flush=True)
-        bench = None
-        torch.cuda.empty_cache()
+        process = multiprocessing.get_context("spawn").Process(target=measure, args=(options, row, path))
+        process.start()
+        process.join()
 
 
 if __name__ == "__main__":

@@ -22,13 +22,13 @@ STYLES = [("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."),
 
 
 def lines(cells: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Cells by what they have in common besides the batch, in order of batch."""
+    """Cells by what they have in common besides the batch, in order of batch; two are no line."""
     found: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
         name = cell["recipe"] or "BF16"
         parts = [name, f"{cell['kv']} K/V" if cell["kv"] else "", f"{cell['head']} head" if cell.get("head") else ""]
         found.setdefault(", ".join(p for p in parts if p), []).append(cell)
-    return {name: sorted(some, key=lambda c: c["batch"]) for name, some in found.items()}
+    return {name: sorted(some, key=lambda c: c["batch"]) for name, some in found.items() if len(some) > 2}
 
 
 def draw(record: dict[str, Any], config: str, out: Path) -> None:
@@ -37,15 +37,16 @@ def draw(record: dict[str, Any], config: str, out: Path) -> None:
     Raises:
         SystemExit: the record has no cell of that shape.
     """
-    cells = [cell for cell in record["cells"] if cell["config"] == config]
-    if not cells:
+    drawn = lines([cell for cell in record["cells"] if cell["config"] == config])
+    if not drawn:
         raise SystemExit(
-            f"the record has no cells of {config}; it has {sorted({c['config'] for c in record['cells']})}"
+            f"the record has no sweep of {config}; it has cells of {sorted({c['config'] for c in record['cells']})}"
         )
+    cells = [cell for some in drawn.values() for cell in some]
     matplotlib.rcParams |= {"svg.hashsalt": "fewbit", "svg.fonttype": "none", "font.size": 9}
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     speed, share = figure.subplots(1, 2)
-    for (name, some), (colour, marker, dash) in zip(lines(cells).items(), STYLES, strict=False):
+    for (name, some), (colour, marker, dash) in zip(drawn.items(), STYLES, strict=False):
         batches = [cell["batch"] for cell in some]
         options = {"color": colour, "marker": marker, "linestyle": dash, "markersize": 4, "linewidth": 1.2}
         speed.plot(batches, [cell["tokens_per_s"] for cell in some], label=name, **options)
@@ -58,7 +59,7 @@ def draw(record: dict[str, Any], config: str, out: Path) -> None:
         axes.set_title(title, loc="left", fontsize=9)
         axes.grid(alpha=0.3)
     speed.set_yscale("log")
-    share.set_ylim(0, 100)
+    share.set_ylim(0, 115)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     shape = f"{cells[0]['input']} + {cells[0]['output']} tokens"
     figure.suptitle(f"{config}, {record['gpu']}, {shape}, commit {record['commit']}", fontsize=9)

@@ -33,7 +33,9 @@ def tile(kind: str, n: int, k: int, m: int, ending: str, gpu: str, shared: int) 
     made = found or _rule(kind, n, k, bm)
     if not made["gemv"]:
         made["BM"] = bm if bm > 1 else made.get("BM", 8)
-        if kind == "int4" and made["num_warps"] == 8 and made["BM"] <= 32:
+        if made["BM"] == 64 and made["BN"] == 128 and kind in ("int4", "fp4"):
+            made["num_warps"] = 8  # 4 spill
+        if kind in ("int4", "w4a8") and made["num_warps"] == 8 and made["BM"] <= 32:
             made["maxnreg"] = 128  # with the 163 that the compiler takes only one program fits a multiprocessor
         if ending in ("store", "silu"):  # nobody adds up what several programs store
             made["SPLIT"] = 1
@@ -61,17 +63,17 @@ def _stage_bytes(kind: str, cut: Tile) -> int:
 
 
 def _rule(kind: str, n: int, k: int, bm: int) -> Tile:
+    # a thread of a GEMV holds 32 numbers (16 words of 4 bits) of two pieces; with more the compiler spills
     if bm == 1 and kind in ("bf16", "fp8", "int8"):
-        width = min(_power_of_two(k), 4096)
+        width = min(_power_of_two(k), 2048)
         if width < 512:  # few numbers in a row, or an odd number of them: one masked piece after another
             width = min(1 << (k - 1).bit_length(), 2048)
         steps = -(-k // width)
-        return {"gemv": True, "BN": 4, "BK": width, "NIT": steps, "num_warps": 4}
-    if bm == 1 and kind in ("int4", "w4a8"):
+        return {"gemv": True, "BN": 4, "BK": width, "NIT": steps, "num_warps": 8 if steps > 1 else 4}
+    if bm == 1 and kind in ("int4", "w4a8") and n < 16384:
         blocks = k // 256
-        columns = min(_power_of_two(blocks), 16)
-        rows = 16 if columns == 16 else 8
-        return {"gemv": True, "BN": rows, "KC": columns, "NIT": blocks // columns, "num_warps": 4 if rows == 16 else 2}
+        columns = min(_power_of_two(blocks), 8)
+        return {"gemv": True, "BN": 4, "KC": columns, "NIT": blocks // columns, "num_warps": max(columns // 4, 1)}
     if kind in ("bf16", "fp8", "int8"):
         bytes_ = 2 if kind == "bf16" else 1
         bk = next(b // bytes_ for b in (256, 128, 64) if k % (b // bytes_) == 0)
@@ -80,7 +82,7 @@ def _rule(kind: str, n: int, k: int, bm: int) -> Tile:
             "gemv": False, "BN": rows, "BK": bk, "num_warps": 4, "STAGES": 3 if rows == 128 else 4,
             "SPLIT": _split(n // rows, k // bk), "PREFETCH": 2,
         }  # fmt: skip
-    rows = 128 if n >= 16384 and bm > 16 else 64
+    rows = 128 if n >= 16384 and (bm > 16 or kind != "fp4") else 64
     return {
         "gemv": False, "BN": rows, "num_warps": 8 if rows == 128 else 4, "STAGES": 3,
         "SPLIT": _split(-(-n // rows), k // 256), "PREFETCH": 2,
