@@ -14,7 +14,7 @@ import torch
 import fewbit
 from fewbit import cli
 from fewbit.checkpoint import open_checkpoint
-from fewbit.compress import built_in
+from fewbit.compress import built_in, read_recipe
 from fewbit.engine.attend import token_bytes
 from fewbit.engine.batch import Batch, Draw, Piece
 from fewbit.engine.config import EngineOptions, resolve
@@ -29,7 +29,8 @@ from fewbit.text.tokenizer import Tokenizer
 STORY = fewbit.demo_model()
 GPU = torch.device("cuda", 0)
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
-CELLS = [(recipe, None) for recipe in (None, *built_in())] + [("int8_wo", "int8"), ("fp8", "fp8"), ("int4", "fp8")]
+NUMERICS = {read_recipe(name).rules: name for name in reversed(built_in())}.values()  # one recipe of each
+CELLS = [(recipe, None) for recipe in (None, *NUMERICS)] + [("int8_wo", "int8"), ("fp8", "fp8"), ("int4", "fp8")]
 NOT_FUSED = {"mxfp4", "nvfp4"}  # inputs in blocks: the reference multiplies
 
 

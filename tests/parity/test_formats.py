@@ -28,7 +28,7 @@ from helpers import dense_logits, ids, make_model, same_tensors
 from independent_decoder import decode
 
 EXPORTS = ("compressed-tensors", "hf")
-HF_SAYS = ("fp8", "fp8_dynamic", "int8_wo", "int4", "nvfp4", "nvfp4_wo")
+HF_SAYS = ("fp8", "fp8_dynamic", "int8_wo", "int4", "int4_awq", "int4_gptq", "nvfp4", "nvfp4_awq", "nvfp4_wo")
 KV = (None, "fp8", "int8")
 MATRIX = [
     (recipe, export, kv)

@@ -166,7 +166,8 @@ class _Run:
         plain = [*self.codecs, KVCodec(self.checkpoint.dtype)]
         with self._stage("calibrate"):
             exact.through(layer, plain)
-            scales = self._calibrate(block, layer, data, plain) if data else {}
+            if data:
+                self._calibrate(block, layer, data, plain)
         with self._stage("quantize"):
             for technique in self.block_techniques:
                 technique.block(block)
@@ -185,6 +186,7 @@ class _Run:
             self._write(
                 writer, f"{weight}.weight", layer.norms[name].to(self.checkpoint.tensors.dtype(f"{weight}.weight"))
             )
+        scales = self._kv_scales(block)
         self.codecs.append(self._codec(index, scales))
         for which, scale in scales.items():
             self._write(writer, f"layers.{index}.attn.{which}_scale", scale)
@@ -213,7 +215,9 @@ class _Run:
         norms = self.loader.norms(index)
         for name, module in self._norm_names(index).items():
             self._finite(f"{module}.weight", norms[name])
-        return Block(index, self.checkpoint.spec.layers[index], quant, floats, norms), weights
+        biases = {name: w.bias for name, w in weights.items() if w.bias is not None}
+        layer = self.checkpoint.spec.layers[index]
+        return Block(index, layer, quant, floats, norms, self.checkpoint.dtype, biases), weights
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor, once it is known to hold numbers only; looked at in pieces, which costs no memory."""
@@ -225,25 +229,35 @@ class _Run:
         linears = {n.rpartition(".")[2]: Linear(Dense(), w, self.loader.dtype) for n, w in weights.items()}
         return DecoderLayer(block.index, block.layer, linears, block.norms)
 
-    def _calibrate(self, block: Block, layer: DecoderLayer, data: Stream, codecs: list[KVCodec]) -> dict[str, Tensor]:
-        """One pass of the data over the float layer: fills `block.stats`; returns the scales of K and V."""
+    def _calibrate(self, block: Block, layer: DecoderLayer, data: Stream, codecs: list[KVCodec]) -> None:
+        """One pass of the data over the float layer: fills the statistics of `block`."""
         plain = dict(layer.linears)
-        for name, quant in block.quant.items():
-            if quant.calibrated or self.needs - {"none"}:
-                stats = Stats.empty(block.weights[name].shape[1], self.device, "hessian" in self.needs)
-                block.stats[name] = stats
-                leaf = name.rpartition(".")[2]
-                layer.linears[leaf] = Recorder(plain[leaf], stats)
+        shared: dict[str, Stats] = {}
+        for shape in self.checkpoint.spec.layer_linears(block.index):
+            quant = block.quant.get(shape.name)
+            if quant is None or not (quant.calibrated or self.needs - {"none"}):
+                continue
+            group = shape.shares_input or shape.name
+            if group not in shared:
+                shared[group] = Stats.empty(shape.in_features, self.device, "hessian" in self.needs)
+                leaf = shape.name.rpartition(".")[2]
+                layer.linears[leaf] = Recorder(plain[leaf], shared[group])
+            block.stats[shape.name] = shared[group]
         attend = data.watch(layer, codecs)
         layer.linears = plain
         release_memory()
+        for name, stats in block.stats.items():
+            if not torch.isfinite(stats.amax).all():
+                raise CheckpointError(f"the input of {name} holds NaN or infinity on the calibration data")
+        block.k_amax, block.v_amax = attend.k_amax[block.index], attend.v_amax[block.index]
+
+    def _kv_scales(self, block: Block) -> dict[str, Tensor]:
         kv = self.plan.kv.get(block.index)
         if kv is None:
             return {}
-        return {
-            "k": _input_scale(attend.k_amax[block.index], kv.k),
-            "v": _input_scale(attend.v_amax[block.index], kv.v),
-        }
+        assert block.k_amax is not None
+        assert block.v_amax is not None
+        return {"k": _input_scale(block.k_amax.amax(), kv.k), "v": _input_scale(block.v_amax.amax(), kv.v)}
 
     def _linear(
         self,
@@ -255,6 +269,9 @@ class _Run:
     ) -> Linear:
         """Quantize one linear, write it, and return it as it will be served."""
         quant, weight = block.quant.get(shape.name), block.weights[shape.name]
+        if weights.bias is not None:  # a technique may have changed it
+            bias = block.biases[shape.name].to(self.checkpoint.tensors.dtype(f"{shape.name}.bias"))
+            weights = replace(weights, bias=bias)
         if quant is None:
             stored = weight.to(self.checkpoint.tensors.dtype(f"{shape.name}.weight"))
             self._write(writer, f"{shape.name}.weight", stored)
@@ -272,7 +289,7 @@ class _Run:
                 self._write(writer, f"{shape.name}.input_scale", scale)
             served = LinearWeights(quant, q, weights.bias, scale)
         if weights.bias is not None:
-            self._write(writer, f"{shape.name}.bias", self.checkpoint.tensors.dense(f"{shape.name}.bias"))
+            self._write(writer, f"{shape.name}.bias", weights.bias)
         return Linear(self.loader.choose_for(served.quant, shape).kernel, served, self.loader.dtype)
 
     def _round(self, name: str, weight: Tensor, quant: QuantSpec, stats: Stats | None, outer: Tensor | None) -> QTensor:

@@ -52,7 +52,11 @@ class Block:
         quant: QuantSpec by canonical linear, of those that will be quantized.
         weights: float weights [out, in] by canonical linear.
         norms: norm weights by last name (``pre_attn``, ``pre_mlp``, ...).
-        stats: statistics by canonical linear; empty where no technique needs any.
+        dtype: what norms, biases and unquantized weights are stored in.
+        biases: biases [out] by canonical linear, of those that have one.
+        stats: statistics by canonical linear; empty where no technique needs any. Linears that read one input share
+            one object.
+        k_amax, v_amax: float32 [kv_heads * head_dim], the largest magnitudes of K and V; None: not calibrated.
     """
 
     index: int
@@ -60,7 +64,11 @@ class Block:
     quant: Mapping[str, QuantSpec]
     weights: dict[str, Tensor]
     norms: dict[str, Tensor]
+    dtype: torch.dtype = torch.float32
+    biases: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Stats] = field(default_factory=dict)
+    k_amax: Tensor | None = None
+    v_amax: Tensor | None = None
 
 
 class Recorder:
@@ -76,7 +84,7 @@ class Recorder:
 
 
 class RecordingAttend(DenseAttend):
-    """Attention that notes the largest magnitudes of K and V before they are stored."""
+    """Attention that notes the largest magnitude of each channel of K and V before they are stored."""
 
     def __init__(self, codecs: Sequence[KVCodec], length: int) -> None:
         super().__init__(codecs, length)
@@ -86,6 +94,6 @@ class RecordingAttend(DenseAttend):
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
         """See `Attend`."""
         for seen, x in ((self.k_amax, k), (self.v_amax, v)):
-            amax = x.abs().amax().float()
+            amax = x.abs().amax(0).flatten().float()
             seen[layer] = torch.maximum(seen[layer], amax) if layer in seen else amax
         return super().__call__(layer, q, k, v, a)

@@ -6,6 +6,7 @@ import pytest
 
 from fewbit.compress import built_in, group_name, read_recipe, summary
 from fewbit.compress.recipe import parse_recipe
+from fewbit.compress.techniques import awq, gptq, smoothquant
 from fewbit.errors import RecipeError, UnsupportedError
 from fewbit.numerics.format import FORMATS
 from fewbit.numerics.quantspec import KVSpec, QuantSpec
@@ -28,7 +29,17 @@ MEANT = {
     "nvfp4_wo": QuantSpec(F["nvfp4"]),
     "mxfp4": QuantSpec(F["mxfp4"], F["mxfp4"]),
     "mxfp4_wo": QuantSpec(F["mxfp4"]),
+    "int8_sq": QuantSpec(F["int8_row"], F["int8_row"]),
+    "int8_sq_static": QuantSpec(F["int8_row"], F["int8"], "static"),
+    "int4_awq": QuantSpec(F["int4_g128"]),
+    "int4_awq_asym": QuantSpec(F["int4_g128_asym"]),
+    "int4_gptq": QuantSpec(F["int4_g128"]),
+    "w4a8_awq": QuantSpec(F["int4_g128"], F["fp8_row"]),
+    "nvfp4_awq": QuantSpec(F["nvfp4"], F["nvfp4"], "outer"),
 }
+SMOOTHED = (smoothquant.Settings(alpha=0.8), gptq.Settings())
+TECHNIQUES = {"int8_sq": SMOOTHED, "int8_sq_static": SMOOTHED, "int4_gptq": (gptq.Settings(),)}
+TECHNIQUES |= dict.fromkeys(("int4_awq", "int4_awq_asym", "w4a8_awq", "nvfp4_awq"), (awq.Settings(),))
 
 
 def rules(*lines: str, more: str = "") -> str:
@@ -45,7 +56,7 @@ def test_built_in_recipes(name):
     recipe = read_recipe(name)
     decided = recipe.resolve(SPEC)
     assert decided == dict.fromkeys(LINEARS, MEANT[name])
-    assert (recipe.name, recipe.kv, recipe.techniques) == (name, None, ())
+    assert (recipe.name, recipe.kv, recipe.techniques) == (name, None, TECHNIQUES.get(name, ()))
     assert (recipe.calibration.samples, recipe.calibration.length, recipe.calibration.data) == (32, 512, None)
     assert recipe.with_kv("int8").kv == KVSpec(F["int8"], F["int8"])
     assert recipe.with_kv(None) == recipe
@@ -129,7 +140,7 @@ BAD = {
     "kv: fp8": "own: kv: expected keys (format, scale), got 'fp8'",
     "kv: {format: fp8, scale: dynamic}": "own: kv: scale 'dynamic' is unknown; known: static",
     "kv: {formt: fp8}": "own: kv: unknown key 'formt'; did you mean 'format'?",
-    rules(ANY, more="techniques: [awk: {}]"): "own: techniques[0]: unknown technique 'awk'; known: round_to_nearest",
+    rules(ANY, more="techniques: [awk: {}]"): "own: techniques[0]: unknown technique 'awk'; did you mean 'awq'?",
     rules(ANY, more="techniques: [round_to_nearst: {}]"): "did you mean 'round_to_nearest'?",
     rules(ANY, more="techniques: [round_to_nearest]"): "own: techniques[0]: expected one name with its settings",
     rules(ANY, more="techniques: [round_to_nearest: {bits: 4}]"): (

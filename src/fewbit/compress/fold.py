@@ -1,0 +1,103 @@
+"""Which scales can be moved between a linear and what makes its input, by the spec; and the moving.
+
+A vector s multiplies the columns of all linears that read one input and divides what produces that input: the norm
+before q, k and v or before gate and up; the rows of v before o; the rows of up before down. The function of the block
+stays the same, but for the rounding of what is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbit.compress.stats import Block, Stats
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Linears that read one input, and what makes that input.
+
+    Attributes:
+        consumers: canonical names of the linears.
+        norm: last name of the norm that makes the input; or
+        linear: canonical name of the linear whose rows scale it.
+        heads: query heads that share a row of `linear` (1: every input channel has a row of its own).
+        width: rows of one head.
+    """
+
+    consumers: tuple[str, ...]
+    norm: str = ""
+    linear: str = ""
+    heads: int = 1
+    width: int = 1
+
+    def tie(self, x: Tensor) -> Tensor:
+        """The largest of x [in] over channels that one row of the producer makes, for each channel."""
+        if self.heads == 1:
+            return x
+        rows = x.view(-1, self.heads, self.width)  # [kv heads, heads of one, D]
+        return rows.amax(1, keepdim=True).expand_as(rows).reshape(-1)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Of a tied vector [in], the part for each row of `linear`."""
+        return x.view(-1, self.heads, self.width)[:, 0].reshape(-1)
+
+
+def input_groups(block: Block) -> list[InputGroup]:
+    """The groups of a block in the order in which they run, those in which a linear will be quantized."""
+    a, p = block.layer.attention, f"layers.{block.index}"
+    groups = [
+        InputGroup((f"{p}.attn.q", f"{p}.attn.k", f"{p}.attn.v"), norm="pre_attn"),
+        InputGroup((f"{p}.attn.o",), linear=f"{p}.attn.v", heads=a.heads // a.kv_heads, width=a.head_dim),
+        InputGroup((f"{p}.mlp.gate", f"{p}.mlp.up"), norm="pre_mlp"),
+        InputGroup((f"{p}.mlp.down",), linear=f"{p}.mlp.up"),
+    ]
+    return [group for group in groups if any(name in block.quant for name in group.consumers)]
+
+
+def quantized(group: InputGroup, block: Block) -> list[str]:
+    """The consumers that will be quantized."""
+    return [name for name in group.consumers if name in block.quant]
+
+
+def fold(block: Block, group: InputGroup, scale: Tensor) -> None:
+    """Multiply the consumers' columns by `scale` [in] and divide the producer by it, in place.
+
+    A norm is stored in the model's dtype: it is rounded to it first, and the consumers get what it was really divided
+    by. The statistics of the consumers' input follow, and the largest magnitudes of V where v is the producer.
+
+    Raises:
+        ValueError: a scale is not a positive number, or not the same for channels that one row makes.
+    """
+    scale = scale.float()
+    if not (torch.isfinite(scale).all() and (scale > 0).all()):
+        raise ValueError("a folded scale must be positive")
+    if not torch.equal(group.tie(scale), scale):
+        raise ValueError("channels that one row of the producer makes need one scale")
+    if group.norm:
+        before = block.norms[group.norm].float()
+        after = (before / scale).to(block.dtype).float()
+        block.norms[group.norm] = after.to(block.norms[group.norm].dtype)
+        scale = torch.where((before != 0) & (after != 0), before / after, scale)
+    else:
+        rows = group.rows(scale)
+        block.weights[group.linear] = block.weights[group.linear].float() / rows[:, None]
+        if group.linear in block.biases:
+            block.biases[group.linear] = block.biases[group.linear].float() / rows
+        if block.v_amax is not None and group.linear.endswith(".attn.v"):
+            block.v_amax = block.v_amax / rows
+    for name in group.consumers:
+        block.weights[name] = block.weights[name].float() * scale
+    for stats in _each(block, group.consumers):
+        stats.amax /= scale
+        if stats.hessian is not None:
+            stats.hessian /= scale[:, None]
+            stats.hessian /= scale
+
+
+def _each(block: Block, names: Sequence[str]) -> list[Stats]:
+    """The statistics of linears, those that several share once."""
+    return list({id(s): s for name in names if (s := block.stats.get(name)) is not None}.values())
