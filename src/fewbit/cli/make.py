@@ -45,7 +45,10 @@ def compress(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
     kv: Annotated[str | None, typer.Option("--kv", help="Also the K/V cache: fp8 or int8.")] = None,
-    calib: Annotated[Path | None, typer.Option("--calib", help="Calibration text: .txt or .jsonl, also .gz.")] = None,
+    calib: Annotated[
+        list[str] | None,
+        typer.Option("--calib", help="Calibration data: .txt or .jsonl, also .gz; several as FILE:SHARE."),
+    ] = None,
     samples: Annotated[int | None, typer.Option("--samples", min=1, help="Windows to calibrate on.")] = None,
     length: Annotated[int | None, typer.Option("--length", min=1, help="Tokens of a window.")] = None,
     export: Annotated[str, typer.Option("--export", help="compressed-tensors or hf.")] = "compressed-tensors",
@@ -62,12 +65,14 @@ def compress(
     """Quantize a model by a recipe, write it, open it again and check it."""
     from fewbit import compress as room
     from fewbit.checkpoint import check_target, open_checkpoint
+    from fewbit.compress.recipe import source_of
 
     where = device_of(device)
     checkpoint = open_model(model)
     chosen = room.read_recipe(recipe).with_kv(kv)
     c = chosen.calibration
-    c = replace(c, samples=samples or c.samples, length=length or c.length, data=calib or c.data)
+    data = tuple(source_of(text, "--calib") for text in calib) if calib else c.data
+    c = replace(c, samples=samples or c.samples, length=length or c.length, data=data, seed=seed or c.seed)
     chosen = replace(chosen, calibration=c)
     planned = room.plan(checkpoint, chosen, export)
     check_target(output, force, checkpoint.path)
@@ -96,6 +101,7 @@ def compress(
 
 def _show_plan(checkpoint: Checkpoint, planned: Plan) -> None:
     from fewbit.compress import summary
+    from fewbit.compress.data import data_named
 
     note(f"{planned.recipe.name} -> {planned.export}, for {checkpoint.path}:")
     for names, kind in summary(planned.quant, planned.spec):
@@ -104,9 +110,7 @@ def _show_plan(checkpoint: Checkpoint, planned: Plan) -> None:
     note(f"  {kv or str(checkpoint.dtype).removeprefix('torch.')}: K and V")
     c = planned.recipe.calibration
     if planned.calibrated:
-        note(
-            f"  calibrated on {c.samples} windows of {c.length} tokens of {c.data or 'the stories shipped with fewbit'}"
-        )
+        note(f"  calibrated on {c.samples} windows of {c.length} tokens of {data_named(c)}")
     else:
         note("  needs no calibration data")
 

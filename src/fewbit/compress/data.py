@@ -1,10 +1,13 @@
-"""Text to calibrate and to check on: the user's file, or the public-domain text shipped with fewbit."""
+"""Text to calibrate and to check on: the user's files, or the public-domain text shipped with fewbit."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
+import random
 from pathlib import Path
 
+from fewbit.compress.recipe import Calibration
 from fewbit.errors import RecipeError
 from fewbit.text.tokenizer import Tokenizer
 from fewbit.text.windows import read_documents, windows
@@ -19,19 +22,46 @@ def shipped_text() -> Path:
     return Path(str(importlib.resources.files("fewbit.compress") / SHIPPED))
 
 
-def calibration_windows(path: Path | None, tokenizer: Tokenizer, samples: int, length: int) -> list[list[int]]:
-    """`samples` windows of `length` token ids from a file, or from the shipped text.
+def calibration_windows(calibration: Calibration, tokenizer: Tokenizer) -> list[list[int]]:
+    """The windows of token ids that a recipe asks for, file by file in the order in which it names them.
 
     Raises:
-        RecipeError: the file is missing, broken or empty, or holds fewer windows than asked for.
+        RecipeError: a file is missing, broken or empty, or holds fewer windows than asked for.
     """
-    found = windows(read_documents(path or shipped_text()), tokenizer, length, samples)
-    if len(found) < samples:
-        raise RecipeError(
-            f"{path or 'the shipped text'} holds {len(found)} windows of {length} tokens, asked for {samples}; "
-            "give more text, or lower --samples or --length"
-        )
+    c, found = calibration, []
+    for source, count in zip(c.data, c.counts(), strict=True) if c.data else [(None, c.samples)]:
+        if count == 0:
+            assert source is not None
+            raise RecipeError(f"the share of {source.path} is no window of {c.samples}; raise it, or --samples")
+        path = shipped_text() if source is None else source.path
+        some = windows(read_documents(path), tokenizer, c.length, None if c.seed else count)
+        if len(some) < count:
+            raise RecipeError(
+                f"{'the shipped text' if source is None else path} holds {len(some)} windows of {c.length} tokens, "
+                f"asked for {count}; give more text, or lower --samples or --length"
+            )
+        found += random.Random(c.seed).sample(some, count) if c.seed else some
     return found
+
+
+def data_hash(calibration: Calibration) -> str:
+    """SHA-256 of all files of calibration data, one after the other."""
+    digest = hashlib.sha256()
+    for path in [source.path for source in calibration.data] or [shipped_text()]:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def data_named(calibration: Calibration) -> str:
+    """Where the data come from, in words."""
+    if not calibration.data:
+        return "public-domain stories shipped with fewbit"
+    if len(calibration.data) == 1:
+        return str(calibration.data[0].path)
+    counts = zip(calibration.data, calibration.counts(), strict=True)
+    return ", ".join(f"{source.path} ({count})" for source, count in counts)
 
 
 def check_windows(tokenizer: Tokenizer | None, vocab: int) -> list[list[int]]:

@@ -10,13 +10,14 @@ A recipe file::
     kv: {format: fp8, scale: static}
     techniques:                   # in order; none: rounding to nearest
       - round_to_nearest: {}
-    calib: {samples: 32, length: 512, data: texts.jsonl}
+    calib: {samples: 32, length: 512, data: [texts.jsonl:0.7, code.txt:0.3]}
 """
 
 from __future__ import annotations
 
 import fnmatch
 import importlib.resources
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,12 +48,38 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A file of calibration data, and its share of the windows beside the other files'."""
+
+    path: Path
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
 class Calibration:
-    """Which data, and how much of it: `samples` windows of `length` tokens."""
+    """Which data, and how much of it: `samples` windows of `length` tokens.
+
+    Attributes:
+        samples: windows.
+        length: tokens of each.
+        data: where from; none: the text shipped with fewbit.
+        seed: 0: the first windows of each file; else which ones is drawn.
+    """
 
     samples: int = 32
     length: int = 512
-    data: Path | None = None  # None: the text shipped with fewbit
+    data: tuple[Source, ...] = ()
+    seed: int = 0
+
+    def counts(self) -> list[int]:
+        """How many windows each of `data` gives: its share, rounded so that they are `samples` in all."""
+        total = sum(source.share for source in self.data)
+        exact = [self.samples * source.share / total for source in self.data]
+        counts = [int(number) for number in exact]
+        order = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+        for i in order[: self.samples - sum(counts)]:
+            counts[i] += 1
+        return counts
 
 
 @dataclass(frozen=True)
@@ -250,14 +277,37 @@ def _technique(raw: Any, where: str) -> Technique:
 
 
 def _calibration(raw: Any, where: str) -> Calibration:
-    fields = dict(_object(raw, where, ("samples", "length", "data")))
-    for key in ("samples", "length"):
+    fields = dict(_object(raw, where, ("samples", "length", "data", "seed")))
+    for key, least in (("samples", 1), ("length", 1), ("seed", 0)):
         value = fields.get(key, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise RecipeError(f"{where}: {key} is {value!r}, expected a whole number of at least 1")
-    if (data := fields.get("data")) is not None:
-        fields["data"] = Path(str(data))
-    return Calibration(**fields)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise RecipeError(f"{where}: {key} is {value!r}, expected a whole number of at least {least}")
+    data = fields.pop("data", None)
+    given = data if isinstance(data, list) else [] if data is None else [data]
+    sources = []
+    for item in given:
+        if not isinstance(item, str):
+            raise RecipeError(f"{where}: data is {item!r}, expected FILE or FILE:SHARE, or a list of them")
+        sources.append(source_of(item, f"{where}: data"))
+    return Calibration(**fields, data=tuple(sources))
+
+
+def source_of(text: str, where: str) -> Source:
+    """``FILE`` or ``FILE:SHARE``, as recipes and ``--calib`` have it.
+
+    Raises:
+        RecipeError: the share is not a number above 0.
+    """
+    name, colon, share = text.rpartition(":")
+    try:
+        number = float(share)
+    except ValueError:
+        return Source(Path(text))
+    if not colon or Path(text).exists():
+        return Source(Path(text))
+    if not (number > 0 and math.isfinite(number)):
+        raise RecipeError(f"{where}: the share of {name} is {share}, expected a number above 0")
+    return Source(Path(name), number)
 
 
 def _check_fits(linear: LinearShape, quant: QuantSpec) -> None:

@@ -6,7 +6,6 @@ so far. The second ends in the logits that the finished files must reproduce bit
 
 from __future__ import annotations
 
-import hashlib
 import math
 import resource
 import sys
@@ -23,7 +22,7 @@ from torch import Tensor
 from fewbit.checkpoint import Checkpoint, CheckpointWriter, check_target, format_named, open_checkpoint
 from fewbit.checkpoint.layout import Quantization
 from fewbit.checkpoint.names import Names
-from fewbit.compress.data import calibration_windows, check_windows, shipped_text
+from fewbit.compress.data import calibration_windows, check_windows, data_hash, data_named
 from fewbit.compress.plan import Plan, Report
 from fewbit.compress.stats import Block, Recorder, Stats
 from fewbit.compress.stream import Stream
@@ -122,7 +121,7 @@ class _Run:
         c, found = self.plan.recipe.calibration, []
         if self.plan.calibrated:
             assert tokenizer is not None
-            found = calibration_windows(c.data, tokenizer, c.samples, c.length)
+            found = calibration_windows(c, tokenizer)
         if (largest := max(max(w) for w in (*found, *held_out))) >= vocab:
             raise CheckpointError(f"the tokenizer gives token {largest}, the model's vocabulary has {vocab}")
         if not found:
@@ -131,19 +130,18 @@ class _Run:
             raise RecipeError(
                 f"windows of {longest} tokens exceed the model's {self.checkpoint.spec.context}; see --length"
             )
-        source = c.data or "public-domain stories shipped with fewbit"
         shortest = min(map(len, found))
         tokens = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
-        self.report.calibration = f"{len(found)} windows of {tokens} tokens of {source}"
+        self.report.calibration = f"{len(found)} windows of {tokens} tokens of {data_named(c)}"
         return found, held_out
 
     def _writer(self) -> CheckpointWriter:
         c, p = self.checkpoint, self.plan
-        data = p.recipe.calibration.data or shipped_text()
         meta = {"recipe": p.recipe.name, "torch": torch.__version__}
         if p.calibrated:
-            meta["calibration_sha256"] = hashlib.sha256(data.read_bytes()).hexdigest()
+            meta["calibration_sha256"] = data_hash(p.recipe.calibration)
             meta["calibration"] = self.report.calibration
+            meta["calibration_seed"] = str(p.recipe.calibration.seed)
         names = [n for n in c.tensors if not n.endswith("_scale")]
         return CheckpointWriter(
             self.target,

@@ -10,13 +10,22 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from fewbit.errors import RecipeError, RequestError
 from fewbit.text.tokenizer import Tokenizer
 
-Document = str | list[int]
+
+@dataclass(frozen=True)
+class Conversation:
+    """Chat messages, to be written out by a model's own template."""
+
+    messages: list[dict[str, Any]]
+
+
+Document = str | list[int] | Conversation
 
 _SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
 _MARGIN_TOKENS = 64  # at the end of a cut text, so many tokens may differ from those of the whole text
@@ -26,7 +35,8 @@ def read_documents(path: Path) -> Iterator[Document]:
     """The documents of a file, read as they are asked for.
 
     Args:
-        path: A .txt (one document), or a .jsonl with rows {"text": ...} or {"ids": [...]}; each may be gzipped (.gz).
+        path: A .txt (one document), or a .jsonl with rows {"text": ...}, {"messages": [...]} or {"ids": [...]}; each
+            may be gzipped (.gz).
 
     Raises:
         RecipeError: Missing, empty or broken file; a bad row is named by its line number.
@@ -47,7 +57,7 @@ def windows(
     Only as much text is tokenized as the first `count` windows need.
 
     Args:
-        documents: Texts, or token ids that are a window already.
+        documents: Texts, conversations, or token ids that are a window already.
         tokenizer: Whose tokens.
         length: Tokens in a window.
         count: How many windows, the first ones; None: all of them.
@@ -56,7 +66,8 @@ def windows(
         The windows: fewer than `count` where the text is too short for more.
 
     Raises:
-        RecipeError: A length or count below 1, ids outside the vocabulary, or no text at all.
+        RecipeError: A length or count below 1, ids outside the vocabulary, messages that the model has no template for
+            or whose template refuses them, or no text at all.
     """
     if length < 1 or (count is not None and count < 1):
         raise RecipeError(f"windows need a length and a count of at least 1, got length {length} and count {count}")
@@ -67,17 +78,31 @@ def windows(
     for document in documents:
         if isinstance(document, list):
             done.append(_checked(document, tokenizer, len(done)))
+        elif isinstance(document, Conversation):
+            ids = _conversation(document, tokenizer)
+            rest += ids if ids[:1] == opening else opening + ids
         elif document:
             needed = None if count is None else (count - len(done)) * length - len(rest) - len(opening)
             rest += opening + _encode_start(document, tokenizer, needed)
-            whole = len(rest) // length * length
-            done += [rest[i : i + length] for i in range(0, whole, length)]
-            rest = rest[whole:]
+        whole = len(rest) // length * length
+        done += [rest[i : i + length] for i in range(0, whole, length)]
+        rest = rest[whole:]
         if count is not None and len(done) >= count:
             return done[:count]
     if not done and not rest:
         raise RecipeError("the data hold no text to cut into windows")
     return done or [rest]
+
+
+def _conversation(document: Conversation, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a conversation as the model's template writes it."""
+    if tokenizer.chat_template is None:
+        raise RecipeError("the data hold chat messages, but the model has no chat template; give rows with text")
+    try:
+        text = tokenizer.chat_template.render(document.messages, add_generation_prompt=False)
+    except RequestError as e:
+        raise RecipeError(f"chat messages of the data: {e}") from e
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def _encode_start(text: str, tokenizer: Tokenizer, needed: int | None) -> list[int]:
@@ -134,9 +159,14 @@ def _rows(path: Path, file: IO[str]) -> Iterator[Document]:
 
 def _document(row: Any) -> Document:
     """One row of JSON Lines; a ValueError says what is wrong with it."""
-    if not isinstance(row, dict) or ("text" in row) == ("ids" in row):
+    if not isinstance(row, dict) or sum(key in row for key in ("text", "messages", "ids")) != 1:
         given = f"keys {sorted(row)}" if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f'expected an object with "text" or "ids", got {given}')
+        raise ValueError(f'expected an object with one of "text", "messages" and "ids", got {given}')
+    if "messages" in row:
+        messages = row["messages"]
+        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+            raise ValueError('"messages" must be a list of one or more objects with "role" and "content"')
+        return Conversation(messages)
     if "text" in row:
         if not isinstance(row["text"], str):
             raise ValueError(f'"text" must be a string, got {type(row["text"]).__name__}')

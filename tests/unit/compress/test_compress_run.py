@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import sys
 import types
@@ -16,13 +17,16 @@ import torch
 
 from fewbit.checkpoint import open_checkpoint
 from fewbit.compress import compress, plan, read_recipe, techniques, verify
-from fewbit.compress.recipe import Calibration, Recipe, Rule, parse_recipe
+from fewbit.compress.data import calibration_windows, data_hash
+from fewbit.compress.recipe import Calibration, Recipe, Rule, Source, parse_recipe
 from fewbit.compress.stats import Stats
 from fewbit.errors import CheckpointError, RecipeError, UnsupportedError
 from fewbit.model import DenseAttend, load
 from fewbit.numerics.format import FORMATS
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.numerics.reference import fake_quantize, outer_scale, quantize
+from fewbit.text.tokenizer import Tokenizer
+from fewbit.text.windows import read_documents, windows
 from helpers import dense_logits, ids, make_model
 
 ROWS = [ids(40, seed=s) for s in range(3)] + [ids(25, seed=7)]
@@ -48,7 +52,7 @@ def carry_out(source: Path, target: Path, recipe: Recipe, export: str = "compres
 
 def on(recipe: str | Recipe, data: Path, samples: int = len(ROWS)) -> Recipe:
     chosen = read_recipe(recipe) if isinstance(recipe, str) else recipe
-    return replace(chosen, calibration=Calibration(samples, 512, data))
+    return replace(chosen, calibration=Calibration(samples, 512, (Source(data),)))
 
 
 def inputs_of(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -168,7 +172,9 @@ def test_the_report_is_right(source, tmp_path):
 
 def with_technique(technique: object, weight: str, data: Path) -> Recipe:
     rules = (Rule("layers.*", QuantSpec(FORMATS[weight])), Rule("lm_head", QuantSpec(FORMATS[weight])))
-    return Recipe("own", "# own", rules, techniques=(technique,), calibration=Calibration(len(ROWS), 512, data))
+    return Recipe(
+        "own", "# own", rules, techniques=(technique,), calibration=Calibration(len(ROWS), 512, (Source(data),))
+    )
 
 
 @dataclass(frozen=True)
@@ -337,12 +343,12 @@ def test_a_model_that_is_quantized_already(source, tmp_path):
     ("calibration", "words"),
     [
         (
-            Calibration(9, 512, Path("rows.jsonl")),
+            Calibration(9, 512, (Source(Path("rows.jsonl")),)),
             "rows.jsonl holds 4 windows of 512 tokens, asked for 9; give more text, or",
         ),
-        (Calibration(10**6, 200, None), "the shipped text holds "),
-        (Calibration(1, 512, None), "windows of 512 tokens exceed the model's 256; see --length"),
-        (Calibration(1, 8, Path("gone.txt")), "gone.txt: no such file"),
+        (Calibration(10**6, 200), "the shipped text holds "),
+        (Calibration(1, 512), "windows of 512 tokens exceed the model's 256; see --length"),
+        (Calibration(1, 8, (Source(Path("gone.txt")),)), "gone.txt: no such file"),
     ],
 )
 def test_data_that_will_not_do(source, data, tmp_path, monkeypatch, calibration, words):
@@ -355,18 +361,42 @@ def test_data_that_will_not_do(source, data, tmp_path, monkeypatch, calibration,
 
 def test_text_is_cut_as_it_is_for_eval(source, tmp_path):
     """Windows, never documents: a book is many, a short row is part of one."""
-    from fewbit.compress.data import calibration_windows
-    from fewbit.text.tokenizer import Tokenizer
-    from fewbit.text.windows import read_documents, windows
-
     file = tmp_path / "two.jsonl.gz"
     with gzip.open(file, "wt") as out:
         out.write(json.dumps({"text": "A fox. " * 100}) + "\n" + json.dumps({"text": "Rain came down. " * 50}) + "\n")
     tokenizer = Tokenizer.load(source)
-    found = calibration_windows(file, tokenizer, 9, 32)
+    found = calibration_windows(Calibration(9, 32, (Source(file),)), tokenizer)
     assert found == windows(read_documents(file), tokenizer, 32, 9)
     assert [len(w) for w in found] == [32] * 9
     assert found[0][0] == 1
+
+
+def rows_of(folder: Path, name: str, count: int, first: int) -> Path:
+    """A file whose every row begins with a token that tells which row it is."""
+    path = folder / name
+    path.write_text("\n".join(json.dumps({"ids": [first + i, *ids(9, seed=i)]}) for i in range(count)))
+    return path
+
+
+def test_several_files_share_the_windows(source, tmp_path):
+    tokenizer = Tokenizer.load(source)
+    a, b = rows_of(tmp_path, "a.jsonl", 20, 100), rows_of(tmp_path, "b.jsonl", 20, 200)
+    mixed = Calibration(10, 10, (Source(a, 0.7), Source(b, 0.3)))
+    found = [w[0] for w in calibration_windows(mixed, tokenizer)]
+    assert found == [*range(100, 107), *range(200, 203)]
+    assert [sum(Calibration(n, 8, mixed.data).counts()) for n in range(2, 30)] == list(range(2, 30))
+    assert Calibration(3, 8, (Source(a), Source(b), Source(a))).counts() == [1, 1, 1]
+    drawn = [w[0] for w in calibration_windows(replace(mixed, seed=5), tokenizer)]
+    assert drawn != found
+    assert (sum(w < 200 for w in drawn), sum(w >= 200 for w in drawn), len(set(drawn))) == (7, 3, 10)
+    assert drawn == [w[0] for w in calibration_windows(replace(mixed, seed=5), tokenizer)]
+    assert drawn != [w[0] for w in calibration_windows(replace(mixed, seed=6), tokenizer)]
+    with pytest.raises(RecipeError, match=r"the share of .*b\.jsonl is no window of 4; raise it, or --samples"):
+        calibration_windows(Calibration(4, 8, (Source(a, 0.99), Source(b, 0.01))), tokenizer)
+    recipe = replace(read_recipe("fp8"), calibration=mixed)
+    report, _ = carry_out(source, tmp_path / "out", recipe)
+    assert report.calibration == f"10 windows of 10 tokens of {a} (7), {b} (3)"
+    assert data_hash(mixed) == hashlib.sha256(a.read_bytes() + b.read_bytes()).hexdigest()
 
 
 def test_what_is_calibrated_is_what_is_served(source, data, tmp_path):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fewbit.compress import built_in, group_name, read_recipe, summary
-from fewbit.compress.recipe import parse_recipe
+from fewbit.compress.recipe import Source, parse_recipe
 from fewbit.compress.techniques import awq, gptq, smoothquant
 from fewbit.errors import RecipeError, UnsupportedError
 from fewbit.numerics.format import FORMATS
@@ -57,7 +59,7 @@ def test_built_in_recipes(name):
     decided = recipe.resolve(SPEC)
     assert decided == dict.fromkeys(LINEARS, MEANT[name])
     assert (recipe.name, recipe.kv, recipe.techniques) == (name, None, TECHNIQUES.get(name, ()))
-    assert (recipe.calibration.samples, recipe.calibration.length, recipe.calibration.data) == (32, 512, None)
+    assert (recipe.calibration.samples, recipe.calibration.length, recipe.calibration.data) == (32, 512, ())
     assert recipe.with_kv("int8").kv == KVSpec(F["int8"], F["int8"])
     assert recipe.with_kv(None) == recipe
 
@@ -100,7 +102,11 @@ def test_everything_a_recipe_can_say(tmp_path):
     assert recipe.name == "whole"
     assert recipe.kv == KVSpec(F["fp8"], F["fp8"])
     assert [type(t).__module__ for t in recipe.techniques] == ["fewbit.compress.techniques.round_to_nearest"]
-    assert (recipe.calibration.samples, recipe.calibration.length, str(recipe.calibration.data)) == (3, 9, "a.txt")
+    assert (recipe.calibration.samples, recipe.calibration.length, recipe.calibration.data) == (
+        3,
+        9,
+        (Source(Path("a.txt")),),
+    )
     assert recipe.resolve(SPEC).keys() == LINEARS | {"lm_head"}
 
 
@@ -152,8 +158,18 @@ BAD = {
     rules(ANY, more="calib: {samples: 0}"): "own: calib: samples is 0, expected a whole number of at least 1",
     rules(ANY, more="calib: {length: many}"): "own: calib: length is 'many', expected a whole number of at least 1",
     rules(ANY, more="calib: {samples: true}"): "own: calib: samples is True",
-    rules(ANY, more="calib: 5"): "own: calib: expected keys (samples, length, data), got 5",
+    rules(ANY, more="calib: {data: 'a.txt:0'}"): "own: calib: data: the share of a.txt is 0, expected a number above 0",
+    rules(ANY, more="calib: {data: [3]}"): "own: calib: data is 3, expected FILE or FILE:SHARE",
+    rules(ANY, more="calib: {seed: -1}"): "own: calib: seed is -1, expected a whole number of at least 0",
+    rules(ANY, more="calib: 5"): "own: calib: expected keys (samples, length, data, seed), got 5",
 }
+
+
+def test_data_with_shares():
+    text = "rules: [{match: '*', weight: int8_row}]\ncalib: {data: [a.txt:0.7, 'c:/b.txt:3', c.txt], seed: 4}"
+    c = parse_recipe("own", text).calibration
+    assert c.data == (Source(Path("a.txt"), 0.7), Source(Path("c:/b.txt"), 3.0), Source(Path("c.txt"), 1.0))
+    assert c.seed == 4
 
 
 @pytest.mark.parametrize("text", BAD)

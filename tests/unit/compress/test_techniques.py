@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from fewbit.checkpoint import open_checkpoint
 from fewbit.compress import compress, plan
 from fewbit.compress.fold import InputGroup, fold, input_groups
-from fewbit.compress.recipe import Calibration, parse_recipe, read_recipe
+from fewbit.compress.recipe import Calibration, Source, parse_recipe, read_recipe
 from fewbit.compress.stats import Block, Recorder, Stats
 from fewbit.compress.techniques import awq, gptq, smoothquant
 from fewbit.errors import RecipeError, UnsupportedError
@@ -323,7 +323,7 @@ def test_a_compressed_model_is_closer_than_one_rounded_to_nearest(name, tmp_path
     rows.write_text("\n".join(json.dumps({"ids": ids(60, seed=s)}) for s in range(8)))
     found = {}
     for kind, text in (("plain", PLAIN[name]), ("own", OWN[name])):
-        recipe = replace(parse_recipe("own", text), calibration=Calibration(8, 64, rows)).with_kv("fp8")
+        recipe = replace(parse_recipe("own", text), calibration=Calibration(8, 64, (Source(rows),))).with_kv("fp8")
         checkpoint = open_checkpoint(source)
         report = compress(checkpoint, plan(checkpoint, recipe), tmp_path / kind)
         assert report.verified is not None

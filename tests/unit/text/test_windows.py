@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 
 import pytest
 
 from fewbit.errors import RecipeError
-from fewbit.text import Tokenizer, read_documents, windows
+from fewbit.text import ChatTemplate, Tokenizer, read_documents, windows
+from helpers import TEMPLATE
 
 
 @pytest.fixture
@@ -45,7 +47,9 @@ def test_reading_is_lazy(tmp_path):
     ("name", "text", "why"),
     [
         ("d.jsonl", '{"text": "a"}\n{"text": ', r"line 2"),
-        ("d.jsonl", '{"txt": "a"}', r"line 1: expected an object with \"text\" or \"ids\", got keys \['txt'\]"),
+        ("d.jsonl", '{"txt": "a"}', r"line 1: .* with one of \"text\", \"messages\" and \"ids\", got keys \['txt'\]"),
+        ("d.jsonl", '{"messages": []}', r"line 1: \"messages\" must be a list of one or more objects"),
+        ("d.jsonl", '{"messages": ["hi"]}', r"line 1: \"messages\" must be a list of one or more objects"),
         ("d.jsonl", '{"text": "a", "ids": [1]}', r"line 1: expected"),
         ("d.jsonl", "[1]", r"line 1: expected an object .* got list"),
         ("d.jsonl", '{"text": 3}', r"line 1: \"text\" must be a string, got int"),
@@ -118,6 +122,24 @@ def test_only_what_is_needed_is_tokenized(write_dir, make, monkeypatch):
     got = windows((d for part in ([text], never) for d in part), tokenizer, 64, 16)
     assert got == whole[:16]
     assert sum(seen) < 60_000
+
+
+def test_conversations_are_written_by_the_models_template(tmp_path, tokenizer):
+    """What the template opens with is not doubled."""
+    talker = copy.copy(tokenizer)
+    names = {"bos_token": tokenizer.decode([tokenizer.bos_id], skip_special_tokens=False)}
+    talker.chat_template = ChatTemplate(TEMPLATE, names)
+    talk = [{"role": "user", "content": "Who is there?"}, {"role": "assistant", "content": "The fox."}]
+    path = file(tmp_path, "c.jsonl", "\n".join(json.dumps({"messages": talk}) for _ in range(3)))
+    text = talker.chat_template.render(talk, add_generation_prompt=False)
+    each = tokenizer.encode(text, add_special_tokens=False)
+    assert each[0] == tokenizer.bos_id
+    assert [t for w in windows(read_documents(path), talker, len(each)) for t in w] == each * 3
+    with pytest.raises(RecipeError, match="the model has no chat template"):
+        windows(read_documents(path), tokenizer, 8)
+    talker.chat_template = ChatTemplate("{{ raise_exception('no') }}", names)
+    with pytest.raises(RecipeError, match="chat messages of the data: "):
+        windows(read_documents(path), talker, 8)
 
 
 def test_settings_that_make_no_sense(tokenizer):
