@@ -41,6 +41,16 @@ class Stats:
         if self.hessian is not None:
             self.hessian.addmm_(x.T, x)
 
+    def importance(self) -> Tensor:
+        """How much an error in each column of the weight counts, [in]: the mean square of its input, 1 on average.
+
+        A little is left for columns that saw nothing. Needs `hessian`.
+        """
+        assert self.hessian is not None
+        square = self.hessian.diagonal().clamp_min(0)
+        mean = square.mean()
+        return square / mean + 0.01 if mean > 0 else torch.ones_like(square)
+
 
 @dataclass
 class Block:

@@ -90,8 +90,12 @@ def check_fits(fmt: Format, shape: torch.Size | tuple[int, ...]) -> None:
         )
 
 
-def choose_scale(x: Tensor, fmt: Format, outer: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def choose_scale(
+    x: Tensor, fmt: Format, outer: Tensor | None = None, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Scale, outer scale and zero of float32 `x`, as stored. A block of zeros gets scale 1.
+
+    With `importance` [in], whatever the format, the scale of least squared error weighted by it, in each block.
 
     Integers of four bits take the scale of least squared error in each block, everything else the largest magnitude;
     powers of two follow the OCP MX rule as the compressed-tensors library reads it (floor of the logarithm, magnitudes
@@ -99,8 +103,13 @@ def choose_scale(x: Tensor, fmt: Format, outer: Tensor | None = None) -> tuple[T
     """
     element = fmt.element
     blocks = _blocks(x, fmt)  # [..., R, C, n]
+    if fmt.outer and outer is None:
+        outer = outer_scale(x.abs().amax(), fmt)
+    weights = None if importance is None else _blocks(importance.float().expand_as(x), fmt)
     if fmt.zero == "int":
-        return _search(blocks, fmt, asymmetric=True)
+        return _search(blocks, fmt, True, weights)
+    if weights is not None:
+        return _search_stored(blocks, fmt, outer, weights), outer, None
     amax = blocks.abs().amax(-1)  # [..., R, C]
     if fmt.scale is E8M0:
         mantissa, exponent = torch.frexp(amax)  # amax = mantissa * 2**exponent, the mantissa in [1/2, 1)
@@ -108,12 +117,10 @@ def choose_scale(x: Tensor, fmt: Format, outer: Tensor | None = None) -> tuple[T
         code = torch.where(amax > 0, exponent, 0).clamp(-127, 127) + 127
         return code.to(torch.uint8), None, None
     if fmt.outer:
-        outer = outer_scale(x.abs().amax(), fmt) if outer is None else outer
-        smallest = min(v for v in E4M3.values if v > 0)
-        scale = (_over(amax, element.max) / outer).clamp(smallest, E4M3.max)
-        return store_scale(torch.where(amax > 0, scale, 1.0), fmt), outer, None
+        assert outer is not None
+        return _store_under(_over(amax, element.max), amax, fmt, outer), outer, None
     if element.integer and element.bits <= 4:
-        return _search(blocks, fmt, asymmetric=False)
+        return _search(blocks, fmt, False)
     return store_scale(amax_scale(amax, fmt), fmt), None, None
 
 
@@ -153,8 +160,52 @@ def store_scale(scale: Tensor, fmt: Format) -> Tensor:
     return scale.to(fmt.scale).clamp_min(torch.finfo(fmt.scale).tiny)
 
 
-def _search(blocks: Tensor, fmt: Format, asymmetric: bool) -> tuple[Tensor, None, Tensor | None]:
-    """The scale (and zero) of least squared error of each block [..., R, C, n], over a grid of shrunken ranges.
+def _store_under(scale: Tensor, amax: Tensor, fmt: Format, outer: Tensor) -> Tensor:
+    """Block scales as stored under an outer scale; 1 where there is nothing to say."""
+    smallest = min(v for v in E4M3.values if v > 0)
+    return store_scale(torch.where(amax > 0, (scale / outer).clamp(smallest, E4M3.max), 1.0), fmt)
+
+
+def _search_stored(blocks: Tensor, fmt: Format, outer: Tensor | None, weights: Tensor) -> Tensor:
+    """The stored scale of least weighted squared error of each block [..., R, C, n], of symmetric formats.
+
+    Tried are ranges from a good half of the largest magnitude to all of it, half as much again for 4-bit floats (whose
+    largest magnitude is then 4 instead of 6, with finer steps below), and the neighbouring powers of two.
+    """
+    element, amax = fmt.element, blocks.abs().amax(-1)
+    if fmt.scale is E8M0:
+        mantissa, exponent = torch.frexp(_over(amax, element.max))
+        floor = torch.where(mantissa == 0.5, exponent - 1, exponent)  # the smallest power that holds the block
+        tried = [(torch.where(amax > 0, floor + step, 0).clamp(-127, 127) + 127).to(torch.uint8) for step in (0, -1)]
+    else:
+        full = _over(amax, (element.max - element.min) / 2 if element.integer else element.max)
+        factors = [1 - shrink / (2 * _SHRINKS) for shrink in range(_SHRINKS)]
+        factors += [255 / 254 if element.bits == 8 else 7.5 / 7] if element.integer else []
+        factors += [1.5] if element.bits == 4 and not element.integer else []
+        tried = [
+            store_scale(torch.where(amax > 0, full * factor, 1.0), fmt) if outer is None
+            else _store_under(full * factor, amax, fmt, outer)
+            for factor in factors
+        ]  # fmt: skip
+    best: tuple[Tensor, Tensor] | None = None  # error, scale
+    for stored in tried:
+        scale = fmt.scale.decode(stored) if isinstance(fmt.scale, Element) else stored.float()
+        scale = (scale if outer is None else scale * outer)[..., None]
+        off = element.decode(element.encode(blocks / scale)) * scale - blocks
+        error = (off.square() * weights).sum(-1)
+        if best is None:
+            best = error, stored
+        else:
+            better = error < best[0]
+            best = torch.where(better, error, best[0]), torch.where(better, stored, best[1])
+    assert best is not None
+    return best[1]
+
+
+def _search(
+    blocks: Tensor, fmt: Format, asymmetric: bool, weights: Tensor | None = None
+) -> tuple[Tensor, None, Tensor | None]:
+    """The scale (and zero) of least (weighted) squared error of each block [..., R, C, n], over shrunken ranges.
 
     A symmetric grid also holds the range at which the largest magnitude itself is met whichever its sign (amax / 7).
     """
@@ -174,7 +225,8 @@ def _search(blocks: Tensor, fmt: Format, asymmetric: bool) -> tuple[Tensor, None
         zero = (element.min - low * factor / scale).round() if asymmetric else torch.zeros_like(scale)
         zero = zero.clamp(element.min, element.max)
         code = (blocks / scale[..., None] + zero[..., None]).round().clamp(element.min, element.max)
-        error = ((code - zero[..., None]) * scale[..., None] - blocks).square().sum(-1)
+        off = ((code - zero[..., None]) * scale[..., None] - blocks).square()
+        error = (off if weights is None else off * weights).sum(-1)
         if best is None:
             best = error, stored, zero
         else:

@@ -8,7 +8,7 @@ import pytest
 
 from fewbit.compress import built_in, group_name, read_recipe, summary
 from fewbit.compress.recipe import Source, parse_recipe
-from fewbit.compress.techniques import awq, gptq, smoothquant
+from fewbit.compress.techniques import awq, gptq, scale_search, smoothquant
 from fewbit.errors import RecipeError, UnsupportedError
 from fewbit.numerics.format import FORMATS
 from fewbit.numerics.quantspec import KVSpec, QuantSpec
@@ -41,7 +41,8 @@ MEANT = {
 }
 SMOOTHED = (smoothquant.Settings(alpha=0.8), gptq.Settings())
 TECHNIQUES = {"int8_sq": SMOOTHED, "int8_sq_static": SMOOTHED, "int4_gptq": (gptq.Settings(),)}
-TECHNIQUES |= dict.fromkeys(("int4_awq", "int4_awq_asym", "w4a8_awq", "nvfp4_awq"), (awq.Settings(),))
+TECHNIQUES |= dict.fromkeys(("int4_awq", "int4_awq_asym", "w4a8_awq"), (awq.Settings(),))
+TECHNIQUES["nvfp4_awq"] = (awq.Settings(), scale_search.Settings())
 
 
 def rules(*lines: str, more: str = "") -> str:

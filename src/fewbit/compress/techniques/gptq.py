@@ -3,7 +3,7 @@
 E. Frantar, S. Ashkboos, T. Hoefler, D. Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers", arXiv:2210.17323. With H = X Xᵀ the sum over the calibration tokens, rounding column i of a row w leaves
 the least output error if the later columns move by ``-(w_i - q_i) / U_ii * U_i,i+1:``, U the upper Cholesky factor of
-the inverse of H.
+the inverse of H. Scales are those of least error weighted by the diagonal of H.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class Settings:
         check_fits(fmt, weight.shape)
         columns = weight.shape[1]
         grouped = fmt.block[0] == 1 and fmt.grouped
-        scale, outer, zero = choose_scale(weight, fmt, outer)
+        importance = stats.importance()
+        scale, outer, zero = choose_scale(weight, fmt, outer, importance)
         like = QTensor(fmt, torch.empty(0, dtype=torch.uint8), scale, outer, zero)
         scales = spread(like.scales(), fmt, weight.shape).expand_as(weight).contiguous()  # [out, in]
         zeros = None if zero is None else spread(zero.float(), fmt, weight.shape).expand_as(weight).contiguous()
@@ -83,7 +84,7 @@ class Settings:
                     beyond = max(stop - place, 0)
                     if beyond < fmt.block[1]:
                         now[:, beyond:] -= errors[:, : i - start] @ upper[start:i, stop : place + fmt.block[1]]
-                    chosen, _, z = choose_scale(now, fmt, outer)
+                    chosen, _, z = choose_scale(now, fmt, outer, importance[group])
                     at = place // fmt.block[1]
                     scale[:, at : at + 1] = chosen
                     one = QTensor(fmt, torch.empty(0, dtype=torch.uint8), chosen, outer, z)
