@@ -95,7 +95,7 @@ class Step:
 
 
 def candidates(step: Step, part: str) -> list[Tile]:
-    """What is tried for a part, without the moment at which the next kernel may start."""
+    """What is tried for a part; for products without the moment at which the next kernel may start."""
     if part == "attention":
         few = step.rows <= 4
         names = "SPLITS", "num_warps", "STAGES", "PREFETCH", "PDL"

@@ -29,25 +29,31 @@ def calibration_windows(calibration: Calibration, tokenizer: Tokenizer) -> list[
         RecipeError: a file is missing, broken or empty, or holds fewer windows than asked for.
     """
     c, found = calibration, []
-    for source, count in zip(c.data, c.counts(), strict=True) if c.data else [(None, c.samples)]:
+    for name, path, count in _files(c):
         if count == 0:
-            assert source is not None
-            raise RecipeError(f"the share of {source.path} is no window of {c.samples}; raise it, or --samples")
-        path = shipped_text() if source is None else source.path
+            raise RecipeError(f"the share of {name} is no window of {c.samples}; raise it, or --samples")
         some = windows(read_documents(path), tokenizer, c.length, None if c.seed else count)
         if len(some) < count:
             raise RecipeError(
-                f"{'the shipped text' if source is None else path} holds {len(some)} windows of {c.length} tokens, "
-                f"asked for {count}; give more text, or lower --samples or --length"
+                f"{name} holds {len(some)} windows of {c.length} tokens, asked for {count}; give more text, or lower "
+                "--samples or --length"
             )
         found += random.Random(c.seed).sample(some, count) if c.seed else some
     return found
 
 
+def _files(calibration: Calibration) -> list[tuple[str, Path, int]]:
+    """Each file's name in words, where it is, and how many windows it gives."""
+    if not calibration.data:
+        return [("the shipped text", shipped_text(), calibration.samples)]
+    counts = zip(calibration.data, calibration.counts(), strict=True)
+    return [(str(source.path), source.path, count) for source, count in counts]
+
+
 def data_hash(calibration: Calibration) -> str:
     """SHA-256 of all files of calibration data, one after the other."""
     digest = hashlib.sha256()
-    for path in [source.path for source in calibration.data] or [shipped_text()]:
+    for _, path, _ in _files(calibration):
         with path.open("rb") as file:
             while piece := file.read(1 << 20):
                 digest.update(piece)
@@ -60,8 +66,7 @@ def data_named(calibration: Calibration) -> str:
         return "public-domain stories shipped with fewbit"
     if len(calibration.data) == 1:
         return str(calibration.data[0].path)
-    counts = zip(calibration.data, calibration.counts(), strict=True)
-    return ", ".join(f"{source.path} ({count})" for source, count in counts)
+    return ", ".join(f"{name} ({count})" for name, _, count in _files(calibration))
 
 
 def check_windows(tokenizer: Tokenizer | None, vocab: int) -> list[list[int]]:

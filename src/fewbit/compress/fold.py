@@ -2,18 +2,20 @@
 
 A vector s multiplies the columns of all linears that read one input and divides what produces that input: the norm
 before q, k and v or before gate and up; the rows of v before o; the rows of up before down. The function of the block
-stays the same, but for the rounding of what is stored.
+stays the same, but for the rounding of what is stored. Linears of one input also share their outer scale.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fewbit.compress.stats import Block, Stats
+from fewbit.numerics.quantspec import QuantSpec
+from fewbit.numerics.reference import outer_scale
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,16 @@ def input_groups(block: Block) -> list[InputGroup]:
 def quantized(group: InputGroup, block: Block) -> list[str]:
     """The consumers that will be quantized."""
     return [name for name in group.consumers if name in block.quant]
+
+
+def shared_outers(weights: Mapping[str, Tensor], quant: Mapping[str, QuantSpec]) -> dict[str, Tensor]:
+    """One outer scale a format for linears that read one input, by linear: who joins q, k and v needs it equal."""
+    outers: dict[str, Tensor] = {}
+    for fmt in {q.weight for n, q in quant.items() if n in weights and q.weight is not None and q.weight.outer}:
+        names = [name for name in weights if name in quant and quant[name].weight == fmt]
+        amax = torch.stack([weights[name].abs().amax().float() for name in names]).amax()
+        outers |= dict.fromkeys(names, outer_scale(amax, fmt))
+    return outers
 
 
 def fold(block: Block, group: InputGroup, scale: Tensor) -> None:

@@ -23,6 +23,7 @@ from fewbit.checkpoint import Checkpoint, CheckpointWriter, check_target, format
 from fewbit.checkpoint.layout import Quantization
 from fewbit.checkpoint.names import Names
 from fewbit.compress.data import calibration_windows, check_windows, data_hash, data_named
+from fewbit.compress.fold import shared_outers
 from fewbit.compress.plan import Plan, Report
 from fewbit.compress.stats import Block, Recorder, Stats
 from fewbit.compress.stream import Stream
@@ -174,7 +175,7 @@ class _Run:
                 name: block.norms[name].to(self.checkpoint.tensors.dtype(f"{module}.weight")).to(self.loader.dtype)
                 for name, module in self._norm_names(index).items()
             }
-        outers = _shared_outers(self.checkpoint.spec.layer_linears(index), block)
+        outers = _outers(self.checkpoint.spec.layer_linears(index), block)
         for shape in self.checkpoint.spec.layer_linears(index):
             linear = self._linear(shape, block, weights[shape.name], writer, outers.get(shape.name))
             layer.linears[shape.name.rpartition(".")[2]] = linear
@@ -322,7 +323,7 @@ class _Run:
                 block.stats["lm_head"] = Stats.empty(spec.hidden, self.device, "hessian" in self.needs)
                 for states_of in data.pieces():
                     block.stats["lm_head"].see(rms_norm(states_of, spec.final_norm, final))
-            head = self._linear(shape, block, w, writer, _shared_outers([shape], block).get("lm_head"))
+            head = self._linear(shape, block, w, writer, _outers([shape], block).get("lm_head"))
         elif not spec.tied:
             self._write(writer, "lm_head.weight", self.checkpoint.tensors.dense("lm_head.weight"))
         logits = head(states[1]).float()
@@ -350,18 +351,12 @@ class _Run:
             self.report.seconds[name] = self.report.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def _shared_outers(shapes: Sequence[LinearShape], block: Block) -> dict[str, Tensor]:
-    """One outer scale for linears that read the same input, by linear: engines that join q, k and v need it equal."""
-    groups: dict[tuple[str, Format], list[str]] = {}
+def _outers(shapes: Sequence[LinearShape], block: Block) -> dict[str, Tensor]:
+    """The outer scales of a block's linears, shared by those that read the same input."""
+    groups: dict[str, dict[str, Tensor]] = {}
     for shape in shapes:
-        quant = block.quant.get(shape.name)
-        if quant is not None and quant.weight is not None and quant.weight.outer:
-            groups.setdefault((shape.shares_input or shape.name, quant.weight), []).append(shape.name)
-    outers: dict[str, Tensor] = {}
-    for (_, fmt), names in groups.items():
-        amax = torch.stack([block.weights[name].abs().amax().float() for name in names]).amax()
-        outers |= dict.fromkeys(names, outer_scale(amax, fmt))
-    return outers
+        groups.setdefault(shape.shares_input or shape.name, {})[shape.name] = block.weights[shape.name]
+    return {name: o for weights in groups.values() for name, o in shared_outers(weights, block.quant).items()}
 
 
 def _relative_error(q: QTensor, weight: Tensor) -> float:

@@ -115,6 +115,11 @@ class QTensor:
         )
 
 
+def uncoded(fmt: Format, scale: Tensor, outer: Tensor | None = None, zero: Tensor | None = None) -> QTensor:
+    """A tensor of which only the scales are known yet: what to round with."""
+    return QTensor(fmt, torch.empty(0, dtype=torch.uint8), scale, outer, zero)
+
+
 def cat(pieces: Sequence[QTensor]) -> QTensor:
     """Join along the rows, exactly.
 

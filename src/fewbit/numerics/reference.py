@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.numerics.element import E4M3, E8M0, Element
 from fewbit.numerics.format import ALL, Format
-from fewbit.numerics.qtensor import QTensor, block_size, cat, spread
+from fewbit.numerics.qtensor import QTensor, block_size, cat, spread, uncoded
 
 _PIECE = 1 << 18  # weights rounded at a time
 _SHRINKS = 16  # candidates of the scale search: from the whole range down to about half of it
@@ -39,14 +39,14 @@ def quantize(
     if not all(torch.isfinite(piece).all() for piece in _rows(x, fmt)):
         raise CheckpointError("holds NaN or infinity, which no format can round; repair the weights first")
     if scale is not None:
-        return round_to(x, QTensor(fmt, torch.empty(0, dtype=torch.uint8), scale, outer, zero))
+        return round_to(x, uncoded(fmt, scale, outer, zero))
     # rows of blocks know nothing of each other: pieces that fit a cache are faster, and the search needs little memory
     pieces = _rows(x, fmt)
     if fmt.outer and outer is None:
         outer = outer_scale(_amax(pieces), fmt)
     if fmt.block == (ALL, ALL) and x.ndim == 2:
         stored, _, _ = choose_scale(_amax(pieces).reshape(1, 1), fmt)
-        like = QTensor(fmt, torch.empty(0, dtype=torch.uint8), stored)
+        like = uncoded(fmt, stored)
         return cat([round_to(piece, like) for piece in pieces])
     return cat([_quantize(piece, fmt, outer) for piece in pieces])
 
@@ -67,7 +67,7 @@ def _amax(pieces: Sequence[Tensor]) -> Tensor:
 
 def _quantize(x: Tensor, fmt: Format, outer: Tensor | None) -> QTensor:
     scale, outer, zero = choose_scale(x, fmt, outer)
-    return round_to(x, QTensor(fmt, torch.empty(0, dtype=torch.uint8), scale, outer, zero))
+    return round_to(x, uncoded(fmt, scale, outer, zero))
 
 
 def round_to(x: Tensor, like: QTensor) -> QTensor:
@@ -106,10 +106,9 @@ def choose_scale(
     if fmt.outer and outer is None:
         outer = outer_scale(x.abs().amax(), fmt)
     weights = None if importance is None else _blocks(importance.float().expand_as(x), fmt)
-    if fmt.zero == "int":
-        return _search(blocks, fmt, True, weights)
-    if weights is not None:
-        return _search_stored(blocks, fmt, outer, weights), outer, None
+    if fmt.zero == "int" or weights is not None or (element.integer and element.bits <= 4):
+        stored, zero = _search(blocks, fmt, outer, weights)
+        return stored, outer, zero
     amax = blocks.abs().amax(-1)  # [..., R, C]
     if fmt.scale is E8M0:
         mantissa, exponent = torch.frexp(amax)  # amax = mantissa * 2**exponent, the mantissa in [1/2, 1)
@@ -119,8 +118,6 @@ def choose_scale(
     if fmt.outer:
         assert outer is not None
         return _store_under(_over(amax, element.max), amax, fmt, outer), outer, None
-    if element.integer and element.bits <= 4:
-        return _search(blocks, fmt, False)
     return store_scale(amax_scale(amax, fmt), fmt), None, None
 
 
@@ -166,78 +163,63 @@ def _store_under(scale: Tensor, amax: Tensor, fmt: Format, outer: Tensor) -> Ten
     return store_scale(torch.where(amax > 0, (scale / outer).clamp(smallest, E4M3.max), 1.0), fmt)
 
 
-def _search_stored(blocks: Tensor, fmt: Format, outer: Tensor | None, weights: Tensor) -> Tensor:
-    """The stored scale of least weighted squared error of each block [..., R, C, n], of symmetric formats.
-
-    Tried are ranges from a good half of the largest magnitude to all of it, half as much again for 4-bit floats (whose
-    largest magnitude is then 4 instead of 6, with finer steps below), and the neighbouring powers of two.
-    """
-    element, amax = fmt.element, blocks.abs().amax(-1)
-    if fmt.scale is E8M0:
-        mantissa, exponent = torch.frexp(_over(amax, element.max))
-        floor = torch.where(mantissa == 0.5, exponent - 1, exponent)  # the smallest power that holds the block
-        tried = [(torch.where(amax > 0, floor + step, 0).clamp(-127, 127) + 127).to(torch.uint8) for step in (0, -1)]
-    else:
-        full = _over(amax, (element.max - element.min) / 2 if element.integer else element.max)
-        factors = [1 - shrink / (2 * _SHRINKS) for shrink in range(_SHRINKS)]
-        factors += [255 / 254 if element.bits == 8 else 7.5 / 7] if element.integer else []
-        factors += [1.5] if element.bits == 4 and not element.integer else []
-        tried = [
-            store_scale(torch.where(amax > 0, full * factor, 1.0), fmt) if outer is None
-            else _store_under(full * factor, amax, fmt, outer)
-            for factor in factors
-        ]  # fmt: skip
-    best: tuple[Tensor, Tensor] | None = None  # error, scale
-    for stored in tried:
-        scale = fmt.scale.decode(stored) if isinstance(fmt.scale, Element) else stored.float()
-        scale = (scale if outer is None else scale * outer)[..., None]
-        off = element.decode(element.encode(blocks / scale)) * scale - blocks
-        error = (off.square() * weights).sum(-1)
-        if best is None:
-            best = error, stored
-        else:
-            better = error < best[0]
-            best = torch.where(better, error, best[0]), torch.where(better, stored, best[1])
-    assert best is not None
-    return best[1]
-
-
-def _search(
-    blocks: Tensor, fmt: Format, asymmetric: bool, weights: Tensor | None = None
-) -> tuple[Tensor, None, Tensor | None]:
-    """The scale (and zero) of least (weighted) squared error of each block [..., R, C, n], over shrunken ranges.
-
-    A symmetric grid also holds the range at which the largest magnitude itself is met whichever its sign (amax / 7).
-    """
+def _search(blocks: Tensor, fmt: Format, outer: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The stored scale (and zero) of least squared error, weighted or not, of each block [..., R, C, n]."""
     element = fmt.element
-    steps = element.max - element.min
-    if asymmetric:
-        low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
-    else:
-        high = blocks.abs().amax(-1)
-        low = -high
-    best: tuple[Tensor, Tensor, Tensor] | None = None  # error, scale, zero
-    factors = [1 - shrink / (2 * _SHRINKS) for shrink in range(_SHRINKS)]
-    for factor in factors if asymmetric else [steps / (2 * element.max), *factors]:
-        half = high / 2 - low / 2  # of the width, which itself may overflow
-        stored = store_scale(torch.where(half > 0, _over(half, steps / (2 * factor)), 1.0), fmt)
-        scale = stored.float()
-        zero = (element.min - low * factor / scale).round() if asymmetric else torch.zeros_like(scale)
-        zero = zero.clamp(element.min, element.max)
-        code = (blocks / scale[..., None] + zero[..., None]).round().clamp(element.min, element.max)
-        off = ((code - zero[..., None]) * scale[..., None] - blocks).square()
+    best: tuple[Tensor, Tensor, Tensor | None] | None = None  # error, scale, zero
+    for stored, zero in _tried(blocks, fmt, outer):
+        scale = uncoded(fmt, stored, outer).scales()[..., None]
+        ratio = blocks / scale if zero is None else blocks / scale + zero[..., None]
+        value = (
+            ratio.round().clamp(element.min, element.max) if element.integer else element.decode(element.encode(ratio))
+        )
+        off = ((value if zero is None else value - zero[..., None]) * scale - blocks).square()
         error = (off if weights is None else off * weights).sum(-1)
         if best is None:
             best = error, stored, zero
-        else:
-            better = error < best[0]
-            best = (
-                torch.where(better, error, best[0]),
-                torch.where(better, stored, best[1]),
-                torch.where(better, zero, best[2]),
-            )
+            continue
+        better = error < best[0]
+        held = None if zero is None or best[2] is None else torch.where(better, zero, best[2])
+        best = torch.where(better, error, best[0]), torch.where(better, stored, best[1]), held
     assert best is not None
-    return best[1], None, best[2].to(torch.int8) if asymmetric else None
+    return best[1], None if best[2] is None else best[2].to(torch.int8)
+
+
+def _tried(blocks: Tensor, fmt: Format, outer: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """What the search tries: a stored scale, and a zero where the format has one.
+
+    Ranges from a good half of a block's to all of it; for symmetric integers also the one at which the largest
+    magnitude itself is met whichever its sign (amax / 7), for 4-bit floats the one at which it is 4 instead of 6, with
+    finer steps below; of powers of two the smallest that holds the block, and the one below.
+    """
+    element = fmt.element
+    if fmt.scale is E8M0:
+        amax = blocks.abs().amax(-1)
+        mantissa, exponent = torch.frexp(_over(amax, element.max))
+        holds = torch.where(mantissa == 0.5, exponent - 1, exponent)
+        for step in (0, -1):
+            yield (torch.where(amax > 0, holds + step, 0).clamp(-127, 127) + 127).to(torch.uint8), None
+        return
+    factors = [1 - shrink / (2 * _SHRINKS) for shrink in range(_SHRINKS)]
+    steps = element.max - element.min
+    if fmt.zero == "int":
+        low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
+        half = high / 2 - low / 2  # of the width, which itself may overflow
+        for factor in factors:
+            stored = store_scale(torch.where(half > 0, _over(half, steps / (2 * factor)), 1.0), fmt)
+            yield stored, (element.min - low * factor / stored.float()).round().clamp(element.min, element.max)
+        return
+    amax = blocks.abs().amax(-1)
+    if element.integer:
+        factors = [steps / (2 * element.max), *factors]
+    elif element.bits == 4:
+        factors = [*factors, 1.5]
+    for factor in factors:
+        scale = _over(amax, (steps / 2 if element.integer else element.max) / factor)
+        if outer is None:
+            yield store_scale(torch.where(amax > 0, scale, 1.0), fmt), None
+        else:
+            yield _store_under(scale, amax, fmt, outer), None
 
 
 def _blocks(x: Tensor, fmt: Format) -> Tensor:
@@ -264,5 +246,5 @@ def fake_quantize(x: Tensor, fmt: Format, *, scale: Tensor | None = None, outer:
     zero = None
     if scale is None:
         scale, outer, zero = choose_scale(flat, fmt, outer)
-    like = QTensor(fmt, torch.empty(0, dtype=torch.uint8), scale, outer, zero)
+    like = uncoded(fmt, scale, outer, zero)
     return round_to(flat, like).dequantize().view_as(x)

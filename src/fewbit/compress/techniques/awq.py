@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewbit.compress.fold import InputGroup, fold, input_groups, quantized
+from fewbit.compress.fold import InputGroup, fold, input_groups, quantized, shared_outers
 from fewbit.compress.stats import Block, Stats
 from fewbit.compress.techniques import Needs
 from fewbit.errors import RecipeError
@@ -84,15 +84,11 @@ class Settings:
     def _error(self, block: Block, weights: dict[str, Tensor], scale: Tensor, hessian: Tensor) -> float:
         """The output error of a group's linears, rounded under a scale."""
         scaled = {name: w * scale for name, w in weights.items()}
-        outers: dict[Format, Tensor] = {}  # linears of one input and format share theirs
-        total = 0.0
+        outers, total = shared_outers(scaled, block.quant), 0.0
         for name, w in scaled.items():
             fmt = block.quant[name].weight
             assert fmt is not None
-            if fmt.outer and fmt not in outers:
-                same = [v.abs().amax() for n, v in scaled.items() if block.quant[n].weight == fmt]
-                outers[fmt] = outer_scale(torch.stack(same).amax(), fmt)
-            off = quantize(w, fmt, outer=outers.get(fmt)).dequantize() / scale - weights[name]
+            off = quantize(w, fmt, outer=outers.get(name)).dequantize() / scale - weights[name]
             total += sum(float((piece @ hessian).mul_(piece).sum()) for piece in off.split(_PIECE))
         return total
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from fewbit.compress.stats import Stats
 from fewbit.compress.techniques import Needs
 from fewbit.errors import RecipeError, UnsupportedError
-from fewbit.numerics.qtensor import QTensor, spread
+from fewbit.numerics.qtensor import QTensor, spread, uncoded
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.numerics.reference import check_fits, choose_scale
 
@@ -56,18 +56,18 @@ class Settings:
         fmt = quant.weight
         check_fits(fmt, weight.shape)
         columns = weight.shape[1]
-        grouped = fmt.block[0] == 1 and fmt.grouped
         importance = stats.importance()
         scale, outer, zero = choose_scale(weight, fmt, outer, importance)
-        like = QTensor(fmt, torch.empty(0, dtype=torch.uint8), scale, outer, zero)
-        scales = spread(like.scales(), fmt, weight.shape).expand_as(weight).contiguous()  # [out, in]
+        scales = (
+            spread(uncoded(fmt, scale, outer).scales(), fmt, weight.shape).expand_as(weight).contiguous()
+        )  # [out, in]
         zeros = None if zero is None else spread(zero.float(), fmt, weight.shape).expand_as(weight).contiguous()
-        later = grouped and not self.act_order  # scales that are chosen when their turn comes
+        later = fmt.block[0] == 1 and fmt.grouped and not self.act_order  # scales are chosen when their turn comes
 
         hessian = stats.hessian.double()
-        order = hessian.diagonal().argsort(descending=True, stable=True) if self.act_order else None
-        if order is None:
-            order = torch.arange(columns, device=weight.device)
+        order = torch.arange(columns, device=weight.device)
+        if self.act_order:
+            order = hessian.diagonal().argsort(descending=True, stable=True)
         upper = _factor(hessian[order][:, order], self.damping).float()  # [in, in]
         w = weight.float()[:, order]
         codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
@@ -81,14 +81,13 @@ class Settings:
                     # the columns of a group that lie beyond this block have not moved for this block's errors yet
                     group = slice(place, place + fmt.block[1])
                     now = w[:, group].clone()
-                    beyond = max(stop - place, 0)
+                    beyond = stop - place
                     if beyond < fmt.block[1]:
                         now[:, beyond:] -= errors[:, : i - start] @ upper[start:i, stop : place + fmt.block[1]]
                     chosen, _, z = choose_scale(now, fmt, outer, importance[group])
                     at = place // fmt.block[1]
                     scale[:, at : at + 1] = chosen
-                    one = QTensor(fmt, torch.empty(0, dtype=torch.uint8), chosen, outer, z)
-                    scales[:, group] = one.scales()
+                    scales[:, group] = uncoded(fmt, chosen, outer).scales()
                     if zero is not None and zeros is not None and z is not None:
                         zero[:, at : at + 1] = z
                         zeros[:, group] = z.float()
