@@ -112,10 +112,11 @@ def candidates(step: Step, part: str) -> list[Tile]:
             if (k % bk == 0 or k < bk < 2 * k) and 4096 <= bn * bk <= 65536:
                 found.append({"gemv": True, "BN": bn, "BK": bk, "NIT": -(-k // bk), "num_warps": warps})
     if rows == 1 and kind in ("int4", "w4a8"):
-        for bn, kc, warps in product((4, 8, 16), (2, 4, 8, 16), (1, 2, 4, 8)):
+        for bn, kc, warps in product((4, 8, 16, 32), (2, 4, 8, 16), (1, 2, 4, 8)):
             if k // 256 % kc == 0 and 16 <= bn * kc // warps <= 64:
                 found.append({"gemv": True, "BN": bn, "KC": kc, "NIT": k // 256 // kc, "num_warps": warps})
-    if rows > 1 or kind == "fp4" or (kind == "fp8" and ROLES[part] == "residual"):
+    tiles_for_one = {"fp4": ROLES.values(), "fp8": ("residual",), "int4": ("silu",), "w4a8": ("silu",)}
+    if rows > 1 or ROLES[part] in tiles_for_one.get(kind, ()):
         size = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0}.get(kind, 0.5)
         spans = [256, 128] if size >= 1 else [128]  # bytes of a row in a stage
         widths = (8, 16) if rows == 1 else (max(8, min(64, 1 << (rows - 1).bit_length())),)
