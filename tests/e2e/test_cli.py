@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import signal
 import socket
@@ -637,21 +638,30 @@ def test_a_reader_that_has_had_enough_is_no_fault(tiny):
     assert done.stderr == ""
 
 
-def test_ctrl_c_while_it_compresses_leaves_no_half_directory(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_compressing_that_was_stopped_goes_on_and_leaves_no_half_directory(how, tmp_path):
     source = make_model(tmp_path / "big", hidden_size=512, intermediate_size=2048, num_hidden_layers=12)
+    line = ["compress", source, "--recipe", "int4", "--sample-tokens", 0, "-o"]
     running = subprocess.Popen(
-        command("compress", source, "--recipe", "int4", "-o", tmp_path / "out", "--sample-tokens", 0),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        command(*line, tmp_path / "out"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     end = time.monotonic() + 60
-    while not list(tmp_path.glob(".out.*")):
+    while not (tmp_path / ".out.unfinished" / "unfinished.json").exists():
         assert time.monotonic() < end
         assert running.poll() is None
         time.sleep(0.01)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(how)
     out, err = running.communicate(timeout=60)
-    assert running.returncode == 130
     assert out == ""
-    assert err.splitlines()[-1] == "fewbit: interrupted"
-    assert "Traceback" not in err
-    assert [p.name for p in tmp_path.iterdir()] == ["big"]
+    if how == signal.SIGINT:
+        assert running.returncode == 130
+        assert err.splitlines()[-1] == "fewbit: interrupted"
+        assert "the same command goes on with it" in err
+        assert "Traceback" not in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.unfinished", "big"]
+    done = subprocess.run(command(*line, tmp_path / "out"), capture_output=True, text=True, check=True)
+    assert re.search(r"time .*, after \d+ of 12 layers that an earlier run had finished", done.stdout)
+    subprocess.run(command(*line, tmp_path / "whole"), capture_output=True, check=True)
+    files = [{f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("out", "whole")]
+    assert files[0] == files[1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["big", "out", "whole"]

@@ -7,7 +7,9 @@ straight to its place: memory is one tensor, whatever the size of the model.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import logging
 import os
 import shutil
 import struct
@@ -32,7 +34,10 @@ from fewbit.spec.families import Family
 from fewbit.version import __version__
 
 SHARD_BYTES = 5 * 10**9
+UNFINISHED = "unfinished.json"
+"""Beside the shards of a folder that is being filled: what is in them already. Gone when all is well."""
 _HEADER_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+log = logging.getLogger(__name__)
 
 
 def check_target(path: Path, force: bool, source: Path | None = None) -> None:
@@ -51,10 +56,11 @@ def check_target(path: Path, force: bool, source: Path | None = None) -> None:
 
 
 class CheckpointWriter:
-    """Writes one checkpoint into a temporary folder beside `target` and renames it when all is well.
+    """Writes one checkpoint into the folder ``.NAME.unfinished`` beside `target` and renames it when all is well.
 
     Use as a context manager: `add` every tensor by its canonical name, `finish`, look at `folder`, `commit`. Leaving
-    without `commit`, by an error or Ctrl-C, removes the temporary folder and touches nothing else.
+    without `commit`, by an error or Ctrl-C, removes the folder and touches nothing else; but once `record` was called,
+    and before `finish`, the folder stays, and a writer of the same `key` goes on with it: `recorded` is what it holds.
 
     Args:
         target: the folder to make.
@@ -66,10 +72,16 @@ class CheckpointWriter:
         config: the source's config.json; only what must change is changed.
         files: files to carry along, by name.
         meta: strings for the metadata of the weights' files.
-        force: replace a folder that is not empty.
+        key: what all that will be written depends on.
+        force: replace a folder that is not empty, and unfinished work of another key.
+
+    Attributes:
+        folder: can be opened as a checkpoint at any time; what was not added yet is zero.
+        recorded: what an unfinished run gave to `record` last; None: there was none.
 
     Raises:
-        UnsupportedError, CheckpointError: the format cannot say this, or the target is in the way.
+        UnsupportedError, CheckpointError: the format cannot say this, the target or unfinished work of another key is
+            in the way, or another process is writing there.
     """
 
     def __init__(
@@ -83,20 +95,67 @@ class CheckpointWriter:
         config: Mapping[str, Any],
         files: Mapping[str, Path],
         meta: Mapping[str, str],
+        key: str = "",
         force: bool = False,
     ) -> None:
-        self.target, self.fmt, self.spec, self.quantization = target, fmt, spec, quantization
+        self.target, self.fmt, self.spec, self.quantization, self.key = target, fmt, spec, quantization, key
         self.names, self.config, self.files = Names(family, spec), dict(config), files
         check_target(target, force)
         self.dense_dtypes = dtypes
-        target.absolute().parent.mkdir(parents=True, exist_ok=True)
-        self.folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
-        self.folder.chmod(0o755)
+        self.folder = target.absolute().parent / f".{target.name}.unfinished"
+        self.recorded: dict[str, Any] | None = None
+        self._finished = False
+        self._lock = self._take_folder()
         try:
+            written = self._look_for_work(force)
             self._shards = _Shards(self.folder, dict(self._plan()), {"format": "pt", "fewbit": __version__, **meta})
+            self._shards.missing -= written
+            self._write_files()
         except BaseException:
-            shutil.rmtree(self.folder)
+            self._leave()
             raise
+
+    def _take_folder(self) -> int:
+        """Make the folder, and make sure that no other process fills it; its file descriptor."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            raise CheckpointError(f"another process is writing to {self.target}; wait for it, or stop it") from None
+        return lock
+
+    def _look_for_work(self, force: bool) -> set[str]:
+        """Names of tensors that an unfinished run of the same key wrote; an empty folder where there was none."""
+        try:
+            found = json.loads((self.folder / UNFINISHED).read_text("utf8"))
+        except (OSError, ValueError):
+            found = None
+        if found is not None and found["key"] == self.key:
+            self.recorded = found["recorded"]
+            return set(found["written"])
+        if found is not None and not force:
+            raise CheckpointError(
+                f"{self.folder} holds unfinished work on another model, recipe or data; repeat that command to go on "
+                "with it, or pass --force to throw it away"
+            )
+        for file in self.folder.iterdir():
+            file.unlink()
+        return set()
+
+    def _write_files(self) -> None:
+        """All but the weights, so that the folder can be opened from now on."""
+        for name, path in self.files.items():
+            shutil.copyfile(path, self.folder / name)
+        config = {k: v for k, v in self.config.items() if k != "quantization_config"}
+        config["tie_word_embeddings"] = self.spec.tied
+        for name, value in self.fmt.configs(self.spec, self.quantization, self.names).items():
+            if name == "quantization_config":
+                config[name] = value
+            else:
+                _write_json(self.folder / name, value)
+        _write_json(self.folder / "config.json", config)
 
     def _plan(self) -> Iterator[tuple[str, Stored]]:
         """Every tensor of the files, in the order of the forward pass."""
@@ -148,27 +207,27 @@ class CheckpointWriter:
             ones = torch.ones(linear.in_features, dtype=self.dense_dtypes["embed.weight"])
             self._shards.write(f"{module}.pre_quant_scale", ones)
 
+    def record(self, progress: Mapping[str, Any]) -> None:
+        """Make what was added last, and note how far the work is: JSON that `recorded` will hold."""
+        self._shards.sync()
+        note = {"key": self.key, "written": sorted(self._shards.written), "recorded": progress}
+        new = self.folder / f"{UNFINISHED}.new"
+        new.write_text(json.dumps(note), "utf8")
+        new.rename(self.folder / UNFINISHED)
+
     def finish(self) -> Path:
-        """Complete the temporary folder and return it: it can be opened like any other.
+        """Complete the folder and return it.
 
         Raises:
             CheckpointError: a tensor was never added.
         """
         self._shards.finish()
-        for name, path in self.files.items():
-            shutil.copyfile(path, self.folder / name)
-        config = {k: v for k, v in self.config.items() if k != "quantization_config"}
-        config["tie_word_embeddings"] = self.spec.tied
-        for name, value in self.fmt.configs(self.spec, self.quantization, self.names).items():
-            if name == "quantization_config":
-                config[name] = value
-            else:
-                _write_json(self.folder / name, value)
-        _write_json(self.folder / "config.json", config)
+        self._finished = True
         return self.folder
 
     def commit(self) -> None:
         """Put the folder in its place: after this it is there whole, before it was not there at all."""
+        (self.folder / UNFINISHED).unlink(missing_ok=True)
         for file in self.folder.iterdir():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
@@ -191,19 +250,27 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._shards.close()
+        self._leave()
+
+    def _leave(self) -> None:
+        """Let go of the folder, and take it away if nobody can go on with it."""
         if self.folder.exists():
-            shutil.rmtree(self.folder)
+            if (self.folder / UNFINISHED).exists() and not self._finished:
+                log.warning("unfinished work is kept in %s: the same command goes on with it", self.folder)
+            else:
+                shutil.rmtree(self.folder)
+        os.close(self._lock)
 
 
 class _Shards:
     """Safetensors files whose headers are written before their tensors."""
 
     def __init__(self, folder: Path, plan: Mapping[str, Stored], metadata: Mapping[str, str]) -> None:
-        self.folder, self.missing = folder, set(plan)
+        self.missing = set(plan)
         self._places: dict[str, tuple[int, int, Stored]] = {}  # file descriptor, offset
         self._files: list[int] = []
         groups = _cut(plan)
-        self.weight_map: dict[str, str] = {}
+        weight_map: dict[str, str] = {}
         for number, group in enumerate(groups, 1):
             name = SINGLE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
             header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -218,7 +285,7 @@ class _Shards:
                 }
                 offsets[tensor] = offset
                 offset += size
-                self.weight_map[tensor] = name
+                weight_map[tensor] = name
             text = json.dumps(header).encode()
             text += b" " * (-len(text) % 8)  # data starts aligned
             file = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
@@ -227,7 +294,19 @@ class _Shards:
             os.truncate(file, 8 + len(text) + offset)
             for tensor, start in offsets.items():
                 self._places[tensor] = file, 8 + len(text) + start, group[tensor]
-        self.total = sum(map(_nbytes, plan.values()))
+        if len(groups) > 1:
+            index = {"metadata": {"total_size": sum(map(_nbytes, plan.values()))}, "weight_map": weight_map}
+            _write_json(folder / INDEX, index)
+
+    @property
+    def written(self) -> set[str]:
+        """Names of the tensors that are in their places."""
+        return self._places.keys() - self.missing
+
+    def sync(self) -> None:
+        """Wait until everything is on the disk."""
+        for file in self._files:
+            os.fsync(file)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put one tensor in its place."""
@@ -242,12 +321,9 @@ class _Shards:
         self.missing.discard(name)
 
     def finish(self) -> None:
-        """Check that nothing is missing and write the index of several files."""
+        """Check that nothing is missing."""
         if self.missing:
             raise CheckpointError(f"tensor '{min(self.missing)}' was never written")
-        if len(set(self.weight_map.values())) > 1:
-            index = {"metadata": {"total_size": self.total}, "weight_map": self.weight_map}
-            _write_json(self.folder / INDEX, index)
 
     def close(self) -> None:
         """Let go of the files."""

@@ -126,6 +126,8 @@ def _show_report(report: Report, output: Path) -> None:
     errors = report.output_error
     worst = max(errors, key=errors.__getitem__)
     stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in report.seconds.items())
+    if report.resumed_after:
+        stages += f", after {report.resumed_after} of {len(errors)} layers that an earlier run had finished"
     print()
     pairs(
         [

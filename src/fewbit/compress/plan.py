@@ -40,13 +40,14 @@ class Report:
     """What was done.
 
     Attributes:
-        seconds: time by stage.
+        seconds: time by stage; on a GPU loading and writing go on beside the others.
         weight_error: relative error of each quantized weight, ``|W - Q| / |W|`` in the Frobenius norm, by linear.
         output_error: relative error of each layer's output on held-out text, by layer, errors of earlier ones included.
         kl: mean KL divergence of the next-token distribution on that text, in nats.
         peak_bytes: largest resident memory of the process.
         grown_bytes: how much of that is growth since the start.
         calibration: which data were used, in words.
+        resumed_after: layers that an earlier run had finished.
         verified: what the finished files were found to hold.
     """
 
@@ -57,6 +58,7 @@ class Report:
     peak_bytes: int = 0
     grown_bytes: int = 0
     calibration: str = "none needed"
+    resumed_after: int = 0
     verified: Verified | None = None
 
 

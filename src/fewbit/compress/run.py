@@ -2,10 +2,15 @@
 
 Beside the calibration data, a little held-out text runs through the model twice, once in float and once as quantized
 so far. The second ends in the logits that the finished files must reproduce bit for bit.
+
+A run that was stopped goes on after the last layer that it finished: those before it are not quantized again, the data
+only run through them as they lie on the disk.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import resource
 import sys
@@ -23,6 +28,7 @@ from fewbit.checkpoint import Checkpoint, CheckpointWriter, check_target, format
 from fewbit.checkpoint.layout import Quantization
 from fewbit.checkpoint.names import Names
 from fewbit.compress.data import calibration_windows, check_windows, data_hash, data_named
+from fewbit.compress.disk import Disk
 from fewbit.compress.fold import shared_outers
 from fewbit.compress.plan import Plan, Report
 from fewbit.compress.stats import Block, Recorder, Stats
@@ -41,6 +47,7 @@ from fewbit.ops.linear import LinearWeights
 from fewbit.ops.linear.dense import Dense
 from fewbit.spec.decoder import LinearShape
 from fewbit.text.tokenizer import Tokenizer
+from fewbit.version import __version__
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how much is done, and of how much."""
@@ -91,14 +98,23 @@ class _Run:
         spec, embed = self.checkpoint.spec, self._finite("embed.weight", self.loader.embed())
         data = Stream(calibration, embed, self.loader.dtype)
         exact, rounded = Stream(held_out, embed, self.loader.dtype), Stream(held_out, embed, self.loader.dtype)
-        with self._writer() as writer:
-            self._write(writer, "embed.weight", embed.cpu())
+        with self._writer() as writer, Disk(self.report.seconds, self.device.type != "cpu") as disk:
+            self.writer, self.disk = writer, disk
+            self._write("embed.weight", embed.cpu())
             del embed
-            for index in range(len(spec.layers)):
+            done = self._go_on(data, exact, rounded)
+            coming = disk.read(self._read, done) if done < len(spec.layers) else None
+            for index in range(done, len(spec.layers)):
                 self.progress("compress", index, len(spec.layers))
-                self._block(index, writer, data, exact, rounded)
-            logits = self._head(writer, data, exact, rounded)
+                assert coming is not None
+                block, weights = coming()
+                coming = disk.read(self._read, index + 1) if index + 1 < len(spec.layers) else None
+                self._block(block, weights, data, exact, rounded)
+                del block, weights
+                disk.write(writer.record, self._progress(index + 1))
+            logits = self._head(data, exact, rounded)
             self.progress("compress", len(spec.layers), len(spec.layers))
+            disk.wait()
             with self._stage("write"):
                 folder = writer.finish()
                 (folder / "recipe.yaml").write_text(self.plan.recipe.text, "utf8")
@@ -154,14 +170,51 @@ class _Run:
             c.config,
             c.files,
             meta,
+            self._key(meta),
             self.force,
         )
 
-    def _block(self, index: int, writer: CheckpointWriter, data: Stream, exact: Stream, rounded: Stream) -> None:
-        """Everything about one layer."""
-        with self._stage("load"):
+    def _key(self, meta: Mapping[str, str]) -> str:
+        """A hash of all that the result depends on."""
+        path, p = self.checkpoint.path, self.plan
+        weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(path.glob("*.safetensors"))]
+        numerics = [f"{name} {quant}" for name, quant in p.quant.items()], [str(kv) for kv in p.kv.values()]
+        what = [
+            __version__, str(path.resolve()), self.checkpoint.config, weights, p.recipe.text, str(p.recipe.calibration),
+            numerics, p.export, self.device.type, meta,
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+    def _progress(self, done: int) -> dict[str, object]:
+        """What a later run must know to go on after `done` layers."""
+        errors = {"weight_error": self.report.weight_error, "output_error": self.report.output_error}
+        return {"done": done} | {name: list(of.items()) for name, of in errors.items()}
+
+    def _go_on(self, data: Stream, exact: Stream, rounded: Stream) -> int:
+        """Bring the streams to where an unfinished run stopped; how many layers it finished."""
+        if (found := self.writer.recorded) is None:
+            return 0
+        done: int = found["done"]
+        self.report.resumed_after = done
+        self.report.weight_error, self.report.output_error = dict(found["weight_error"]), dict(found["output_error"])
+        partial = Loader(open_checkpoint(self.writer.folder), self.device)
+        for index in range(done):
+            self.progress("compress", index, len(self.checkpoint.spec.layers))
             block, weights = self._read(index)
-        layer = self._float_layer(block, weights)
+            with self._stage("calibrate"):
+                exact.through(self._float_layer(block, weights), [*self.codecs, KVCodec(self.checkpoint.dtype)])
+                del block, weights
+                self.codecs.append(partial.codec(index))
+                layer = partial.layer(index)
+                rounded.through(layer, self.codecs)
+                data.through(layer, self.codecs)
+        return done
+
+    def _block(
+        self, block: Block, weights: dict[str, LinearWeights], data: Stream, exact: Stream, rounded: Stream
+    ) -> None:
+        """Everything about one layer."""
+        index, layer = block.index, self._float_layer(block, weights)
         plain = [*self.codecs, KVCodec(self.checkpoint.dtype)]
         with self._stage("calibrate"):
             exact.through(layer, plain)
@@ -177,18 +230,16 @@ class _Run:
             }
         outers = _outers(self.checkpoint.spec.layer_linears(index), block)
         for shape in self.checkpoint.spec.layer_linears(index):
-            linear = self._linear(shape, block, weights[shape.name], writer, outers.get(shape.name))
+            linear = self._linear(shape, block, weights[shape.name], outers.get(shape.name))
             layer.linears[shape.name.rpartition(".")[2]] = linear
             del block.weights[shape.name], weights[shape.name]  # from here on only its quantized form is held
             release_memory()
         for name, weight in self._norm_names(index).items():
-            self._write(
-                writer, f"{weight}.weight", layer.norms[name].to(self.checkpoint.tensors.dtype(f"{weight}.weight"))
-            )
+            self._write(f"{weight}.weight", layer.norms[name].to(self.checkpoint.tensors.dtype(f"{weight}.weight")))
         scales = self._kv_scales(block)
         self.codecs.append(self._codec(index, scales))
         for which, scale in scales.items():
-            self._write(writer, f"layers.{index}.attn.{which}_scale", scale)
+            self._write(f"layers.{index}.attn.{which}_scale", scale)
         with self._stage("calibrate"):
             rounded.through(layer, self.codecs)
             data.through(layer, self.codecs)
@@ -263,7 +314,6 @@ class _Run:
         shape: LinearShape,
         block: Block,
         weights: LinearWeights,
-        writer: CheckpointWriter,
         outer: Tensor | None,
     ) -> Linear:
         """Quantize one linear, write it, and return it as it will be served."""
@@ -273,22 +323,22 @@ class _Run:
             weights = replace(weights, bias=bias)
         if quant is None:
             stored = weight.to(self.checkpoint.tensors.dtype(f"{shape.name}.weight"))
-            self._write(writer, f"{shape.name}.weight", stored)
+            self._write(f"{shape.name}.weight", stored)
             served = replace(weights, weight=stored)
         else:
             stats = block.stats.get(shape.name)
             with self._stage("quantize"):
                 q = self._round(shape.name, weight.float(), quant, stats, outer)
-            self._write(writer, f"{shape.name}.weight", q)
+            self._write(f"{shape.name}.weight", q)
             scale = None
             if quant.calibrated:
                 assert quant.input is not None
                 assert stats is not None
                 scale = _input_scale(stats.amax.max(), quant.input)
-                self._write(writer, f"{shape.name}.input_scale", scale)
+                self._write(f"{shape.name}.input_scale", scale)
             served = LinearWeights(quant, q, weights.bias, scale)
         if weights.bias is not None:
-            self._write(writer, f"{shape.name}.bias", weights.bias)
+            self._write(f"{shape.name}.bias", weights.bias)
         return Linear(self.loader.choose_for(served.quant, shape).kernel, served, self.loader.dtype)
 
     def _round(self, name: str, weight: Tensor, quant: QuantSpec, stats: Stats | None, outer: Tensor | None) -> QTensor:
@@ -303,14 +353,14 @@ class _Run:
         kv = self.plan.kv.get(index)
         return KVCodec(self.checkpoint.dtype, kv, scales["k"], scales["v"]) if kv else KVCodec(self.checkpoint.dtype)
 
-    def _head(self, writer: CheckpointWriter, data: Stream, exact: Stream, rounded: Stream) -> Tensor:
+    def _head(self, data: Stream, exact: Stream, rounded: Stream) -> Tensor:
         """The final norm and the head; returns the held-out logits of the quantized model."""
         spec = self.checkpoint.spec
         shape = LinearShape("lm_head", spec.vocab, spec.hidden)
         final = self._finite("final_norm.weight", self.loader.norm("final_norm"))
         if not spec.tied:
             self._finite("lm_head.weight", self.checkpoint.tensors.dense("lm_head.weight"))
-        self._write(writer, "final_norm.weight", self.checkpoint.tensors.dense("final_norm.weight"))
+        self._write("final_norm.weight", self.checkpoint.tensors.dense("final_norm.weight"))
         head = self.loader.head()
         states = [rms_norm(s.states(), spec.final_norm, final) for s in (exact, rounded)]
         reference = head(states[0])
@@ -323,9 +373,9 @@ class _Run:
                 block.stats["lm_head"] = Stats.empty(spec.hidden, self.device, "hessian" in self.needs)
                 for states_of in data.pieces():
                     block.stats["lm_head"].see(rms_norm(states_of, spec.final_norm, final))
-            head = self._linear(shape, block, w, writer, _outers([shape], block).get("lm_head"))
+            head = self._linear(shape, block, w, _outers([shape], block).get("lm_head"))
         elif not spec.tied:
-            self._write(writer, "lm_head.weight", self.checkpoint.tensors.dense("lm_head.weight"))
+            self._write("lm_head.weight", self.checkpoint.tensors.dense("lm_head.weight"))
         logits = head(states[1]).float()
         log_p, log_q = reference.float().log_softmax(-1), logits.log_softmax(-1)
         self.report.kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
@@ -338,9 +388,8 @@ class _Run:
         modules = {name.rpartition(".")[0] for name in shapes} - linears
         return {module.rpartition(".")[2]: module for module in modules}
 
-    def _write(self, writer: CheckpointWriter, name: str, tensor: Tensor | QTensor) -> None:
-        with self._stage("write"):
-            writer.add(name, tensor)
+    def _write(self, name: str, tensor: Tensor | QTensor) -> None:
+        self.disk.write(self.writer.add, name, tensor)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

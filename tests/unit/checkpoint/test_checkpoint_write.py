@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from safetensors.torch import load_file
 
 from fewbit.checkpoint import CheckpointWriter, check_target, format_named, open_checkpoint, writer
 from fewbit.checkpoint.layout import Quantization
-from fewbit.compress import compress, plan, read_recipe
+from fewbit.compress import compress, plan, read_recipe, run
+from fewbit.compress.disk import Disk
 from fewbit.compress.recipe import parse_recipe
 from fewbit.errors import CheckpointError
 from helpers import make_model, same_tensors
@@ -95,7 +97,7 @@ def test_scales_that_the_config_does_not_speak_of_are_extra(source, tmp_path, mo
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError, CheckpointError("no")])
 @pytest.mark.parametrize("when", ["compress 0", "compress 1", "check 0", "compress 2"])
 @pytest.mark.parametrize("over", [False, True])
-def test_interrupted_it_leaves_nothing(source, tmp_path, error, when, over):
+def test_interrupted_it_leaves_finished_layers_or_nothing(source, tmp_path, error, when, over):
     target = tmp_path / "out"
     if over:
         target.mkdir()
@@ -110,9 +112,109 @@ def test_interrupted_it_leaves_nothing(source, tmp_path, error, when, over):
 
     with pytest.raises(error if isinstance(error, type) else type(error)):
         small(source, target, progress=progress, force=True)
-    assert files(tmp_path) == (["out"] if over else [])
+    # what layers were finished is kept, unless it was the check that failed
+    kept = [".out.unfinished"] if when in ("compress 1", "compress 2") else []
+    assert files(tmp_path) == kept + (["out"] if over else [])
     if over:
         assert files(target) == ["precious"]
+
+
+RECIPES = {
+    "int4": "int4",
+    "gptq after smoothing": """
+rules: [{match: "layers.*", weight: int8_row, input: int8, input_scale: static}]
+kv: {format: fp8}
+techniques: [{smoothquant: {}}, {gptq: {}}]
+calib: {samples: 4, length: 32}
+""",
+}
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(when: int):
+    def progress(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("compress", when):
+            raise Stopped
+
+    return progress
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("threads", [False, True])
+def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(source, tmp_path, monkeypatch, caplog, recipe, threads):
+    if threads:  # as on a GPU
+        monkeypatch.setattr(run, "Disk", lambda seconds, overlaps: Disk(seconds, True))
+    whole, target = tmp_path / "whole", tmp_path / "out"
+    report = small(source, whole, recipe)
+    assert report.resumed_after == 0
+    for when in (1, 2):  # layers: before the second, before the head
+        with pytest.raises(Stopped):
+            small(source, target, recipe, progress=stop_at(when))
+    assert "the same command goes on with it" in caplog.text
+    again = small(source, target, recipe)
+    assert again.resumed_after == 2
+    assert files(tmp_path) == ["out", "whole"]
+    assert {f.name: f.read_bytes() for f in target.iterdir()} == {f.name: f.read_bytes() for f in whole.iterdir()}
+    assert (again.weight_error, again.output_error, again.kl) == (report.weight_error, report.output_error, report.kl)
+    assert again.verified == report.verified
+
+
+def test_unfinished_work_of_other_settings_is_thrown_away_by_force_only(source, tmp_path):
+    with pytest.raises(Stopped):
+        small(source, tmp_path / "out", "int4", progress=stop_at(1))
+    with pytest.raises(CheckpointError, match=r"out.unfinished holds unfinished work on another model, recipe or data"):
+        small(source, tmp_path / "out", "int8_wo")
+    assert small(source, tmp_path / "out", "int8_wo", force=True).resumed_after == 0
+    assert files(tmp_path) == ["out"]
+    assert str(open_checkpoint(tmp_path / "out").quant["layers.0.attn.q"].weight) == "int8_row"
+
+
+def test_a_model_that_changed_since_is_another(source, tmp_path):
+    own = make_model(tmp_path / "model")
+    with pytest.raises(Stopped):
+        small(own, tmp_path / "out", progress=stop_at(1))
+    os.utime(own / "model.safetensors", (1, 1))
+    with pytest.raises(CheckpointError, match="holds unfinished work on another model"):
+        small(own, tmp_path / "out")
+
+
+def test_two_runs_do_not_fill_one_folder(source, tmp_path):
+    with (
+        begin(source, tmp_path / "out"),
+        pytest.raises(CheckpointError, match=r"another process is writing to .*out; wait for it"),
+    ):
+        begin(source, tmp_path / "out")
+    assert files(tmp_path) == []
+
+
+def test_a_killed_run_that_finished_nothing_begins_anew(source, tmp_path):
+    left = tmp_path / ".out.unfinished"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    small(source, tmp_path / "out")
+    assert files(tmp_path) == ["out"]
+    assert files(tmp_path / "out")[:2] == ["config.json", "model.safetensors"]
+    open_checkpoint(tmp_path / "out")
+
+
+def test_what_goes_wrong_in_the_thread_is_raised(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "Disk", lambda seconds, overlaps: Disk(seconds, True))
+    add = CheckpointWriter.add
+
+    def full(self, name, tensor):
+        if name == "layers.1.mlp.up.weight":
+            raise OSError("no space left on device")
+        add(self, name, tensor)
+
+    monkeypatch.setattr(CheckpointWriter, "add", full)
+    with pytest.raises(OSError, match="no space left"):
+        small(source, tmp_path / "out")
+    assert files(tmp_path) == [".out.unfinished"]
+    monkeypatch.undo()
+    assert small(source, tmp_path / "out").resumed_after == 1
 
 
 def test_interrupted_between_the_two_renames(source, tmp_path, monkeypatch):

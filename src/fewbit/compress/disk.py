@@ -1,0 +1,67 @@
+"""Reading ahead and writing behind: a thread for the disk while the device computes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Disk:
+    """Does one thing after another, in the order in which they were asked for; a context manager.
+
+    Args:
+        seconds: the time spent is added here, by stage.
+        overlaps: in a thread; else a read is done when its result is asked for and a write at once, so that no more
+            is held than without.
+    """
+
+    def __init__(self, seconds: dict[str, float], overlaps: bool) -> None:
+        self._seconds = seconds
+        self._pool = ThreadPoolExecutor(1, "disk") if overlaps else None
+        self._writes: list[Future[None]] = []
+
+    def read(self, call: Callable[..., T], *args: Any) -> Callable[[], T]:
+        """Begin to read; what is returned gives the result, or raises what went wrong."""
+        if self._pool is None:
+            return lambda: self._timed("load", call, *args)
+        return self._pool.submit(self._timed, "load", call, *args).result
+
+    def write(self, call: Callable[..., None], *args: Any) -> None:
+        """Write soon. Raises what went wrong with earlier ones."""
+        if self._pool is None:
+            self._timed("write", call, *args)
+            return
+        for write in [w for w in self._writes if w.done()]:
+            write.result()
+            self._writes.remove(write)
+        self._writes.append(self._pool.submit(self._timed, "write", call, *args))
+
+    def wait(self) -> None:
+        """Until everything is written. Raises what went wrong."""
+        for write in self._writes:
+            write.result()
+        self._writes.clear()
+
+    def _timed(self, stage: str, call: Callable[..., T], *args: Any) -> T:
+        start = time.perf_counter()
+        try:
+            with torch.inference_mode():  # is not inherited by a thread
+                return call(*args)
+        finally:
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def __enter__(self) -> Disk:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
