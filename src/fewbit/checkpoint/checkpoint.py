@@ -22,6 +22,7 @@ from fewbit.checkpoint.formats import FileFormat, format_of
 from fewbit.checkpoint.layout import Packing, Quantization, Stored
 from fewbit.checkpoint.names import Names
 from fewbit.errors import CheckpointError
+from fewbit.numerics.format import ALL
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.quantspec import KVSpec, QuantSpec
 from fewbit.spec.decoder import DecoderSpec, LinearShape
@@ -178,15 +179,17 @@ class _Opener:
             else:
                 self._dense(name, self.names.tensor(name), shape)
         for layer, kv in self.quantization.kv.items():
+            heads = self.spec.layers[layer].attention.kv_heads
             for which, source in zip("kv", self.fmt.kv_scale_names(layer, self.names), strict=True):
                 name = f"layers.{layer}.attn.{which}_scale"
-                self._take(source, self.fmt.kv_scale_shape(kv))
-                self._add(name, functools.partial(self._scalar, source), [source])
+                self._take(source, self.fmt.kv_scale_shape(kv, heads))
+                shape = () if kv.k.block == (ALL, ALL) else (heads,)
+                self._add(name, functools.partial(self._scale, source, shape), [source])
         self._refuse_extra()
         return self.found
 
-    def _scalar(self, source: str) -> Tensor:
-        return self.files.read(source).float().reshape(())
+    def _scale(self, source: str, shape: tuple[int, ...]) -> Tensor:
+        return self.files.read(source).float().reshape(shape)
 
     def _dense(self, name: str, source: str, shape: tuple[int, ...]) -> None:
         entry = self._take(source, shape)

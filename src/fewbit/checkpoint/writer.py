@@ -27,7 +27,7 @@ from fewbit.checkpoint.files import DTYPES, INDEX, SINGLE
 from fewbit.checkpoint.formats import FileFormat
 from fewbit.checkpoint.layout import Quantization, Stored
 from fewbit.checkpoint.names import Names
-from fewbit.errors import CheckpointError
+from fewbit.errors import CheckpointError, FewbitError
 from fewbit.numerics.qtensor import QTensor
 from fewbit.spec.decoder import DecoderSpec
 from fewbit.spec.families import Family
@@ -59,8 +59,9 @@ class CheckpointWriter:
     """Writes one checkpoint into the folder ``.NAME.unfinished`` beside `target` and renames it when all is well.
 
     Use as a context manager: `add` every tensor by its canonical name, `finish`, look at `folder`, `commit`. Leaving
-    without `commit`, by an error or Ctrl-C, removes the folder and touches nothing else; but once `record` was called,
-    and before `finish`, the folder stays, and a writer of the same `key` goes on with it: `recorded` is what it holds.
+    without `commit`, by an error or Ctrl-C, removes the folder and touches nothing else; but after `record` and before
+    `finish` the folder stays, and a writer of the same `key` goes on with it: `recorded` is what it holds. (Not after a
+    `FewbitError`, which would only come again.)
 
     Args:
         target: the folder to make.
@@ -112,7 +113,7 @@ class CheckpointWriter:
             self._shards.missing -= written
             self._write_files()
         except BaseException:
-            self._leave()
+            self._leave(keep=True)
             raise
 
     def _take_folder(self) -> int:
@@ -176,7 +177,10 @@ class CheckpointWriter:
                 yield f"{module}.pre_quant_scale", Stored(self.dense_dtypes["embed.weight"], (linear.in_features,))
         for layer, kv in self.quantization.kv.items():
             for source in self.fmt.kv_scale_names(layer, self.names):
-                yield source, Stored(torch.float32, self.fmt.kv_scale_shape(kv))
+                yield source, Stored(torch.float32, self.fmt.kv_scale_shape(kv, self._kv_heads(layer)))
+
+    def _kv_heads(self, layer: int) -> int:
+        return self.spec.layers[layer].attention.kv_heads
 
     def add(self, name: str, tensor: Tensor | QTensor) -> None:
         """Write one tensor by its canonical name: ``layers.3.attn.q.weight``, ``….input_scale``, ``….k_scale``."""
@@ -185,7 +189,7 @@ class CheckpointWriter:
             layer = int(owner.split(".")[1])
             assert isinstance(tensor, Tensor)
             kv_name = self.fmt.kv_scale_names(layer, self.names)["kv".index(leaf[0])]
-            shape = self.fmt.kv_scale_shape(self.quantization.kv[layer])
+            shape = self.fmt.kv_scale_shape(self.quantization.kv[layer], self._kv_heads(layer))
             return self._shards.write(kv_name, tensor.float().reshape(shape))
         quant = self.quantization.quant.get(owner)
         if quant is None or leaf == "bias":
@@ -250,12 +254,12 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._shards.close()
-        self._leave()
+        self._leave(keep=not self._finished and not isinstance(error, FewbitError))
 
-    def _leave(self) -> None:
-        """Let go of the folder, and take it away if nobody can go on with it."""
+    def _leave(self, keep: bool) -> None:
+        """Let go of the folder, and take it away if there is nothing to go on with."""
         if self.folder.exists():
-            if (self.folder / UNFINISHED).exists() and not self._finished:
+            if keep and (self.folder / UNFINISHED).exists():
                 log.warning("unfinished work is kept in %s: the same command goes on with it", self.folder)
             else:
                 shutil.rmtree(self.folder)

@@ -44,13 +44,16 @@ def compress(
         str, typer.Option("--recipe", help="Built-in recipe (a wrong name lists them), or a file NAME.yaml.")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
-    kv: Annotated[str | None, typer.Option("--kv", help="Also the K/V cache: fp8 or int8.")] = None,
+    kv: Annotated[str | None, typer.Option("--kv", help="Also the K/V cache: fp8, int8, fp8_head or int8_head.")] = None,
     calib: Annotated[
         list[str] | None,
         typer.Option("--calib", help="Calibration data: .txt or .jsonl, also .gz; several as FILE:SHARE."),
     ] = None,
     samples: Annotated[int | None, typer.Option("--samples", min=1, help="Windows to calibrate on.")] = None,
     length: Annotated[int | None, typer.Option("--length", min=1, help="Tokens of a window.")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="Range of calibrated scales: max, percentile, mse or entropy.")
+    ] = None,
     export: Annotated[str, typer.Option("--export", help="compressed-tensors or hf.")] = "compressed-tensors",
     sample_tokens: Annotated[
         int | None, typer.Option("--sample-tokens", min=0, help="Length of the sample before and after; 0: none.")
@@ -73,7 +76,7 @@ def compress(
     c = chosen.calibration
     data = tuple(source_of(text, "--calib") for text in calib) if calib else c.data
     c = replace(c, samples=samples or c.samples, length=length or c.length, data=data, seed=seed or c.seed)
-    chosen = replace(chosen, calibration=c)
+    chosen = replace(chosen, calibration=c).with_method(method)
     planned = room.plan(checkpoint, chosen, export)
     check_target(output, force, checkpoint.path)
     _show_plan(checkpoint, planned)

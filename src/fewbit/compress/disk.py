@@ -26,6 +26,7 @@ class Disk:
         self._seconds = seconds
         self._pool = ThreadPoolExecutor(1, "disk") if overlaps else None
         self._writes: list[Future[None]] = []
+        self._failed = False  # after a write that failed none is done: the last notes that all before it were
 
     def read(self, call: Callable[..., T], *args: Any) -> Callable[[], T]:
         """Begin to read; what is returned gives the result, or raises what went wrong."""
@@ -41,13 +42,22 @@ class Disk:
         for write in [w for w in self._writes if w.done()]:
             write.result()
             self._writes.remove(write)
-        self._writes.append(self._pool.submit(self._timed, "write", call, *args))
+        self._writes.append(self._pool.submit(self._try, call, *args))
 
     def wait(self) -> None:
         """Until everything is written. Raises what went wrong."""
         for write in self._writes:
             write.result()
         self._writes.clear()
+
+    def _try(self, call: Callable[..., None], *args: Any) -> None:
+        if self._failed:
+            return
+        try:
+            self._timed("write", call, *args)
+        except BaseException:
+            self._failed = True
+            raise
 
     def _timed(self, stage: str, call: Callable[..., T], *args: Any) -> T:
         start = time.perf_counter()

@@ -10,7 +10,7 @@ A recipe file::
     kv: {format: fp8, scale: static}
     techniques:                   # in order; none: rounding to nearest
       - round_to_nearest: {}
-    calib: {samples: 32, length: 512, data: [texts.jsonl:0.7, code.txt:0.3]}
+    calib: {samples: 32, length: 512, data: [texts.jsonl:0.7, code.txt:0.3], method: mse}
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import yaml
 
+from fewbit.compress.calibrators import Method
 from fewbit.compress.techniques import Technique, technique_named
 from fewbit.errors import RecipeError, UnsupportedError, nearest_name
 from fewbit.numerics.format import ALL, FORMATS, Format, format_named
@@ -32,7 +33,10 @@ from fewbit.numerics.quantspec import InputScale, KVSpec, QuantSpec
 from fewbit.numerics.reference import check_fits
 from fewbit.spec.decoder import DecoderSpec, LinearShape
 
-KV_FORMATS = {"fp8": FORMATS["fp8"], "int8": FORMATS["int8"]}
+KV_FORMATS = {
+    "fp8": FORMATS["fp8"], "int8": FORMATS["int8"], "fp8_head": FORMATS["fp8_row"], "int8_head": FORMATS["int8_row"]
+}  # fmt: skip
+"""What ``--kv`` and ``kv`` may say, and the format over (heads, head_dim) that it means: a scale a layer, or a head."""
 HEADS = {"fp8": "fp8_row", "int4": "int4_g128"}
 """What ``--head`` may say, and the format it means."""
 
@@ -64,12 +68,16 @@ class Calibration:
         length: tokens of each.
         data: where from; none: the text shipped with fewbit.
         seed: 0: the first windows of each file; else which ones is drawn.
+        method: how far the scale of a static input, of K and of V reaches; see `fewbit.compress.calibrators`.
+        percentile: of that method, in per cent.
     """
 
     samples: int = 32
     length: int = 512
     data: tuple[Source, ...] = ()
     seed: int = 0
+    method: Method = "max"
+    percentile: float = 99.99
 
     def counts(self) -> list[int]:
         """How many windows each of `data` gives: its share, rounded so that they are `samples` in all."""
@@ -108,6 +116,18 @@ class Recipe:
         if name not in HEADS:
             raise RecipeError(f"--head {name}: {nearest_name(name, HEADS)}")
         return replace(self, rules=(Rule("lm_head", QuantSpec(FORMATS[HEADS[name]])), *self.rules))
+
+    def with_method(self, name: str | None) -> Recipe:
+        """The same recipe with another method for the range of calibrated scales; None keeps its own.
+
+        Raises:
+            RecipeError: no such method.
+        """
+        if name is None:
+            return self
+        if name not in get_args(Method):
+            raise RecipeError(f"--method {name}: {nearest_name(name, get_args(Method))}")
+        return replace(self, calibration=replace(self.calibration, method=cast("Method", name)))
 
     def resolve(self, spec: DecoderSpec) -> dict[str, QuantSpec]:
         """QuantSpec by linear; linears that stay as they are are absent.
@@ -277,11 +297,18 @@ def _technique(raw: Any, where: str) -> Technique:
 
 
 def _calibration(raw: Any, where: str) -> Calibration:
-    fields = dict(_object(raw, where, ("samples", "length", "data", "seed")))
+    fields = dict(_object(raw, where, ("samples", "length", "data", "seed", "method", "percentile")))
     for key, least in (("samples", 1), ("length", 1), ("seed", 0)):
         value = fields.get(key, 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise RecipeError(f"{where}: {key} is {value!r}, expected a whole number of at least {least}")
+    if (method := fields.get("method", "max")) not in get_args(Method):
+        raise RecipeError(f"{where}: method is {method!r}; known: {', '.join(get_args(Method))}")
+    percentile = fields.get("percentile", 99.99)
+    if not isinstance(percentile, int | float) or isinstance(percentile, bool) or not 0 < percentile <= 100:
+        raise RecipeError(f"{where}: percentile is {percentile!r}, expected a number above 0 and up to 100")
+    if "percentile" in fields and method != "percentile":
+        raise RecipeError(f"{where}: percentile without method: percentile")
     data = fields.pop("data", None)
     given = data if isinstance(data, list) else [] if data is None else [data]
     sources = []

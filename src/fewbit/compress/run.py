@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from torch import Tensor
 from fewbit.checkpoint import Checkpoint, CheckpointWriter, check_target, format_named, open_checkpoint
 from fewbit.checkpoint.layout import Quantization
 from fewbit.checkpoint.names import Names
+from fewbit.compress.calibrators import Histogram
 from fewbit.compress.data import calibration_windows, check_windows, data_hash, data_named
 from fewbit.compress.disk import Disk
 from fewbit.compress.fold import shared_outers
@@ -38,7 +39,7 @@ from fewbit.compress.verify import verify
 from fewbit.errors import CheckpointError, FewbitError, RecipeError
 from fewbit.model import DecoderLayer, KVCodec, Linear, Loader
 from fewbit.model.decoder import rms_norm
-from fewbit.numerics.format import Format
+from fewbit.numerics.format import ALL, Format
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.numerics.reference import amax_scale, outer_scale
@@ -185,10 +186,10 @@ class _Run:
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
-    def _progress(self, done: int) -> dict[str, object]:
+    def _progress(self, done: int) -> dict[str, Any]:
         """What a later run must know to go on after `done` layers."""
-        errors = {"weight_error": self.report.weight_error, "output_error": self.report.output_error}
-        return {"done": done} | {name: list(of.items()) for name, of in errors.items()}
+        weight, output = self.report.weight_error, self.report.output_error
+        return {"done": done, "weight_error": list(weight.items()), "output_error": list(output.items())}
 
     def _go_on(self, data: Stream, exact: Stream, rounded: Stream) -> int:
         """Bring the streams to where an unfinished run stopped; how many layers it finished."""
@@ -228,6 +229,9 @@ class _Run:
                 name: block.norms[name].to(self.checkpoint.tensors.dtype(f"{module}.weight")).to(self.loader.dtype)
                 for name, module in self._norm_names(index).items()
             }
+        if data and self.plan.recipe.calibration.method != "max":
+            with self._stage("calibrate"):
+                self._reach(block, weights, layer.norms, data, plain)
         outers = _outers(self.checkpoint.spec.layer_linears(index), block)
         for shape in self.checkpoint.spec.layer_linears(index):
             linear = self._linear(shape, block, weights[shape.name], outers.get(shape.name))
@@ -301,13 +305,51 @@ class _Run:
                 raise CheckpointError(f"the input of {name} holds NaN or infinity on the calibration data")
         block.k_amax, block.v_amax = attend.k_amax[block.index], attend.v_amax[block.index]
 
-    def _kv_scales(self, block: Block) -> dict[str, Tensor]:
+    def _reach(
+        self, block: Block, weights: Mapping[str, LinearWeights], norms: Mapping[str, Tensor], data: Stream,
+        codecs: list[KVCodec],
+    ) -> None:  # fmt: skip
+        """A second pass, over what techniques made of the layer: how far the scales reach that data decide."""
+        c = self.plan.recipe.calibration
+        changed = {n: replace(w, weight=block.weights[n], bias=block.biases.get(n)) for n, w in weights.items()}
+        layer = self._float_layer(block, changed)
+        layer.norms = dict(norms)
+        inputs: dict[str, Histogram] = {}
+        groups = {}
+        for shape in self.checkpoint.spec.layer_linears(block.index):
+            quant = block.quant.get(shape.name)
+            if quant is None or quant.input_scale != "static":
+                continue
+            groups[shape.name] = group = shape.shares_input or shape.name
+            if group not in inputs:
+                inputs[group] = Histogram(1, self.device)
+                leaf = shape.name.rpartition(".")[2]
+                layer.linears[leaf] = Recorder(layer.linears[leaf], inputs[group])
         kv = self.plan.kv.get(block.index)
+        heads = block.layer.attention.kv_heads
+        stored = {"k": kv.k, "v": kv.v} if kv else {}
+        cache = {n: Histogram(1 if f.block == (ALL, ALL) else heads, self.device) for n, f in stored.items()}
+        if not inputs and not cache:
+            return
+        data.watch(layer, codecs, cache)
+        for name, group in groups.items():
+            fmt = block.quant[name].input
+            assert fmt is not None
+            block.reach[name] = inputs[group].reach(fmt, c.method, c.percentile)[0]
+        for name, fmt in stored.items():
+            block.reach[name] = cache[name].reach(fmt, c.method, c.percentile)
+
+    def _kv_scales(self, block: Block) -> dict[str, Tensor]:
+        """Of K and V, float32: [] or, with a scale a head, [kv_heads]."""
+        kv, found = self.plan.kv.get(block.index), {}
         if kv is None:
             return {}
-        assert block.k_amax is not None
-        assert block.v_amax is not None
-        return {"k": _input_scale(block.k_amax.amax(), kv.k), "v": _input_scale(block.v_amax.amax(), kv.v)}
+        for name, fmt, amax in (("k", kv.k, block.k_amax), ("v", kv.v, block.v_amax)):
+            assert amax is not None
+            rows = 1 if fmt.block == (ALL, ALL) else block.layer.attention.kv_heads
+            scale = amax_scale(block.reach.get(name, amax.view(rows, -1).amax(1)).float(), fmt)
+            found[name] = scale.reshape(()) if rows == 1 else scale
+        return found
 
     def _linear(
         self,
@@ -334,7 +376,7 @@ class _Run:
             if quant.calibrated:
                 assert quant.input is not None
                 assert stats is not None
-                scale = _input_scale(stats.amax.max(), quant.input)
+                scale = _input_scale(block.reach.get(shape.name, stats.amax.max()), quant.input)
                 self._write(f"{shape.name}.input_scale", scale)
             served = LinearWeights(quant, q, weights.bias, scale)
         if weights.bias is not None:
@@ -419,7 +461,7 @@ def _relative_error(q: QTensor, weight: Tensor) -> float:
 
 
 def _input_scale(amax: Tensor, fmt: Format) -> Tensor:
-    """The calibrated scale of an input (or of K or V) whose largest magnitude was `amax`: float32 []."""
+    """The calibrated scale of an input whose largest magnitude was `amax`: float32 []."""
     return outer_scale(amax, fmt) if fmt.outer else amax_scale(amax.float().reshape(()), fmt)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fewbit.compress.calibrators import Histogram
 from fewbit.model import DenseAttend, KVCodec
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.spec.decoder import Attention, Layer
@@ -67,6 +68,8 @@ class Block:
         stats: statistics by canonical linear; empty where no technique needs any. Linears that read one input share
             one object.
         k_amax, v_amax: float32 [kv_heads * head_dim], the largest magnitudes of K and V; None: not calibrated.
+        reach: how far scales reach, by canonical linear and by ``k`` and ``v`` (a number a head); what is not in it
+            reaches to the largest magnitude.
     """
 
     index: int
@@ -79,12 +82,13 @@ class Block:
     stats: dict[str, Stats] = field(default_factory=dict)
     k_amax: Tensor | None = None
     v_amax: Tensor | None = None
+    reach: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Recorder:
     """Stands in for a linear: notes its input, then does what the linear does."""
 
-    def __init__(self, linear: Callable[[Tensor], Tensor], stats: Stats) -> None:
+    def __init__(self, linear: Callable[[Tensor], Tensor], stats: Stats | Histogram) -> None:
         self.linear, self.stats = linear, stats
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -94,16 +98,24 @@ class Recorder:
 
 
 class RecordingAttend(DenseAttend):
-    """Attention that notes the largest magnitude of each channel of K and V before they are stored."""
+    """Attention that looks at K and V before they are stored.
+
+    Attributes:
+        k_amax, v_amax: the largest magnitude of each channel, by layer.
+        histograms: of K and V, by ``k`` and ``v``, where they are wanted.
+    """
 
     def __init__(self, codecs: Sequence[KVCodec], length: int) -> None:
         super().__init__(codecs, length)
         self.k_amax: dict[int, Tensor] = {}
         self.v_amax: dict[int, Tensor] = {}
+        self.histograms: dict[str, Histogram] = {}
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
         """See `Attend`."""
         for seen, x in ((self.k_amax, k), (self.v_amax, v)):
             amax = x.abs().amax(0).flatten().float()
             seen[layer] = torch.maximum(seen[layer], amax) if layer in seen else amax
+        for name, histogram in self.histograms.items():
+            histogram.see(k if name == "k" else v)
         return super().__call__(layer, q, k, v, a)

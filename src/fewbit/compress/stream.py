@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from fewbit.compress.calibrators import Histogram
 from fewbit.compress.stats import RecordingAttend
 from fewbit.model import DecoderLayer, DenseAttend, KVCodec
 from fewbit.model.rope import Rotary
@@ -49,9 +50,12 @@ class Stream:
             attend = DenseAttend(codecs, length)
             self._pieces[i] = length, layer(states, _rotary(states, length), attend)
 
-    def watch(self, layer: DecoderLayer, codecs: Sequence[KVCodec]) -> RecordingAttend:
-        """Run the layer for what its recorders see, and keep the states."""
+    def watch(
+        self, layer: DecoderLayer, codecs: Sequence[KVCodec], histograms: Mapping[str, Histogram] | None = None
+    ) -> RecordingAttend:
+        """Run the layer for what its recorders (and histograms of K and V) see, and keep the states."""
         attend = RecordingAttend(codecs, 1)
+        attend.histograms = dict(histograms or {})
         for length, states in self._pieces:
             attend.length = length
             layer(states, _rotary(states, length), attend)

@@ -162,7 +162,7 @@ BAD = {
     rules(ANY, more="calib: {data: 'a.txt:0'}"): "own: calib: data: the share of a.txt is 0, expected a number above 0",
     rules(ANY, more="calib: {data: [3]}"): "own: calib: data is 3, expected FILE or FILE:SHARE",
     rules(ANY, more="calib: {seed: -1}"): "own: calib: seed is -1, expected a whole number of at least 0",
-    rules(ANY, more="calib: 5"): "own: calib: expected keys (samples, length, data, seed), got 5",
+    rules(ANY, more="calib: 5"): "own: calib: expected keys (samples, length, data, seed, method, percentile), got 5",
 }
 
 

@@ -54,8 +54,8 @@ class FileFormat(Protocol):
         """The file's names of the scales of K and V of a layer."""
         ...
 
-    def kv_scale_shape(self, kv: KVSpec) -> tuple[int, ...]:
-        """Their shape."""
+    def kv_scale_shape(self, kv: KVSpec, heads: int) -> tuple[int, ...]:
+        """Their shape in a layer of so many K/V heads."""
         ...
 
     def configs(self, spec: DecoderSpec, quantization: Quantization, names: Names) -> dict[str, Any]:

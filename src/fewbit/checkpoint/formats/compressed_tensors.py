@@ -201,9 +201,9 @@ def kv_scale_names(layer: int, names: Names) -> tuple[str, str]:
     return f"{attention}.k_scale", f"{attention}.v_scale"
 
 
-def kv_scale_shape(kv: KVSpec) -> tuple[int, ...]:
+def kv_scale_shape(kv: KVSpec, heads: int) -> tuple[int, ...]:
     """See `FileFormat.kv_scale_shape`."""
-    return (1,)
+    return (1,) if kv.k.block == (ALL, ALL) else (heads, 1, 1)
 
 
 # --- config.json ------------------------------------------------------------------------------------------------------
@@ -222,8 +222,8 @@ def why_not(spec: DecoderSpec, quantization: Quantization) -> str | None:
     if len(set(quantization.kv.values())) > 1 or (quantization.kv and len(quantization.kv) != len(spec.layers)):
         return "compressed-tensors says one KV format for all layers"
     for kv in quantization.kv.values():
-        if kv.k != kv.v or kv.k.block != (ALL, ALL):
-            return f"compressed-tensors says one per-tensor format for K and V, not {kv}"
+        if kv.k != kv.v or kv.k.block not in ((ALL, ALL), (1, ALL)):
+            return f"compressed-tensors says one format for K and V, with a scale a layer or a head, not {kv}"
     return None
 
 
@@ -245,6 +245,11 @@ def _args(fmt: Format, dynamic: bool | str, per_token: bool = False) -> dict[str
     if isinstance(fmt.scale, Element):
         args["scale_dtype"] = "torch.uint8" if fmt.scale is E8M0 else "torch.float8_e4m3fn"
     return args | {"strategy": "tensor_group" if fmt.outer else "group"}
+
+
+def _kv_args(kv: KVSpec) -> dict[str, Any]:
+    args = _args(kv.k, False)
+    return args | {"strategy": "attn_head"} if kv.k.block == (1, ALL) else args
 
 
 def _group(quant: QuantSpec, targets: list[str]) -> dict[str, Any]:
@@ -279,7 +284,7 @@ def configs(spec: DecoderSpec, quantization: Quantization, names: Names) -> dict
             "format": ("dense" if not words else words.pop()) if len(words) < 2 else "mixed-precision",
             "config_groups": groups,
             "ignore": dense,
-            "kv_cache_scheme": None if kv is None else _args(kv.k, False),
+            "kv_cache_scheme": None if kv is None else _kv_args(kv),
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "sparsity_config": {},
@@ -298,6 +303,7 @@ def _format(args: Mapping[str, Any], where: str) -> Format:
         "tensor": (ALL, ALL),
         "channel": (1, ALL),
         "token": (1, ALL),
+        "attn_head": (1, ALL),
         "group": (1, group),
         "tensor_group": (1, group),
         "block": tuple(args.get("block_structure") or ()),

@@ -138,7 +138,7 @@ def kv_scale_names(layer: int, names: Names) -> tuple[str, str]:
     return f"{names.module(f'layers.{layer}.attn.k')}.k_scale", f"{names.module(f'layers.{layer}.attn.v')}.v_scale"
 
 
-def kv_scale_shape(kv: KVSpec) -> tuple[int, ...]:
+def kv_scale_shape(kv: KVSpec, heads: int) -> tuple[int, ...]:
     """See `FileFormat.kv_scale_shape`."""
     return ()
 
