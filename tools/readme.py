@@ -75,8 +75,8 @@ def support() -> str:
 def recipes() -> str:
     rows = []
     for name, text in built_in().items():
-        (rule,) = read_recipe(name).rules
-        rows.append((f"`{name}`", str(rule.quant), text))
+        rules = read_recipe(name).rules
+        rows.append((f"`{name}`", str(rules[0].quant) if rules else "measured", text))
     return table(["recipe", "numerics", "in words"], rows)
 
 
@@ -106,7 +106,7 @@ def exports() -> str:
     """Which export can say which recipe, for an ordinary decoder."""
     llama = families()["llama"]
     spec = llama.read(HFConfig(llama.TINY))
-    asked = {f"`{name}`": Quantization(read_recipe(name).resolve(spec), {}) for name in built_in()}
+    asked = {f"`{name}`": Quantization(read_recipe(name).resolve(spec), {}) for name in built_in() if not read_recipe(name).auto}
     for name, fmt in KV_FORMATS.items():
         asked[f"`--kv {name}`"] = Quantization({}, dict.fromkeys(range(len(spec.layers)), KVSpec(fmt, fmt)))
     rows = [[name, *("no" if f.why_not(spec, q) else "yes" for f in formats().values())] for name, q in asked.items()]

@@ -142,10 +142,10 @@ def test_python_runs(page, small, folder, environment):
 def test_the_recipe_in_the_guide_is_a_recipe():
     from fewbit.compress.recipe import parse_recipe
 
-    (text,) = snippets(ROOT / "docs" / "recipes.md", "yaml")
-    recipe = parse_recipe("guide", text)
-    assert len(recipe.rules) == 2
-    assert recipe.kv is not None
+    plain, measured = (parse_recipe("guide", text) for text in snippets(ROOT / "docs" / "recipes.md", "yaml"))
+    assert len(plain.rules) == 2
+    assert plain.kv is not None
+    assert measured.auto is not None
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -29,7 +29,7 @@ from fewbit.text.tokenizer import Tokenizer
 STORY = fewbit.demo_model()
 GPU = torch.device("cuda", 0)
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
-NUMERICS = {read_recipe(name).rules: name for name in reversed(built_in())}.values()  # one recipe of each
+NUMERICS = {r.rules: n for n in reversed(built_in()) if not (r := read_recipe(n)).auto}.values()  # one recipe of each
 CELLS = [(recipe, None) for recipe in (None, *NUMERICS)] + [("int8_wo", "int8"), ("fp8", "fp8"), ("int4", "fp8")]
 NOT_FUSED = {"mxfp4", "nvfp4"}  # inputs in blocks: the reference multiplies
 

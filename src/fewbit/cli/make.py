@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from fewbit.checkpoint import Checkpoint
-    from fewbit.compress import Plan, Report
+    from fewbit.compress import Decision, Plan, Report
     from fewbit.measure.quality import Quality
 
 SAMPLE_TOKENS = 32
@@ -44,7 +44,9 @@ def compress(
         str, typer.Option("--recipe", help="Built-in recipe (a wrong name lists them), or a file NAME.yaml.")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
-    kv: Annotated[str | None, typer.Option("--kv", help="Also the K/V cache: fp8, int8, fp8_head or int8_head.")] = None,
+    kv: Annotated[
+        str | None, typer.Option("--kv", help="Also the K/V cache: fp8, int8, fp8_head or int8_head.")
+    ] = None,
     calib: Annotated[
         list[str] | None,
         typer.Option("--calib", help="Calibration data: .txt or .jsonl, also .gz; several as FILE:SHARE."),
@@ -77,8 +79,13 @@ def compress(
     data = tuple(source_of(text, "--calib") for text in calib) if calib else c.data
     c = replace(c, samples=samples or c.samples, length=length or c.length, data=data, seed=seed or c.seed)
     chosen = replace(chosen, calibration=c).with_method(method)
-    planned = room.plan(checkpoint, chosen, export)
     check_target(output, force, checkpoint.path)
+    if chosen.auto is not None:
+        with progress() as bars:
+            decision = room.decide(checkpoint, chosen, where, bars)
+        _show_decision(decision)
+        chosen = decision.recipe
+    planned = room.plan(checkpoint, chosen, export)
     _show_plan(checkpoint, planned)
     before = _sample(checkpoint, where, sample_tokens)
     with progress() as bars:
@@ -116,6 +123,17 @@ def _show_plan(checkpoint: Checkpoint, planned: Plan) -> None:
         note(f"  calibrated on {c.samples} windows of {c.length} tokens of {data_named(c)}")
     else:
         note("  needs no calibration data")
+
+
+def _show_decision(decision: Decision) -> None:
+    """Which linears got what, a line a layer."""
+    layers: dict[str, dict[str, list[str]]] = {}
+    for linear, candidate in decision.candidate.items():
+        _, layer, role = linear.split(".", 2)
+        layers.setdefault(layer, {}).setdefault(candidate, []).append(role.rpartition(".")[2])
+    note(f"auto: {decision.bits:.3f} bits a weight, {decision.loss:.5f} nats of KL divergence to be expected")
+    for layer, chosen in layers.items():
+        note(f"  layer {layer}: " + "; ".join(f"{name}: {', '.join(roles)}" for name, roles in chosen.items()))
 
 
 def _show_report(report: Report, output: Path) -> None:

@@ -1,11 +1,13 @@
 """Make it small: recipes, the block loop, techniques."""
 
+from fewbit.compress.decide import Decision, decide
 from fewbit.compress.plan import Plan, Report, plan
 from fewbit.compress.recipe import Recipe, built_in, group_name, read_recipe, summary
 from fewbit.compress.run import compress
 from fewbit.compress.verify import Verified, bits_per_weight, verify
 
 __all__ = [
+    "Decision",
     "Plan",
     "Recipe",
     "Report",
@@ -13,6 +15,7 @@ __all__ = [
     "bits_per_weight",
     "built_in",
     "compress",
+    "decide",
     "group_name",
     "plan",
     "read_recipe",

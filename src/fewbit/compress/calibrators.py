@@ -2,8 +2,8 @@
 
 One scale for all tokens (of a ``static`` input, of K or V) has to be chosen from what calibration saw. ``max`` loses
 nothing and wastes codes on a few outliers. The others cut the range: at a ``percentile`` of all magnitudes; where the
-mean squared error (``mse``) is least; or where the divergence (``entropy``) between the distribution before and after is
-least (S. Migacz, "8-bit Inference with TensorRT", GTC 2017).
+mean squared error (``mse``) is least; or where the divergence (``entropy``) between the distributions before and after
+is least (S. Migacz, "8-bit Inference with TensorRT", GTC 2017).
 
 What is remembered is a histogram over the magnitudes that bfloat16 can say: it needs no range beforehand, two of them
 are added up, and every bin is known to 0.4 %.

@@ -72,6 +72,8 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, export: str = "compressed-tenso
         raise UnsupportedError(
             f"{checkpoint.path} is already quantized ({checkpoint.format}); start from the original weights"
         )
+    if recipe.auto is not None:
+        raise RecipeError(f"recipe {recipe.name} decides by measuring; call fewbit.compress.decide and plan its recipe")
     quant = recipe.resolve(checkpoint.spec)
     kv = dict.fromkeys(range(len(checkpoint.spec.layers)), recipe.kv) if recipe.kv else {}
     spec = replace(checkpoint.spec, tied=checkpoint.spec.tied and "lm_head" not in quant)

@@ -26,7 +26,7 @@ from typing import Any, cast, get_args
 import yaml
 
 from fewbit.compress.calibrators import Method
-from fewbit.compress.techniques import Technique, technique_named
+from fewbit.compress.techniques import Technique, auto, technique_named
 from fewbit.errors import RecipeError, UnsupportedError, nearest_name
 from fewbit.numerics.format import ALL, FORMATS, Format, format_named
 from fewbit.numerics.quantspec import InputScale, KVSpec, QuantSpec
@@ -117,6 +117,11 @@ class Recipe:
             raise RecipeError(f"--head {name}: {nearest_name(name, HEADS)}")
         return replace(self, rules=(Rule("lm_head", QuantSpec(FORMATS[HEADS[name]])), *self.rules))
 
+    @property
+    def auto(self) -> auto.Settings | None:
+        """The technique that makes the rules by measuring; None: the rules are there."""
+        return next((t for t in self.techniques if isinstance(t, auto.Settings)), None)
+
     def with_method(self, name: str | None) -> Recipe:
         """The same recipe with another method for the range of calibrated scales; None keeps its own.
 
@@ -191,9 +196,7 @@ def parse_recipe(name: str, text: str) -> Recipe:
         raise RecipeError(f"recipe {name} is not YAML: {' '.join(str(error).split())}") from None
     top = _object(raw, name, ("rules", "kv", "techniques", "calib"))
     rules = _list(top.get("rules"), f"{name}: rules")
-    if not rules and "kv" not in top:
-        raise RecipeError(f"recipe {name} has neither rules nor kv: it would change nothing")
-    return Recipe(
+    recipe = Recipe(
         name=name,
         text=text,
         rules=tuple(_rule(rule, f"{name}: rules[{number}]") for number, rule in enumerate(rules)),
@@ -203,6 +206,11 @@ def parse_recipe(name: str, text: str) -> Recipe:
         ),
         calibration=_calibration(top.get("calib") or {}, f"{name}: calib"),
     )
+    if rules and recipe.auto is not None:
+        raise RecipeError(f"{name}: auto makes the rules; leave them out")
+    if not rules and "kv" not in top and recipe.auto is None:
+        raise RecipeError(f"recipe {name} has neither rules nor kv: it would change nothing")
+    return recipe
 
 
 class _StrictLoader(yaml.SafeLoader):

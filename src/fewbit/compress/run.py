@@ -39,10 +39,10 @@ from fewbit.compress.verify import verify
 from fewbit.errors import CheckpointError, FewbitError, RecipeError
 from fewbit.model import DecoderLayer, KVCodec, Linear, Loader
 from fewbit.model.decoder import rms_norm
-from fewbit.numerics.format import ALL, Format
+from fewbit.numerics.format import ALL
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.quantspec import QuantSpec
-from fewbit.numerics.reference import amax_scale, outer_scale
+from fewbit.numerics.reference import amax_scale, input_scale
 from fewbit.ops.device import release_memory
 from fewbit.ops.linear import LinearWeights
 from fewbit.ops.linear.dense import Dense
@@ -376,7 +376,7 @@ class _Run:
             if quant.calibrated:
                 assert quant.input is not None
                 assert stats is not None
-                scale = _input_scale(block.reach.get(shape.name, stats.amax.max()), quant.input)
+                scale = input_scale(block.reach.get(shape.name, stats.amax.max()), quant.input)
                 self._write(f"{shape.name}.input_scale", scale)
             served = LinearWeights(quant, q, weights.bias, scale)
         if weights.bias is not None:
@@ -458,11 +458,6 @@ def _relative_error(q: QTensor, weight: Tensor) -> float:
         off += (q.slice(-2, start, start + len(piece)).dequantize() - piece).double().square().sum().item()
         of += piece.double().square().sum().item()
     return math.sqrt(off / max(of, 1e-60))
-
-
-def _input_scale(amax: Tensor, fmt: Format) -> Tensor:
-    """The calibrated scale of an input whose largest magnitude was `amax`: float32 []."""
-    return outer_scale(amax, fmt) if fmt.outer else amax_scale(amax.float().reshape(()), fmt)
 
 
 def _forget_peak() -> None:

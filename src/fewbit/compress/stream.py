@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
@@ -35,6 +36,12 @@ class Stream:
 
     def __bool__(self) -> bool:
         return bool(self._pieces)
+
+    def copy(self) -> Stream:
+        """Another stream that goes its own way from here."""
+        other = copy.copy(self)
+        other._pieces = list(self._pieces)
+        return other
 
     def pieces(self) -> Iterator[Tensor]:
         """The states, some windows at a time."""

@@ -131,6 +131,11 @@ def amax_scale(amax: Tensor, fmt: Format) -> Tensor:
     return torch.where(amax > 0, _over(amax, top), 1.0)
 
 
+def input_scale(amax: Tensor, fmt: Format) -> Tensor:
+    """The calibrated scale of an input whose largest magnitude was `amax`: float32 []."""
+    return outer_scale(amax, fmt) if fmt.outer else amax_scale(amax.float().reshape(()), fmt)
+
+
 def _over(x: Tensor, number: float) -> Tensor:
     """``x / number``, correctly rounded: with a plain number a GPU multiplies by its reciprocal instead."""
     return x / torch.full((), number, dtype=x.dtype, device=x.device)

@@ -1,0 +1,127 @@
+"""A recipe that says what is wanted becomes one that says what to do: `auto` measures, and writes down the rules."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import yaml
+
+from fewbit.checkpoint import Checkpoint
+from fewbit.compress.data import calibration_windows
+from fewbit.compress.recipe import Recipe, parse_recipe, read_recipe
+from fewbit.compress.sensitivity import Progress, Unit, sensitivities
+from fewbit.compress.techniques.auto import Settings, cheapest
+from fewbit.errors import RecipeError, UnsupportedError
+from fewbit.numerics.quantspec import QuantSpec
+from fewbit.spec.decoder import DecoderSpec
+from fewbit.text.tokenizer import Tokenizer
+
+UNCHANGED = "none"
+"""The candidate that leaves a linear as it was."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was found.
+
+    Attributes:
+        recipe: an ordinary recipe that does it; its `text` reproduces it.
+        candidate: by linear.
+        bits: true bits a weight over these linears.
+        loss: the sum of the measured losses, in nats.
+        units: what was measured.
+    """
+
+    recipe: Recipe
+    candidate: Mapping[str, str]
+    bits: float
+    loss: float
+    units: tuple[Unit, ...]
+
+
+def decide(
+    checkpoint: Checkpoint, recipe: Recipe, device: torch.device, progress: Progress = lambda stage, done, total: None
+) -> Decision:
+    """Measure every candidate of a recipe's `auto` and choose the best within its budget.
+
+    Raises:
+        RecipeError: a candidate is no recipe of one rule.
+        UnsupportedError: no choice fits the budget, or a candidate fits no linear of the model.
+    """
+    auto = recipe.auto
+    assert auto is not None
+    if checkpoint.quant:
+        raise UnsupportedError(f"{checkpoint.path} is already quantized; start from the original weights")
+    candidates = {name: _numerics(name, checkpoint.spec) for name in auto.candidates}
+    calibration = replace(recipe.calibration, samples=auto.windows)
+    windows = calibration_windows(calibration, Tokenizer.load(checkpoint.path))
+    units = sensitivities(checkpoint, candidates, windows, device, auto.score, progress)
+    weights = _weights(checkpoint.spec, units)
+    budget = int(auto.bits * weights)
+    if (least := sum(min(o.bits for o in unit.options) for unit in units)) > budget:
+        smallest = f"{least / weights:.2f}"
+        raise UnsupportedError(f"auto: even the smallest candidates take {smallest} bits a weight, not {auto.bits}")
+    options = [u.options[i] for u, i in zip(units, cheapest([u.options for u in units], budget), strict=True)]
+    candidate = {name: o.candidate for unit, o in zip(units, options, strict=True) for name in unit.names}
+    bits, loss = sum(o.bits for o in options) / weights, sum(o.loss for o in options)
+    rules = [_rule(match, name, candidates) for match, name in patterns(candidate)]
+    text = _text(recipe, auto, rules, bits, loss)
+    made = parse_recipe(f"{recipe.name} at {auto.bits} bits", text)
+    # what the command line changed (K and V, the head, the data) stays changed
+    made = replace(made, rules=(*recipe.rules, *made.rules), kv=recipe.kv, calibration=recipe.calibration)
+    return Decision(made, candidate, bits, loss, tuple(units))
+
+
+def _numerics(name: str, spec: DecoderSpec) -> dict[str, QuantSpec]:
+    """What a candidate means for each linear."""
+    if name == UNCHANGED:
+        return {}
+    chosen = read_recipe(name)
+    if len(chosen.rules) != 1:
+        raise RecipeError(f"auto: candidate {name} is no recipe of one rule")
+    return {linear: quant for linear, quant in chosen.resolve(spec).items() if linear != "lm_head"}
+
+
+def _weights(spec: DecoderSpec, units: Sequence[Unit]) -> int:
+    wanted = {name for unit in units for name in unit.names}
+    return sum(x.in_features * x.out_features for x in spec.linears() if x.name in wanted)
+
+
+def patterns(candidate: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The shortest plain rules that say the same, first match first: exceptions by name, then a role's usual choice."""
+    roles: dict[str, dict[str, str]] = {}
+    for linear, name in candidate.items():
+        _, _, role = linear.split(".", 2)  # layers.3.attn.q
+        roles.setdefault(role, {})[linear] = name
+    exceptions, usual = [], []
+    for role, chosen in roles.items():
+        common = Counter(chosen.values()).most_common(1)[0][0]
+        exceptions += [(linear, name) for linear, name in chosen.items() if name != common]
+        usual.append((f"layers.*.{role}", common))
+    return exceptions + usual
+
+
+def _rule(match: str, name: str, candidates: Mapping[str, Mapping[str, QuantSpec]]) -> dict[str, Any]:
+    if not (numerics := candidates[name]):
+        return {"match": match, "weight": "none"}
+    quant = next(iter(numerics.values()))
+    rule = {"match": match, "weight": str(quant.weight)}
+    return rule if quant.input is None else rule | {"input": str(quant.input), "input_scale": quant.input_scale}
+
+
+def _text(recipe: Recipe, auto: Settings, rules: list[dict[str, Any]], bits: float, loss: float) -> str:
+    """The recipe file."""
+    what = f"{', '.join(auto.candidates)} at {auto.bits} bits a weight, by {auto.score}"
+    lines = [f"# Made by auto: {what}: {bits:.3f} bits, {loss:.5f} nats to be expected.", "rules:"]
+    lines += [
+        f"  - {yaml.safe_dump(rule, default_flow_style=True, sort_keys=False, width=1000).strip()}" for rule in rules
+    ]
+    raw = yaml.safe_load(recipe.text) or {}
+    others = [t for t in raw.get("techniques") or [] if "auto" not in t]
+    rest = {"techniques": others} if others else {}
+    rest |= {key: raw[key] for key in ("kv", "calib") if key in raw}
+    return "\n".join(lines) + "\n" + (yaml.safe_dump(rest, sort_keys=False) if rest else "")
