@@ -105,8 +105,9 @@ def architectures() -> str:
 def exports() -> str:
     """Which export can say which recipe, for an ordinary decoder."""
     llama = families()["llama"]
-    spec = llama.read(HFConfig(llama.TINY))
-    asked = {f"`{name}`": Quantization(read_recipe(name).resolve(spec), {}) for name in built_in() if not read_recipe(name).auto}
+    spec = llama.read(HFConfig(llama.TINY | {"hidden_size": 1024, "head_dim": 256}))  # room for branches
+    ruled = {name: recipe for name in built_in() if not (recipe := read_recipe(name)).auto}
+    asked = {f"`{name}`": Quantization(recipe.resolve(spec), {}) for name, recipe in ruled.items()}
     for name, fmt in KV_FORMATS.items():
         asked[f"`--kv {name}`"] = Quantization({}, dict.fromkeys(range(len(spec.layers)), KVSpec(fmt, fmt)))
     rows = [[name, *("no" if f.why_not(spec, q) else "yes" for f in formats().values())] for name, q in asked.items()]

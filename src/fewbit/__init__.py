@@ -13,6 +13,10 @@ from fewbit.version import __version__
 if TYPE_CHECKING:
     from fewbit.checkpoint import Checkpoint, open_checkpoint
     from fewbit.compress import Recipe, read_recipe
+    from fewbit.compress.fake import quantizers
+    from fewbit.compress.module import quantize
+    from fewbit.compress.quantizer import Quantizer
+    from fewbit.compress.state import restore_state, save_state
     from fewbit.demo import demo_model
     from fewbit.engine.engine import Engine
     from fewbit.errors import FewbitError
@@ -22,6 +26,11 @@ _HOMES = {
     "open_checkpoint": "fewbit.checkpoint",
     "Recipe": "fewbit.compress",
     "read_recipe": "fewbit.compress",
+    "Quantizer": "fewbit.compress.quantizer",
+    "quantize": "fewbit.compress.module",
+    "quantizers": "fewbit.compress.fake",
+    "restore_state": "fewbit.compress.state",
+    "save_state": "fewbit.compress.state",
     "Engine": "fewbit.engine.engine",
     "FewbitError": "fewbit.errors",
     "demo_model": "fewbit.demo",
@@ -31,11 +40,16 @@ __all__ = [
     "Checkpoint",
     "Engine",
     "FewbitError",
+    "Quantizer",
     "Recipe",
     "__version__",
     "demo_model",
     "open_checkpoint",
+    "quantize",
+    "quantizers",
     "read_recipe",
+    "restore_state",
+    "save_state",
 ]
 
 

@@ -29,8 +29,8 @@ from independent_decoder import decode
 
 EXPORTS = ("compressed-tensors", "hf")
 HF_SAYS = ("fp8", "fp8_dynamic", "int8_wo", "int4", "int4_awq", "int4_gptq", "nvfp4", "nvfp4_awq", "nvfp4_wo")
-RULED = [name for name in built_in() if read_recipe(name).auto is None]
-"""Recipes whose numerics do not have to be measured first."""
+RULED = [name for name in built_in() if not (r := read_recipe(name)).auto and not r.splitting]
+"""Recipes whose numerics need no measuring first, and no branch, which only fewbit reads."""
 KV = (None, "fp8", "int8")
 MATRIX = [
     (recipe, export, kv)

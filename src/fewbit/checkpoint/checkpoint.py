@@ -220,6 +220,8 @@ class _Opener:
             self._add(f"{linear.name}.input_scale", lambda: form.unpack(self.files.read(source)), [source])
         if quant.prescale:
             self._dense(f"{linear.name}.prescale", f"{module}.pre_quant_scale", (linear.in_features,))
+        for leaf, factor in quant.lowrank_shapes(*shape).items():
+            self._dense(f"{linear.name}.{leaf}", f"{module}.{leaf}", factor)
 
     def _add(
         self,

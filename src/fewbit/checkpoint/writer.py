@@ -109,7 +109,7 @@ class CheckpointWriter:
         self._lock = self._take_folder()
         try:
             written = self._look_for_work(force)
-            self._shards = _Shards(self.folder, dict(self._plan()), {"format": "pt", "fewbit": __version__, **meta})
+            self._shards = Shards(self.folder, dict(self._plan()), {"format": "pt", "fewbit": __version__, **meta})
             self._shards.missing -= written
             self._write_files()
         except BaseException:
@@ -175,6 +175,8 @@ class CheckpointWriter:
                 yield f"{module}.{form.suffix}", Stored(torch.float32, form.shape)
             if quant.prescale or self.fmt.prescale(linear, quant):
                 yield f"{module}.pre_quant_scale", Stored(self.dense_dtypes["embed.weight"], (linear.in_features,))
+            for leaf, shape in quant.lowrank_shapes(linear.out_features, linear.in_features).items():
+                yield f"{module}.{leaf}", Stored(self.dense_dtypes["embed.weight"], shape)
         for layer, kv in self.quantization.kv.items():
             for source in self.fmt.kv_scale_names(layer, self.names):
                 yield source, Stored(torch.float32, self.fmt.kv_scale_shape(kv, self._kv_heads(layer)))
@@ -203,6 +205,9 @@ class CheckpointWriter:
         if leaf == "prescale":
             assert isinstance(tensor, Tensor)
             return self._shards.write(f"{module}.pre_quant_scale", tensor.to(self.dense_dtypes["embed.weight"]))
+        if leaf in ("lowrank_a", "lowrank_b"):
+            assert isinstance(tensor, Tensor)
+            return self._shards.write(f"{module}.{leaf}", tensor)
         assert isinstance(tensor, QTensor), name
         for suffix, part in self.fmt.packing(quant).pack(tensor).items():
             self._shards.write(f"{module}.{suffix}", part)
@@ -266,7 +271,7 @@ class CheckpointWriter:
         os.close(self._lock)
 
 
-class _Shards:
+class Shards:
     """Safetensors files whose headers are written before their tensors."""
 
     def __init__(self, folder: Path, plan: Mapping[str, Stored], metadata: Mapping[str, str]) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
+from fewbit.checkpoint import Checkpoint
 from fewbit.compress.recipe import Calibration
-from fewbit.errors import RecipeError
+from fewbit.errors import CheckpointError, RecipeError
 from fewbit.text.tokenizer import Tokenizer
 from fewbit.text.windows import read_documents, windows
 
@@ -48,6 +50,34 @@ def _files(calibration: Calibration) -> list[tuple[str, Path, int]]:
         return [("the shipped text", shipped_text(), calibration.samples)]
     counts = zip(calibration.data, calibration.counts(), strict=True)
     return [(str(source.path), source.path, count) for source, count in counts]
+
+
+def windows_of(checkpoint: Checkpoint, calibration: Calibration | None) -> tuple[list[list[int]], list[list[int]]]:
+    """Windows to calibrate on (none for None) and windows to check on.
+
+    Raises:
+        RecipeError, CheckpointError: the data are missing, too short, or not of this model's vocabulary or context.
+    """
+    tokenizer = None
+    if "tokenizer.json" in checkpoint.files or calibration:
+        tokenizer = Tokenizer.load(checkpoint.path)
+    vocab = checkpoint.spec.vocab
+    held_out, found = check_windows(tokenizer, vocab), []
+    if calibration:
+        assert tokenizer is not None
+        found = calibration_windows(calibration, tokenizer)
+    if (largest := max(max(w) for w in (*found, *held_out))) >= vocab:
+        raise CheckpointError(f"the tokenizer gives token {largest}, the model's vocabulary has {vocab}")
+    if found and (longest := max(map(len, found))) > checkpoint.spec.context:
+        raise RecipeError(f"windows of {longest} tokens exceed the model's {checkpoint.spec.context}; see --length")
+    return found, held_out
+
+
+def in_words(windows: Sequence[Sequence[int]], calibration: Calibration) -> str:
+    """Which data were used, for a report."""
+    shortest, longest = (f(map(len, windows)) for f in (min, max))
+    tokens = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
+    return f"{len(windows)} windows of {tokens} tokens of {data_named(calibration)}"
 
 
 def data_hash(calibration: Calibration) -> str:

@@ -2,13 +2,15 @@
 
 A vector s multiplies the columns of all linears that read one input and divides what produces that input: the norm
 before q, k and v or before gate and up; the rows of v before o; the rows of up before down. The function of the block
-stays the same, but for the rounding of what is stored. Linears of one input also share their outer scale.
+stays the same, but for the rounding of what is stored. Linears of one input also share their outer scale. Where nobody
+knows what makes an input (`Loose`), the input itself is multiplied by the reciprocal: a prescale.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,6 +18,24 @@ from torch import Tensor
 from fewbit.compress.stats import Block, Stats
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.numerics.reference import outer_scale
+from fewbit.spec.decoder import Layer, LinearShape
+
+
+@dataclass
+class Loose(Block):
+    """Linears of a module of unknown structure: each reads an input of its own, and nothing can absorb a scale.
+
+    Attributes:
+        prescales: what the input of a linear is to be multiplied by, [in], by linear.
+    """
+
+    prescales: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def linear(cls, name: str, weight: Tensor, quant: QuantSpec, stats: Stats | None, dtype: torch.dtype) -> Loose:
+        """A block of one linear; `dtype` is what its prescale is stored in."""
+        known = {} if stats is None else {name: stats}
+        return cls(0, cast("Layer", None), {name: quant}, {name: weight}, {}, dtype, stats=known)  # it has no layer
 
 
 @dataclass(frozen=True)
@@ -25,7 +45,7 @@ class InputGroup:
     Attributes:
         consumers: canonical names of the linears.
         norm: last name of the norm that makes the input; or
-        linear: canonical name of the linear whose rows scale it.
+        linear: canonical name of the linear whose rows scale it; neither: nobody knows what makes it.
         heads: query heads that share a row of `linear` (1: every input channel has a row of its own).
         width: rows of one head.
     """
@@ -50,6 +70,8 @@ class InputGroup:
 
 def input_groups(block: Block) -> list[InputGroup]:
     """The groups of a block in the order in which they run, those in which a linear will be quantized."""
+    if isinstance(block, Loose):
+        return [InputGroup((name,)) for name in block.quant]
     a, p = block.layer.attention, f"layers.{block.index}"
     groups = [
         InputGroup((f"{p}.attn.q", f"{p}.attn.k", f"{p}.attn.v"), norm="pre_attn"),
@@ -75,11 +97,20 @@ def shared_outers(weights: Mapping[str, Tensor], quant: Mapping[str, QuantSpec])
     return outers
 
 
+def outers_of(shapes: Sequence[LinearShape], block: Block) -> dict[str, Tensor]:
+    """The outer scales of a block's linears, shared by those that read the same input."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for shape in shapes:
+        groups.setdefault(shape.shares_input or shape.name, {})[shape.name] = block.weights[shape.name]
+    return {name: o for weights in groups.values() for name, o in shared_outers(weights, block.quant).items()}
+
+
 def fold(block: Block, group: InputGroup, scale: Tensor) -> None:
     """Multiply the consumers' columns by `scale` [in] and divide the producer by it, in place.
 
-    A norm is stored in the model's dtype: it is rounded to it first, and the consumers get what it was really divided
-    by. The statistics of the consumers' input follow, and the largest magnitudes of V where v is the producer.
+    A norm or a prescale is stored in the model's dtype: it is rounded to it first, and the consumers get what it was
+    really divided by. The statistics of the consumers' input follow, and the largest magnitudes of V where v is the
+    producer.
 
     Raises:
         ValueError: a scale is not a positive number, or not the same for channels that one row makes.
@@ -89,7 +120,12 @@ def fold(block: Block, group: InputGroup, scale: Tensor) -> None:
         raise ValueError("a folded scale must be positive")
     if not torch.equal(group.tie(scale), scale):
         raise ValueError("channels that one row of the producer makes need one scale")
-    if group.norm:
+    if isinstance(block, Loose):
+        (name,) = group.consumers
+        before = block.prescales.get(name, torch.ones_like(scale))
+        block.prescales[name] = (before / scale).to(block.dtype).float()
+        scale = before / block.prescales[name]
+    elif group.norm:
         before = block.norms[group.norm].float()
         after = (before / scale).to(block.dtype).float()
         block.norms[group.norm] = after.to(block.norms[group.norm].dtype)

@@ -26,7 +26,7 @@ from typing import Any, cast, get_args
 import yaml
 
 from fewbit.compress.calibrators import Method
-from fewbit.compress.techniques import Technique, auto, technique_named
+from fewbit.compress.techniques import Technique, auto, svdquant, technique_named
 from fewbit.errors import RecipeError, UnsupportedError, nearest_name
 from fewbit.numerics.format import ALL, FORMATS, Format, format_named
 from fewbit.numerics.quantspec import InputScale, KVSpec, QuantSpec
@@ -122,6 +122,11 @@ class Recipe:
         """The technique that makes the rules by measuring; None: the rules are there."""
         return next((t for t in self.techniques if isinstance(t, auto.Settings)), None)
 
+    @property
+    def splitting(self) -> svdquant.Settings | None:
+        """The technique that puts a branch beside each quantized linear; None: there is none."""
+        return next((t for t in self.techniques if isinstance(t, svdquant.Settings)), None)
+
     def with_method(self, name: str | None) -> Recipe:
         """The same recipe with another method for the range of calibrated scales; None keeps its own.
 
@@ -149,12 +154,23 @@ class Recipe:
                     used.add(number)
                     if rule.quant.weight is not None:
                         _check_fits(linear, rule.quant)
-                        decided[linear.name] = rule.quant
+                        decided[linear.name] = self._with_branch(linear, rule.quant)
                     break
         for number, rule in enumerate(self.rules):
             if number not in used:
                 _refuse_idle(rule, number, spec)
         return decided
+
+    def _with_branch(self, linear: LinearShape, quant: QuantSpec) -> QuantSpec:
+        if self.splitting is None or linear.name == "lm_head":
+            return quant
+        rank, smaller = self.splitting.rank, min(linear.in_features, linear.out_features)
+        if 4 * rank > smaller:
+            raise UnsupportedError(
+                f"{linear.name}: a branch of rank {rank} is no small part of {linear.out_features} x "
+                f"{linear.in_features}; give svdquant a rank of at most {smaller // 4}"
+            )
+        return replace(quant, lowrank=rank)
 
 
 AS_IT_WAS = Recipe("as it was", "", ())

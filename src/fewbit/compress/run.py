@@ -12,11 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import resource
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -27,27 +25,26 @@ from torch import Tensor
 from fewbit.checkpoint import Checkpoint, CheckpointWriter, check_target, format_named, open_checkpoint
 from fewbit.checkpoint.layout import Quantization
 from fewbit.checkpoint.names import Names
-from fewbit.compress.calibrators import Histogram
-from fewbit.compress.data import calibration_windows, check_windows, data_hash, data_named
+from fewbit.compress.calibrate import observe, set_reach
+from fewbit.compress.data import data_hash, in_words, windows_of
 from fewbit.compress.disk import Disk
-from fewbit.compress.fold import shared_outers
+from fewbit.compress.fold import outers_of
 from fewbit.compress.plan import Plan, Report
-from fewbit.compress.stats import Block, Recorder, Stats
+from fewbit.compress.stats import Block, Stats
 from fewbit.compress.stream import Stream
 from fewbit.compress.techniques import BlockTechnique, LayerTechnique, round_to_nearest
 from fewbit.compress.verify import verify
-from fewbit.errors import CheckpointError, FewbitError, RecipeError
+from fewbit.errors import CheckpointError, FewbitError
 from fewbit.model import DecoderLayer, KVCodec, Linear, Loader
 from fewbit.model.decoder import rms_norm
 from fewbit.numerics.format import ALL
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.numerics.reference import amax_scale, input_scale
-from fewbit.ops.device import release_memory
+from fewbit.ops.device import forget_peak, peak_bytes, release_memory
 from fewbit.ops.linear import LinearWeights
 from fewbit.ops.linear.dense import Dense
 from fewbit.spec.decoder import LinearShape
-from fewbit.text.tokenizer import Tokenizer
 from fewbit.version import __version__
 
 Progress = Callable[[str, int, int], None]
@@ -85,17 +82,22 @@ class _Run:
         self.loader = Loader(checkpoint, device)
         self.names = Names(checkpoint.family, checkpoint.spec)
         self.report = Report()
-        _forget_peak()
-        self.start_bytes = _peak_bytes()
+        forget_peak()
+        self.start_bytes = peak_bytes()
         self.codecs: list[KVCodec] = []
         techniques = planned.recipe.techniques
         self.block_techniques = [cast("BlockTechnique", t) for t in techniques if hasattr(t, "block")]
         layered = [cast("LayerTechnique", t) for t in techniques if hasattr(t, "layer")]
         self.rounding: LayerTechnique = layered[0] if layered else round_to_nearest.Settings()
+        self.splitting = planned.recipe.splitting
         self.needs = {t.needs for t in techniques}
 
     def run(self) -> Report:
-        calibration, held_out = self._data()
+        calibration, held_out = windows_of(
+            self.checkpoint, self.plan.recipe.calibration if self.plan.calibrated else None
+        )
+        if calibration:
+            self.report.calibration = in_words(calibration, self.plan.recipe.calibration)
         spec, embed = self.checkpoint.spec, self._finite("embed.weight", self.loader.embed())
         data = Stream(calibration, embed, self.loader.dtype)
         exact, rounded = Stream(held_out, embed, self.loader.dtype), Stream(held_out, embed, self.loader.dtype)
@@ -123,35 +125,11 @@ class _Run:
                 self.report.verified = verify(open_checkpoint(folder), held_out, logits, self.device, self.progress)
             with self._stage("write"):
                 writer.commit()
-        self.report.peak_bytes = _peak_bytes()
+        self.report.peak_bytes = peak_bytes()
         self.report.grown_bytes = self.report.peak_bytes - self.start_bytes
         return self.report
 
     # --- the parts ----------------------------------------------------------------------------------------------------
-
-    def _data(self) -> tuple[list[list[int]], list[list[int]]]:
-        """Windows to calibrate on (none where none are needed) and windows to check on."""
-        tokenizer = None
-        if "tokenizer.json" in self.checkpoint.files or self.plan.calibrated:
-            tokenizer = Tokenizer.load(self.checkpoint.path)
-        vocab = self.checkpoint.spec.vocab
-        held_out = check_windows(tokenizer, vocab)
-        c, found = self.plan.recipe.calibration, []
-        if self.plan.calibrated:
-            assert tokenizer is not None
-            found = calibration_windows(c, tokenizer)
-        if (largest := max(max(w) for w in (*found, *held_out))) >= vocab:
-            raise CheckpointError(f"the tokenizer gives token {largest}, the model's vocabulary has {vocab}")
-        if not found:
-            return [], held_out
-        if (longest := max(map(len, found))) > self.checkpoint.spec.context:
-            raise RecipeError(
-                f"windows of {longest} tokens exceed the model's {self.checkpoint.spec.context}; see --length"
-            )
-        shortest = min(map(len, found))
-        tokens = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
-        self.report.calibration = f"{len(found)} windows of {tokens} tokens of {data_named(c)}"
-        return found, held_out
 
     def _writer(self) -> CheckpointWriter:
         c, p = self.checkpoint, self.plan
@@ -216,11 +194,12 @@ class _Run:
     ) -> None:
         """Everything about one layer."""
         index, layer = block.index, self._float_layer(block, weights)
+        shapes = self.checkpoint.spec.layer_linears(index)
         plain = [*self.codecs, KVCodec(self.checkpoint.dtype)]
         with self._stage("calibrate"):
             exact.through(layer, plain)
             if data:
-                self._calibrate(block, layer, data, plain)
+                observe(block, shapes, layer, data, plain, self.needs)
         with self._stage("quantize"):
             for technique in self.block_techniques:
                 technique.block(block)
@@ -231,9 +210,13 @@ class _Run:
             }
         if data and self.plan.recipe.calibration.method != "max":
             with self._stage("calibrate"):
-                self._reach(block, weights, layer.norms, data, plain)
-        outers = _outers(self.checkpoint.spec.layer_linears(index), block)
-        for shape in self.checkpoint.spec.layer_linears(index):
+                changed = {n: replace(w, weight=block.weights[n], bias=block.biases.get(n)) for n, w in weights.items()}
+                again = self._float_layer(block, changed)
+                again.norms = dict(layer.norms)
+                set_reach(block, shapes, again, data, plain, self.plan.kv.get(index), self.plan.recipe.calibration)
+                del again, changed
+        outers = outers_of(shapes, block)
+        for shape in shapes:
             linear = self._linear(shape, block, weights[shape.name], outers.get(shape.name))
             layer.linears[shape.name.rpartition(".")[2]] = linear
             del block.weights[shape.name], weights[shape.name]  # from here on only its quantized form is held
@@ -283,62 +266,6 @@ class _Run:
         linears = {n.rpartition(".")[2]: Linear(Dense(), w, self.loader.dtype) for n, w in weights.items()}
         return DecoderLayer(block.index, block.layer, linears, block.norms)
 
-    def _calibrate(self, block: Block, layer: DecoderLayer, data: Stream, codecs: list[KVCodec]) -> None:
-        """One pass of the data over the float layer: fills the statistics of `block`."""
-        plain = dict(layer.linears)
-        shared: dict[str, Stats] = {}
-        for shape in self.checkpoint.spec.layer_linears(block.index):
-            quant = block.quant.get(shape.name)
-            if quant is None or not (quant.calibrated or self.needs - {"none"}):
-                continue
-            group = shape.shares_input or shape.name
-            if group not in shared:
-                shared[group] = Stats.empty(shape.in_features, self.device, "hessian" in self.needs)
-                leaf = shape.name.rpartition(".")[2]
-                layer.linears[leaf] = Recorder(plain[leaf], shared[group])
-            block.stats[shape.name] = shared[group]
-        attend = data.watch(layer, codecs)
-        layer.linears = plain
-        release_memory()
-        for name, stats in block.stats.items():
-            if not torch.isfinite(stats.amax).all():
-                raise CheckpointError(f"the input of {name} holds NaN or infinity on the calibration data")
-        block.k_amax, block.v_amax = attend.k_amax[block.index], attend.v_amax[block.index]
-
-    def _reach(
-        self, block: Block, weights: Mapping[str, LinearWeights], norms: Mapping[str, Tensor], data: Stream,
-        codecs: list[KVCodec],
-    ) -> None:  # fmt: skip
-        """A second pass, over what techniques made of the layer: how far the scales reach that data decide."""
-        c = self.plan.recipe.calibration
-        changed = {n: replace(w, weight=block.weights[n], bias=block.biases.get(n)) for n, w in weights.items()}
-        layer = self._float_layer(block, changed)
-        layer.norms = dict(norms)
-        inputs: dict[str, Histogram] = {}
-        groups = {}
-        for shape in self.checkpoint.spec.layer_linears(block.index):
-            quant = block.quant.get(shape.name)
-            if quant is None or quant.input_scale != "static":
-                continue
-            groups[shape.name] = group = shape.shares_input or shape.name
-            if group not in inputs:
-                inputs[group] = Histogram(1, self.device)
-                leaf = shape.name.rpartition(".")[2]
-                layer.linears[leaf] = Recorder(layer.linears[leaf], inputs[group])
-        kv = self.plan.kv.get(block.index)
-        heads = block.layer.attention.kv_heads
-        stored = {"k": kv.k, "v": kv.v} if kv else {}
-        cache = {n: Histogram(1 if f.block == (ALL, ALL) else heads, self.device) for n, f in stored.items()}
-        if not inputs and not cache:
-            return
-        data.watch(layer, codecs, cache)
-        for name, group in groups.items():
-            fmt = block.quant[name].input
-            assert fmt is not None
-            block.reach[name] = inputs[group].reach(fmt, c.method, c.percentile)[0]
-        for name, fmt in stored.items():
-            block.reach[name] = cache[name].reach(fmt, c.method, c.percentile)
-
     def _kv_scales(self, block: Block) -> dict[str, Tensor]:
         """Of K and V, float32: [] or, with a scale a head, [kv_heads]."""
         kv, found = self.plan.kv.get(block.index), {}
@@ -370,26 +297,38 @@ class _Run:
         else:
             stats = block.stats.get(shape.name)
             with self._stage("quantize"):
-                q = self._round(shape.name, weight.float(), quant, stats, outer)
+                q, branch = self._round(shape.name, weight.float(), quant, stats, outer)
             self._write(f"{shape.name}.weight", q)
+            for leaf, factor in zip(("lowrank_a", "lowrank_b"), branch, strict=False):
+                self._write(f"{shape.name}.{leaf}", factor)
             scale = None
             if quant.calibrated:
                 assert quant.input is not None
                 assert stats is not None
                 scale = input_scale(block.reach.get(shape.name, stats.amax.max()), quant.input)
                 self._write(f"{shape.name}.input_scale", scale)
-            served = LinearWeights(quant, q, weights.bias, scale)
+            served = LinearWeights(quant, q, weights.bias, scale, lowrank=branch or None)
         if weights.bias is not None:
             self._write(f"{shape.name}.bias", weights.bias)
         return Linear(self.loader.choose_for(served.quant, shape).kernel, served, self.loader.dtype)
 
-    def _round(self, name: str, weight: Tensor, quant: QuantSpec, stats: Stats | None, outer: Tensor | None) -> QTensor:
+    def _round(
+        self, name: str, weight: Tensor, quant: QuantSpec, stats: Stats | None, outer: Tensor | None
+    ) -> tuple[QTensor, tuple[Tensor, Tensor] | tuple[()]]:
+        """A weight's codes, and the two factors of its branch where it has one."""
+        rest, branch = weight, cast("tuple[Tensor, Tensor] | tuple[()]", ())
         try:
-            q = self.rounding.layer(weight, quant, stats, outer)
+            if quant.lowrank:
+                assert self.splitting is not None
+                assert stats is not None
+                q, a, b = self.splitting.split(weight, quant, stats, outer, self.rounding, self.checkpoint.dtype)
+                rest, branch = weight - b.float() @ a.float(), (a, b)
+            else:
+                q = self.rounding.layer(weight, quant, stats, outer)
         except FewbitError as error:
             raise type(error)(f"{name}.weight: {error}") from None
-        self.report.weight_error[name] = _relative_error(q, weight)
-        return q
+        self.report.weight_error[name] = _relative_error(q, rest, weight)
+        return q, branch
 
     def _codec(self, index: int, scales: Mapping[str, Tensor]) -> KVCodec:
         kv = self.plan.kv.get(index)
@@ -415,7 +354,7 @@ class _Run:
                 block.stats["lm_head"] = Stats.empty(spec.hidden, self.device, "hessian" in self.needs)
                 for states_of in data.pieces():
                     block.stats["lm_head"].see(rms_norm(states_of, spec.final_norm, final))
-            head = self._linear(shape, block, w, _outers([shape], block).get("lm_head"))
+            head = self._linear(shape, block, w, outers_of([shape], block).get("lm_head"))
         elif not spec.tied:
             self._write("lm_head.weight", self.checkpoint.tensors.dense("lm_head.weight"))
         logits = head(states[1]).float()
@@ -442,35 +381,11 @@ class _Run:
             self.report.seconds[name] = self.report.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def _outers(shapes: Sequence[LinearShape], block: Block) -> dict[str, Tensor]:
-    """The outer scales of a block's linears, shared by those that read the same input."""
-    groups: dict[str, dict[str, Tensor]] = {}
-    for shape in shapes:
-        groups.setdefault(shape.shares_input or shape.name, {})[shape.name] = block.weights[shape.name]
-    return {name: o for weights in groups.values() for name, o in shared_outers(weights, block.quant).items()}
-
-
-def _relative_error(q: QTensor, weight: Tensor) -> float:
-    """``|W - Q| / |W|``, by pieces of some rows."""
+def _relative_error(q: QTensor, rounded: Tensor, weight: Tensor) -> float:
+    """``|R - Q| / |W|``, by pieces of some rows; R what was rounded, W the weight."""
     off = of = 0.0
     for start in range(0, len(weight), 256):  # a multiple of every block's rows
-        piece = weight[start : start + 256]
+        piece = rounded[start : start + 256]
         off += (q.slice(-2, start, start + len(piece)).dequantize() - piece).double().square().sum().item()
-        of += piece.double().square().sum().item()
+        of += weight[start : start + 256].double().square().sum().item()
     return math.sqrt(off / max(of, 1e-60))
-
-
-def _forget_peak() -> None:
-    """Begin to count the peak anew, where the system lets us: a model that ran before in this process is no matter."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    try:
-        # not getrusage, to which on Linux the peak of the process that started this one counts too
-        return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
-    except (OSError, IndexError, ValueError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024

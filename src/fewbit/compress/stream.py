@@ -14,7 +14,7 @@ from fewbit.compress.stats import RecordingAttend
 from fewbit.model import DecoderLayer, DenseAttend, KVCodec
 from fewbit.model.rope import Rotary
 
-_TOKENS = 256  # run through a layer at a time: what its MLP makes of them is held besides its weights
+_TOKENS = {"cpu": 256, "cuda": 8192}  # run through a layer at a time: what its MLP makes of them is held besides
 
 
 class Stream:
@@ -27,9 +27,10 @@ class Stream:
     """
 
     def __init__(self, windows: Sequence[Sequence[int]], embed: Tensor, dtype: torch.dtype) -> None:
+        self.device = embed.device
         self._pieces: list[tuple[int, Tensor]] = []  # (length of a window, states of some windows of that length)
         for length, same in groupby(windows, len):
-            run, step = list(same), max(1, _TOKENS // length)
+            run, step = list(same), max(1, _TOKENS[self.device.type] // length)
             for i in range(0, len(run), step):
                 ids = torch.tensor([t for window in run[i : i + step] for t in window], device=embed.device)
                 self._pieces.append((length, embed[ids].to(dtype)))

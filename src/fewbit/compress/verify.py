@@ -24,7 +24,8 @@ class Verified:
     Attributes:
         scales: how many scales were looked at, all of them finite and not zero.
         tokens: on how many held-out tokens the logits were equal bit for bit.
-        bits_per_weight: bits of codes, scales, zeros and prescales of the quantized linears, for each of their weights.
+        bits_per_weight: bits of codes, scales, zeros, prescales and low-rank branches of the quantized linears, for
+            each of their weights.
         weight_bytes: all tensors together.
     """
 
@@ -80,7 +81,7 @@ def bits_per_weight(checkpoint: Checkpoint) -> float:
     for linear in checkpoint.spec.linears():
         if linear.name in names and f"{linear.name}.weight" in checkpoint.tensors:
             weights += linear.out_features * linear.in_features
-            for leaf in ("weight", "prescale"):
+            for leaf in ("weight", "prescale", "lowrank_a", "lowrank_b"):
                 if f"{linear.name}.{leaf}" in checkpoint.tensors:
                     bits += 8 * checkpoint.tensors.nbytes(f"{linear.name}.{leaf}")
     return bits / weights

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -15,20 +15,32 @@ from fewbit.model.fused import FusedDecoder, FusedLayer
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.ops.device import DeviceInfo, arithmetic_dtype, device_info
 from fewbit.ops.linear import Choice, LinearKernel, LinearProblem, LinearWeights, choose
+from fewbit.ops.linear.dense import Dense
 from fewbit.ops.linear.gpu import GpuKernel, GpuLinear
 from fewbit.spec.decoder import Layer, LinearShape
 
 
 class Linear:
-    """A linear layer: a kernel and the weights it prepared."""
+    """A linear layer: a kernel and the weights it prepared, and a low-rank branch where there is one."""
 
     def __init__(self, kernel: LinearKernel, weights: LinearWeights, dtype: torch.dtype) -> None:
         self.kernel = kernel
         self._prepared = kernel.prepare(weights, dtype)
+        self._branch = [_branch_linear(w, dtype) for w in weights.lowrank or ()]
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        return self.kernel.run(x, self._prepared)
+        y = self.kernel.run(x, self._prepared)
+        for step in self._branch:  # A, then B
+            x = step(x)
+        return y + x if self._branch else y
+
+
+def _branch_linear(weight: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """One factor of a branch, by the kernel that keeps a token's numbers the same alone and in a batch."""
+    kernel = Dense()
+    prepared = kernel.prepare(LinearWeights(QuantSpec(), weight), dtype)
+    return lambda x: kernel.run(x, prepared)
 
 
 def load(checkpoint: Checkpoint, device: str | torch.device = "cpu", backend: str = "auto") -> Decoder | FusedDecoder:
@@ -85,6 +97,8 @@ class Loader:
             return f"every linear was asked to run on '{self.backend}'"
         for shape in self.checkpoint.spec.linears():
             kernel = self.choose(shape).kernel
+            if self.checkpoint.quant.get(shape.name, QuantSpec()).lowrank:
+                return f"{shape.name} has a low-rank branch"
             if not isinstance(kernel, GpuKernel):
                 return f"{shape.name} runs on '{kernel.name}'"
         layers = self.checkpoint.spec.layers
@@ -211,4 +225,7 @@ class Loader:
             optional("bias", shape.bias),
             optional("input_scale", quant.calibrated),
             optional("prescale", quant.prescale),
+            (tensors.dense(f"{name}.lowrank_a").to(self.device), tensors.dense(f"{name}.lowrank_b").to(self.device))
+            if quant.lowrank
+            else None,
         )

@@ -20,24 +20,30 @@ class QuantSpec:
         input_scale: ``dynamic``: every scale is made from the call's own input; ``static``: one calibrated scale;
             ``outer``: block scales per call under one calibrated scale for the tensor (NVFP4).
         prescale: the input is multiplied by a stored vector [in] before it is rounded.
+        lowrank: the rank r of a branch beside the quantized product, in the model's dtype: ``y += B (A x)``, x as it
+            comes, A [r, in], B [out, r]; 0: none.
     """
 
     weight: Format | None = None
     input: Format | None = None
     input_scale: InputScale = "dynamic"
     prescale: bool = False
+    lowrank: int = 0
 
     @property
     def calibrated(self) -> bool:
         """Whether the input needs a scale that only data can give."""
         return self.input is not None and self.input_scale != "dynamic"
 
+    def lowrank_shapes(self, out: int, in_: int) -> dict[str, tuple[int, int]]:
+        """The tensors of the low-rank branch by their last names; empty where there is none."""
+        return {"lowrank_a": (self.lowrank, in_), "lowrank_b": (out, self.lowrank)} if self.lowrank else {}
+
     def __str__(self) -> str:
         if self.weight is None:
             return "as it was"
-        if self.input is None:
-            return f"{self.weight} weights"
-        return f"{self.weight} weights, {self.input} inputs ({self.input_scale})"
+        inputs = "" if self.input is None else f", {self.input} inputs ({self.input_scale})"
+        return f"{self.weight} weights{inputs}" + (f", rank {self.lowrank} beside" if self.lowrank else "")
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import resource
+import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +76,22 @@ def device_info(device: torch.device) -> DeviceInfo:
     page = os.sysconf("SC_PAGE_SIZE")
     total = page * os.sysconf("SC_PHYS_PAGES")
     return DeviceInfo("cpu", _cpu_name(), (0, 0), total, _available_bytes() or page * os.sysconf("SC_AVPHYS_PAGES"))
+
+
+def forget_peak() -> None:
+    """Begin to count the peak anew, where the system lets us: a model that ran before in this process is no matter."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    try:
+        # not getrusage, to which on Linux the peak of the process that started this one counts too
+        return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def release_memory() -> None:

@@ -21,7 +21,9 @@ from fewbit.measure.quality import evaluate
 from helpers import ids, make_model, same_tensors
 
 CPU = torch.device("cpu")
-AUTO = "techniques: [auto: {bits: BITS, candidates: [int4, int8_wo, none], windows: 3}]\ncalib: {samples: 4, length: 32}"
+AUTO = (
+    "techniques: [auto: {bits: BITS, candidates: [int4, int8_wo, none], windows: 3}]\ncalib: {samples: 4, length: 32}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def test_a_model_of_many_layers_is_solved_at_once():
     g = torch.Generator().manual_seed(0)
     shapes = [6144 * 4096, 4096 * 4096, 28672 * 4096, 4096 * 14336]
     units = [
-        [Option(n, int(b * size), l * float(torch.rand((), generator=g))) for n, b, l in
+        [Option(n, int(b * size), loss * float(torch.rand((), generator=g))) for n, b, loss in
          (("a", 4.5, 1.0), ("b", 8, 0.1), ("c", 16, 0.0))]
         for size in shapes * 80
     ]  # fmt: skip

@@ -26,13 +26,15 @@ from fewbit.numerics.quantspec import KVSpec, QuantSpec
 from fewbit.spec.decoder import DecoderSpec, LinearShape
 
 NAME = "compressed-tensors"
+OWN = "fewbit"
+"""The ``quant_method`` of files with low-rank branches, of which the library knows nothing: others then refuse them."""
 CAST = {INT8: torch.int8, E4M3: torch.float8_e4m3fn}
 VERSION = "0.20.0"
 
 
 def detect(files: ModelFiles) -> bool:
     """By config.json alone."""
-    return (files.config.get("quantization_config") or {}).get("quant_method") == "compressed-tensors"
+    return (files.config.get("quantization_config") or {}).get("quant_method") in ("compressed-tensors", OWN)
 
 
 # --- packings ---------------------------------------------------------------------------------------------------------
@@ -258,13 +260,14 @@ def _group(quant: QuantSpec, targets: list[str]) -> dict[str, Any]:
     if quant.input is not None:
         dynamic: dict[str, bool | str] = {"dynamic": True, "static": False, "outer": "local"}
         inputs = _args(quant.input, dynamic[quant.input_scale], per_token=True)
-    return {
+    group = {
         "targets": targets,
         "weights": _args(quant.weight, False),
         "input_activations": inputs,
         "output_activations": None,
         "format": _word_for_packing(quant),
     }
+    return group | {"lowrank": quant.lowrank} if quant.lowrank else group
 
 
 def configs(spec: DecoderSpec, quantization: Quantization, names: Names) -> dict[str, Any]:
@@ -280,7 +283,7 @@ def configs(spec: DecoderSpec, quantization: Quantization, names: Names) -> dict
     kv = next(iter(quantization.kv.values()), None)
     return {
         "quantization_config": {
-            "quant_method": "compressed-tensors",
+            "quant_method": OWN if any(kind.lowrank for kind in kinds) else "compressed-tensors",
             "format": ("dense" if not words else words.pop()) if len(words) < 2 else "mixed-precision",
             "config_groups": groups,
             "ignore": dense,
@@ -334,12 +337,15 @@ def _group_spec(group: Mapping[str, Any], where: str) -> QuantSpec:
     weight, inputs = _format(group["weights"], where), group.get("input_activations")
     if group.get("output_activations"):
         raise UnsupportedError(f"{where}: output_activations are not supported")
+    rank = group.get("lowrank", 0)
+    if not isinstance(rank, int) or rank < 0:
+        raise CheckpointError(f"{where}: 'lowrank' is {rank!r}, expected a rank")
     if not inputs:
-        return QuantSpec(weight)
+        return QuantSpec(weight, lowrank=rank)
     scale = {True: "dynamic", False: "static", "local": "outer"}.get(inputs.get("dynamic", False))
     if scale is None:
         raise CheckpointError(f"{where}: 'dynamic' is {inputs.get('dynamic')!r}, expected true, false or \"local\"")
-    return QuantSpec(weight, _format(inputs, where), scale)  # type: ignore[arg-type]
+    return QuantSpec(weight, _format(inputs, where), scale, lowrank=rank)  # type: ignore[arg-type]
 
 
 def read(files: ModelFiles, spec: DecoderSpec, names: Names) -> Quantization:

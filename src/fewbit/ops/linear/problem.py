@@ -35,6 +35,7 @@ class LinearWeights:
         bias: [n].
         input_scale: float32 []: the calibrated scale of the input, or the outer one of block-scaled inputs.
         prescale: [k]: what the input is multiplied by before it is rounded.
+        lowrank: A [r, k] and B [n, r] of the branch beside the product; `fewbit.model.Linear` adds it.
     """
 
     quant: QuantSpec
@@ -42,6 +43,7 @@ class LinearWeights:
     bias: Tensor | None = None
     input_scale: Tensor | None = None
     prescale: Tensor | None = None
+    lowrank: tuple[Tensor, Tensor] | None = None
 
     def round_input(self, x: Tensor) -> Tensor:
         """`x` as the QuantSpec lets the product see it, dtype of `x`."""
