@@ -12,6 +12,7 @@ import yaml
 
 from fewbit.checkpoint import Checkpoint
 from fewbit.compress.data import calibration_windows
+from fewbit.compress.plan import prepared
 from fewbit.compress.recipe import Recipe, parse_recipe, read_recipe
 from fewbit.compress.sensitivity import Progress, Unit, sensitivities
 from fewbit.compress.techniques.auto import Settings, cheapest
@@ -56,6 +57,7 @@ def decide(
     assert auto is not None
     if checkpoint.quant:
         raise UnsupportedError(f"{checkpoint.path} is already quantized; start from the original weights")
+    checkpoint = prepared(checkpoint, recipe)
     candidates = {name: _numerics(name, checkpoint.spec) for name in auto.candidates}
     calibration = replace(recipe.calibration, samples=auto.windows)
     windows = calibration_windows(calibration, Tokenizer.load(checkpoint.path))

@@ -62,6 +62,14 @@ class Report:
     verified: Verified | None = None
 
 
+def prepared(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """The model as techniques that change all of it at once want it: nothing is read yet."""
+    for technique in recipe.techniques:
+        if hasattr(technique, "model"):
+            checkpoint = technique.model(checkpoint)
+    return checkpoint
+
+
 def plan(checkpoint: Checkpoint, recipe: Recipe, export: str = "compressed-tensors") -> Plan:
     """Settle what a recipe means for a model, and that the file format can say it.
 
@@ -74,6 +82,7 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, export: str = "compressed-tenso
         )
     if recipe.auto is not None:
         raise RecipeError(f"recipe {recipe.name} decides by measuring; call fewbit.compress.decide and plan its recipe")
+    checkpoint = prepared(checkpoint, recipe)
     quant = recipe.resolve(checkpoint.spec)
     kv = dict.fromkeys(range(len(checkpoint.spec.layers)), recipe.kv) if recipe.kv else {}
     spec = replace(checkpoint.spec, tied=checkpoint.spec.tied and "lm_head" not in quant)

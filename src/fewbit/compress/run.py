@@ -29,7 +29,7 @@ from fewbit.compress.calibrate import observe, set_reach
 from fewbit.compress.data import data_hash, in_words, windows_of
 from fewbit.compress.disk import Disk
 from fewbit.compress.fold import outers_of
-from fewbit.compress.plan import Plan, Report
+from fewbit.compress.plan import Plan, Report, prepared
 from fewbit.compress.stats import Block, Stats
 from fewbit.compress.stream import Stream
 from fewbit.compress.techniques import BlockTechnique, LayerTechnique, round_to_nearest
@@ -77,7 +77,8 @@ class _Run:
     def __init__(
         self, checkpoint: Checkpoint, planned: Plan, target: Path, device: torch.device, force: bool, progress: Progress
     ) -> None:
-        self.checkpoint, self.plan, self.target, self.force = checkpoint, planned, target, force
+        self.checkpoint = checkpoint = prepared(checkpoint, planned.recipe)
+        self.plan, self.target, self.force = planned, target, force
         self.progress, self.device = progress, device
         self.loader = Loader(checkpoint, device)
         self.names = Names(checkpoint.family, checkpoint.spec)

@@ -2,7 +2,8 @@
 
 A technique's file holds a frozen dataclass ``Settings``: its fields are what a recipe may set, its docstring names the
 paper, its class attribute ``needs`` says what it wants to know about the inputs of a linear, and it has exactly one of
-``layer`` and ``block`` (see `LayerTechnique` and `BlockTechnique`).
+``layer``, ``block`` and ``model`` (see `LayerTechnique`, `BlockTechnique`, `ModelTechnique`). Two are of kinds of their
+own: ``auto`` makes the rules, ``svdquant`` splits a weight in two.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol, cast
 
 from torch import Tensor
 
+from fewbit.checkpoint import Checkpoint
 from fewbit.compress.stats import Block, Stats
 from fewbit.errors import RecipeError, nearest_name
 from fewbit.numerics.qtensor import QTensor
@@ -42,6 +44,14 @@ class LayerTechnique(Technique, Protocol):
             stats: what is known of the input; None where nothing was needed.
             outer: the outer scale to use, shared with the linears that read the same input; None: the format has none.
         """
+        ...
+
+
+class ModelTechnique(Technique, Protocol):
+    """Changes a whole model before anything else."""
+
+    def model(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Another view of the model: tensors are changed when they are read, nothing is read now."""
         ...
 
 

@@ -1,0 +1,117 @@
+"""Rotation: outliers are spread over all channels by turning the space in which the residual stream lives.
+
+S. Ashkboos, A. Mohtashami, M. Croci, B. Li, P. Cameron, M. Jaggi, D. Alistarh, T. Hoefler, J. Hensman, "QuaRot:
+Outlier-Free 4-Bit Inference in Rotated LLMs", arXiv:2404.00456; the part that needs no work at run time. RMSNorm does
+not see a rotation once its weight has moved into the linears that follow. So an orthogonal Q on the residual stream
+goes into the embedding, into what writes to the stream (``Qᵀ W``) and what reads it (``W Q``), the head too; another
+one on the D channels of a head goes into the rows of v and the columns of o. What the model computes stays the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewbit.checkpoint import Checkpoint
+from fewbit.checkpoint.checkpoint import Tensors
+from fewbit.compress.techniques import Needs
+from fewbit.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a recipe may set.
+
+    Attributes:
+        heads: whether v and o are rotated within each head as well.
+        seed: of the signs.
+    """
+
+    heads: bool = True
+    seed: int = 0
+    needs: ClassVar[Needs] = "none"
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if not isinstance(self.heads, bool):
+            raise RecipeError(f"rotation: heads is {self.heads!r}; expected true or false")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
+            raise RecipeError(f"rotation: seed is {self.seed!r}; expected a whole number of at least 0")
+
+    def model(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The same model in rotated coordinates, its tensors turned when they are read, in the dtype they had.
+
+        The head is a tensor of its own afterwards: it is turned as the embedding is, but has taken in the final norm.
+        """
+        spec = replace(checkpoint.spec, tied=False)
+        source, made = checkpoint.tensors, Tensors()
+        q = orthogonal(spec.hidden, self.seed)
+
+        def add(name: str, turn: Callable[[Tensor], Tensor], given: str = "") -> None:
+            """Tensor `name` is what `turn` makes of `given` (or of itself), float64."""
+            given = given or name
+            dtype = source.dtype(given)
+            made.add(name, lambda: turn(source.dense(given).double()).to(dtype), dtype, source.nbytes(given))
+
+        def norm(name: str) -> Tensor:
+            return source.dense(f"{name}.weight").double()
+
+        add("embed.weight", lambda w: w @ q)
+        for i, layer in enumerate(spec.layers):
+            p, a = f"layers.{i}", layer.attention
+            turn = _within(orthogonal(a.head_dim, self.seed + 1), self.heads)
+            readers = {f"{p}.pre_attn": ("attn.q", "attn.k"), f"{p}.pre_mlp": ("mlp.gate", "mlp.up")}
+            for before, leaves in readers.items():
+                for leaf in leaves:
+                    add(f"{p}.{leaf}.weight", lambda w, n=before: (w * norm(n)) @ q)  # type: ignore[misc]
+                add(f"{before}.weight", torch.ones_like)
+            add(f"{p}.attn.v.weight", lambda w, n=f"{p}.pre_attn", t=turn: t((w * norm(n)) @ q, 0))  # type: ignore[misc]
+            add(f"{p}.attn.o.weight", lambda w, t=turn: q.T @ t(w, 1))  # type: ignore[misc]
+            add(f"{p}.mlp.down.weight", lambda w: q.T @ w)
+            for name in spec.layer_tensors(i):
+                if name not in made:  # biases, and norms of q and k, which see no rotation
+                    add(name, {f"{p}.attn.v.bias": lambda b, t=turn: t(b, 0)}.get(name, _turned_bias(name, q)))
+        add("final_norm.weight", torch.ones_like)
+        head = "embed.weight" if checkpoint.spec.tied else "lm_head.weight"
+        add("lm_head.weight", lambda w: (w * norm("final_norm")) @ q, head)
+        return replace(checkpoint, spec=spec, tensors=made)
+
+
+def _turned_bias(name: str, q: Tensor) -> Callable[[Tensor], Tensor]:
+    """What becomes of a tensor that is neither a weight nor a norm of the stream."""
+    if name.endswith(("attn.o.bias", "mlp.down.bias")):
+        return lambda b: q.T @ b
+    return lambda t: t
+
+
+def _within(r: Tensor, wanted: bool) -> Callable[[Tensor, int], Tensor]:
+    """Rotates each run of D rows (``Rᵀ W``) or columns (``W R``) of a matrix, or of a vector."""
+
+    def turn(w: Tensor, dim: int) -> Tensor:
+        if not wanted:
+            return w
+        turned: Tensor = w.unflatten(dim, (-1, len(r))).movedim(dim + 1, -1) @ r
+        return turned.movedim(-1, dim + 1).flatten(dim, dim + 1)
+
+    return turn
+
+
+def orthogonal(size: int, seed: int) -> Tensor:
+    """An orthogonal matrix that mixes every channel with every other, float64 [size, size].
+
+    A Hadamard matrix (Sylvester's) with random signs; for a size that is no power of two its Kronecker product with a
+    random orthogonal matrix of the odd factor.
+    """
+    g = torch.Generator().manual_seed(seed)
+    even = size & -size  # the largest power of two that divides it
+    q, r = torch.linalg.qr(torch.randn(size // even, size // even, generator=g, dtype=torch.float64))
+    made = q * r.diagonal().sign()
+    for _ in range(even.bit_length() - 1):
+        made = torch.cat([torch.cat([made, made], 1), torch.cat([made, -made], 1)]) / 2**0.5
+    signs = torch.randint(0, 2, (size,), generator=g) * 2.0 - 1
+    found: Tensor = signs[:, None] * made
+    return found
