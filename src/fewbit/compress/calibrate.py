@@ -36,7 +36,7 @@ def observe(
             continue
         group = shape.shares_input or shape.name
         if group not in shared:
-            shared[group] = Stats.empty(shape.in_features, data.device, "hessian" in needs)
+            shared[group] = Stats.empty(shape.in_features, data.device, needs)
             leaf = shape.name.rpartition(".")[2]
             layer.linears[leaf] = Recorder(plain[leaf], shared[group])
         block.stats[shape.name] = shared[group]

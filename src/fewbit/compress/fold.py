@@ -140,10 +140,7 @@ def fold(block: Block, group: InputGroup, scale: Tensor) -> None:
     for name in group.consumers:
         block.weights[name] = block.weights[name].float() * scale
     for stats in _each(block, group.consumers):
-        stats.amax /= scale
-        if stats.hessian is not None:
-            stats.hessian /= scale[:, None]
-            stats.hessian /= scale
+        stats.scaled(scale)
 
 
 def _each(block: Block, names: Sequence[str]) -> list[Stats]:

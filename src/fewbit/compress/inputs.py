@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from fewbit.compress.calibrators import Histogram
 from fewbit.compress.fake import FakeQuant, rows_of
 from fewbit.compress.recipe import Calibration
 from fewbit.compress.stats import Stats
+from fewbit.compress.techniques import Needs
 from fewbit.errors import CheckpointError
 from fewbit.numerics.reference import input_scale
 
@@ -26,14 +27,14 @@ class Inputs:
     Args:
         module: the module.
         names: of the layers.
-        hessian: whether second moments are wanted.
+        needs: what is wanted, see `fewbit.compress.techniques.Needs`.
 
     Attributes:
         stats: by layer, of those that were run.
     """
 
-    def __init__(self, module: nn.Module, names: list[str], hessian: bool) -> None:
-        self.module, self.names, self.hessian = module, names, hessian
+    def __init__(self, module: nn.Module, names: list[str], needs: Collection[Needs]) -> None:
+        self.module, self.names, self.needs = module, names, needs
         self.stats: dict[str, Stats] = {}
         self._calls: dict[str, list[int]] = {}  # by layer, which inputs it was given, as numbers
         self._last: Tensor | None = None  # held, so that no other tensor can be taken for it
@@ -66,7 +67,7 @@ class Inputs:
             return
         self._calls.setdefault(name, []).append(self._number)
         if name not in self.stats:
-            self.stats[name] = Stats.empty(rows.shape[-1], rows.device, self.hessian)
+            self.stats[name] = Stats.empty(rows.shape[-1], rows.device, self.needs)
         self.stats[name].see(rows)
 
 

@@ -73,7 +73,7 @@ def quantize(module: nn.Module, recipe: str | Path | Recipe, forward_loop: Forwa
         raise RecipeError(
             f"recipe {plan.name} needs data; pass forward_loop, a function that runs some through the module"
         )
-    seen = Inputs(module, list(quant), "hessian" in needs)
+    seen = Inputs(module, list(quant), needs)
     if forward_loop is not None:
         seen.run(forward_loop)
     missing = sorted(quant.keys() - seen.stats.keys())

@@ -32,7 +32,7 @@ from fewbit.compress.fold import outers_of
 from fewbit.compress.plan import Plan, Report, prepared
 from fewbit.compress.stats import Block, Stats
 from fewbit.compress.stream import Stream
-from fewbit.compress.techniques import BlockTechnique, LayerTechnique, round_to_nearest
+from fewbit.compress.techniques import BlockTechnique, Correction, LayerTechnique, round_to_nearest
 from fewbit.compress.verify import verify
 from fewbit.errors import CheckpointError, FewbitError
 from fewbit.model import DecoderLayer, KVCodec, Linear, Loader
@@ -91,6 +91,7 @@ class _Run:
         layered = [cast("LayerTechnique", t) for t in techniques if hasattr(t, "layer")]
         self.rounding: LayerTechnique = layered[0] if layered else round_to_nearest.Settings()
         self.splitting = planned.recipe.splitting
+        self.correction = next((cast("Correction", t) for t in techniques if hasattr(t, "correct")), None)
         self.needs = {t.needs for t in techniques}
 
     def run(self) -> Report:
@@ -308,6 +309,11 @@ class _Run:
                 assert stats is not None
                 scale = input_scale(block.reach.get(shape.name, stats.amax.max()), quant.input)
                 self._write(f"{shape.name}.input_scale", scale)
+            if self.correction is not None and weights.bias is not None and stats is not None:
+                off = q.dequantize() - weight.float()
+                off = off + branch[1].float() @ branch[0].float() if branch else off
+                corrected = self.correction.correct(block.biases[shape.name], off, stats)
+                weights = replace(weights, bias=corrected.to(weights.bias.dtype))
             served = LinearWeights(quant, q, weights.bias, scale, lowrank=branch or None)
         if weights.bias is not None:
             self._write(f"{shape.name}.bias", weights.bias)
@@ -352,7 +358,7 @@ class _Run:
             floats = {"lm_head": w.weight.to(self.loader.dtype)}
             block = Block(len(spec.layers), spec.layers[-1], {"lm_head": quant}, floats, {})
             if data and (quant.calibrated or self.needs - {"none"}):
-                block.stats["lm_head"] = Stats.empty(spec.hidden, self.device, "hessian" in self.needs)
+                block.stats["lm_head"] = Stats.empty(spec.hidden, self.device, self.needs)
                 for states_of in data.pieces():
                     block.stats["lm_head"].see(rms_norm(states_of, spec.final_norm, final))
             head = self._linear(shape, block, w, outers_of([shape], block).get("lm_head"))

@@ -109,7 +109,7 @@ class _Model:
         plain, found = dict(layer.linears), {}
         for shape in self.spec.layer_linears(layer.index):
             leaf = shape.name.rpartition(".")[2]
-            found[leaf] = Stats.empty(shape.in_features, self.device, False)
+            found[leaf] = Stats.empty(shape.in_features, self.device)
             layer.linears[leaf] = Recorder(plain[leaf], found[leaf])
         stream.watch(layer, self.codecs)
         layer.linears = plain

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,10 @@ from fewbit.model import DenseAttend, KVCodec
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.spec.decoder import Attention, Layer
 
+SAMPLE = 512
+"""Most inputs that are kept of a linear."""
+_FROM_EACH = 32  # of those seen at once
+
 
 @dataclass
 class Stats:
@@ -21,26 +25,45 @@ class Stats:
     Attributes:
         tokens: how many were seen.
         amax: float32 [in], the largest magnitude of each channel.
+        total: float32 [in], the sum of each channel.
         hessian: float32 [in, in], the sum of x xᵀ over tokens, where a technique needs it.
+        sample: [tokens, in], up to `SAMPLE` of the inputs themselves, where a technique needs some.
     """
 
     tokens: int
     amax: Tensor
+    total: Tensor
     hessian: Tensor | None = None
+    sample: Tensor | None = None
 
     @classmethod
-    def empty(cls, width: int, device: torch.device, hessian: bool) -> Stats:
-        """Nothing seen yet."""
-        square = torch.zeros(width, width, device=device) if hessian else None
-        return cls(0, torch.zeros(width, device=device), square)
+    def empty(cls, width: int, device: torch.device, needs: Collection[str] = ()) -> Stats:
+        """Nothing seen yet; `needs`: see `fewbit.compress.techniques.Needs`."""
+        square = torch.zeros(width, width, device=device) if "hessian" in needs else None
+        sample = torch.zeros(0, width, device=device) if "sample" in needs else None
+        return cls(0, torch.zeros(width, device=device), torch.zeros(width, device=device), square, sample)
 
     def see(self, x: Tensor) -> None:
         """Count the tokens of x [..., in]."""
         x = x.reshape(-1, x.shape[-1]).float()
         self.tokens += x.shape[0]
         self.amax = torch.maximum(self.amax, torch.maximum(x.amax(0), -x.amin(0)))  # no copy of x, as abs would be
+        self.total += x.sum(0)
         if self.hessian is not None:
             self.hessian.addmm_(x.T, x)
+        if self.sample is not None and len(self.sample) < SAMPLE:
+            some = x[:: max(1, len(x) // _FROM_EACH)][: min(_FROM_EACH, SAMPLE - len(self.sample))]
+            self.sample = torch.cat([self.sample, some])
+
+    def scaled(self, scale: Tensor) -> None:
+        """Follow an input whose channels are divided by `scale` [in]."""
+        self.amax /= scale
+        self.total /= scale
+        if self.hessian is not None:
+            self.hessian /= scale[:, None]
+            self.hessian /= scale
+        if self.sample is not None:
+            self.sample = self.sample / scale
 
     def importance(self) -> Tensor:
         """How much an error in each column of the weight counts, [in]: the mean square of its input, 1 on average.

@@ -42,7 +42,7 @@ def problem(seed: int, out: int = 96, width: int = 128) -> tuple[torch.Tensor, S
     x = torch.randn(600, 24, generator=g) @ torch.randn(24, width, generator=g) + 0.3 * torch.randn(
         600, width, generator=g
     )
-    stats = Stats.empty(width, CPU, True)
+    stats = Stats.empty(width, CPU, {"hessian"})
     stats.see(x)
     return weight, stats, x
 

@@ -46,7 +46,7 @@ def block_of(path: Path, fmt: str = "int4_g32", input_: str | None = None) -> Bl
     )  # fmt: skip
     shared: dict[str, Stats] = {}
     for s in shapes:
-        empty = Stats.empty(s.in_features, torch.device("cpu"), True)
+        empty = Stats.empty(s.in_features, torch.device("cpu"), {"hessian"})
         block.stats[s.name] = shared.setdefault(s.shares_input or s.name, empty)
     run(block, recording(block))
     return block
@@ -105,7 +105,7 @@ def test_statistics_follow_a_fold(model):
     fresh = replace(block, stats={})
     shared = {}
     for name, stats in block.stats.items():
-        fresh.stats[name] = shared.setdefault(id(stats), Stats.empty(len(stats.amax), torch.device("cpu"), True))
+        fresh.stats[name] = shared.setdefault(id(stats), Stats.empty(len(stats.amax), torch.device("cpu"), {"hessian"}))
     run(fresh, recording(fresh))
     for name, stats in block.stats.items():
         torch.testing.assert_close(stats.amax, fresh.stats[name].amax, rtol=1e-4, atol=1e-5)
@@ -139,7 +139,7 @@ def problem(rows: int = 48, columns: int = 192, seed: int = 0) -> tuple[torch.Te
     random = torch.Generator().manual_seed(seed)
     mix = torch.randn(columns, columns, generator=random) / columns**0.5 + torch.eye(columns)
     x = torch.randn(600, columns, generator=random) @ mix * (torch.rand(columns, generator=random) * 3)
-    stats = Stats.empty(columns, torch.device("cpu"), True)
+    stats = Stats.empty(columns, torch.device("cpu"), {"hessian"})
     stats.see(x)
     return torch.randn(rows, columns, generator=random), stats
 
@@ -203,7 +203,7 @@ def test_gptq_rounds_to_nearest_where_the_inputs_say_nothing():
 
 def test_gptq_damps_a_singular_hessian_and_says_so(caplog):
     weight, _ = problem(16, 64)
-    stats = Stats.empty(64, torch.device("cpu"), True)
+    stats = Stats.empty(64, torch.device("cpu"), {"hessian"})
     stats.hessian -= 1e-2 * torch.eye(64)  # not even semidefinite, as rounding may leave it
     stats.hessian[0, 0] = 5.0
     stats.hessian[1:, 1:].diagonal().fill_(1.0)
@@ -239,7 +239,7 @@ def test_searched_scales_leave_no_more_error_in_any_block(fmt):
 def test_a_block_of_nvfp4_may_end_at_4():
     """Three quarters of the largest: 4.5 is no number under a largest of 6, but 3 is one under a largest of 4."""
     weight = torch.tensor([[1.0, 0.75, -0.75, 0.75] * 4])
-    stats = Stats.empty(16, torch.device("cpu"), True)
+    stats = Stats.empty(16, torch.device("cpu"), {"hessian"})
     q = scale_search.Settings().layer(weight, QuantSpec(FORMATS["nvfp4"]), stats, torch.tensor(2.0**-8))
     assert torch.equal(q.dequantize(), weight)
     assert not torch.equal(quantize(weight, FORMATS["nvfp4"], outer=torch.tensor(2.0**-8)).dequantize(), weight)
@@ -278,7 +278,7 @@ def test_awq_brings_the_output_closer(model, fmt):
 
 def test_awq_without_anything_to_gain_changes_no_scale():
     """Numbers that the format says exactly: no scale and no clipping is better than none."""
-    stats = Stats.empty(32, torch.device("cpu"), True)
+    stats = Stats.empty(32, torch.device("cpu"), {"hessian"})
     stats.see(torch.randn(100, 32))
     weight = quantize(torch.randn(8, 32), FORMATS["int4_g32"]).dequantize()
     settings, block = awq.Settings(), Block.__new__(Block)
@@ -361,3 +361,94 @@ def test_a_compressed_model_is_closer_than_one_rounded_to_nearest(name, tmp_path
         assert report.verified is not None
         found[kind] = report.kl
     assert found["own"] < 0.9 * found["plain"], found
+
+
+# --- smoothing by output error, bias correction -----------------------------------------------------------------------
+
+
+def sampled(path: Path, fmt: str = "int8_row", input_: str = "int8_row") -> Block:
+    block = block_of(path, fmt, input_)
+    for name, stats in block.stats.items():
+        g = torch.Generator().manual_seed(len(name))
+        root = torch.linalg.cholesky(stats.hessian / stats.tokens + 1e-3 * torch.eye(len(stats.amax)))
+        stats.sample = torch.randn(200, len(stats.amax), generator=g) @ root.T
+        stats.amax = stats.sample.abs().amax(0)
+    return block
+
+
+def test_auto_is_the_alpha_of_least_output_error(tmp_path):
+    """Against every alpha of the grid, by the error after the fold, group by group."""
+    path = make_model(tmp_path / "model")
+    names = ("layers.0.mlp.gate", "layers.0.mlp.up")
+
+    def error(alpha) -> float:
+        block = sampled(path)
+        block.quant = {n: block.quant[n] for n in names}  # scales of down would move into the rows of up
+        for stats in {id(s): s for n in names if (s := block.stats[n])}.values():
+            for channel in (1, 5):  # outliers
+                stats.sample[:, channel] *= 50
+                stats.amax[channel] *= 50
+        meant = [block.stats[n].sample @ block.weights[n].float().T for n in names]
+        smoothquant.Settings(alpha=alpha).block(block)
+        off = 0.0
+        for name, y in zip(names, meant, strict=True):
+            x, w = block.stats[name].sample, block.weights[name].float()
+            rounded = quantize(x, FORMATS["int8_row"]).dequantize() @ quantize(w, FORMATS["int8_row"]).dequantize().T
+            off += (rounded - y).double().square().sum().item()
+        return off
+
+    errors = {alpha: error(alpha) for alpha in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)}
+    assert error("auto") == pytest.approx(min(errors.values()), rel=0.02)
+    assert min(errors.values()) < 0.9 * max(errors.values())
+    assert smoothquant.Settings(alpha="auto").needs == "sample"
+
+
+def test_a_sample_is_kept_of_the_inputs_and_no_more():
+    stats = Stats.empty(4, torch.device("cpu"), {"sample"})
+    g = torch.Generator().manual_seed(0)
+    pieces = [torch.randn(n, 4, generator=g) for n in (1, 40, 100, 5000)]
+    for piece in pieces:
+        stats.see(piece)
+    assert len(stats.sample) == 1 + 32 + 32 + 32
+    rows = {tuple(row) for piece in pieces for row in piece.tolist()}
+    assert all(tuple(row) in rows for row in stats.sample.tolist())
+    for _ in range(40):
+        stats.see(pieces[1])
+    assert len(stats.sample) == 512
+    assert torch.allclose(stats.total, sum(p.sum(0) for p in [*pieces, *[pieces[1]] * 40]), rtol=1e-4, atol=1e-2)
+
+
+CORRECTED = """
+rules: [{match: "layers.*", weight: int4_g32}]
+techniques: [TECHNIQUES]
+calib: {samples: 8, length: 32}
+"""
+
+
+@pytest.mark.parametrize("split", ["", "svdquant: {rank: 4}"])
+def test_a_bias_takes_over_the_mean_error(tmp_path, split):
+    """The mean output of every linear that has a bias is, on the calibration data, what it was."""
+    path = make_model(tmp_path / "model", attention_bias=True, mlp_bias=True, hidden_size=128, dtype=torch.float32)
+    checkpoint = open_checkpoint(path)
+    written = {}
+    for name, techniques in (("plain", split), ("corrected", ", ".join(filter(None, (split, "bias_correction: {}"))))):
+        listed = ", ".join(f"{{{t}}}" for t in techniques.split(", ") if t)
+        planned = plan(checkpoint, parse_recipe("own", CORRECTED.replace("TECHNIQUES", listed)))
+        compress(checkpoint, planned, tmp_path / name)
+        written[name] = open_checkpoint(tmp_path / name)
+    loaders = {name: Loader(c, torch.device("cpu")) for name, c in written.items()}
+    planned = plan(checkpoint, parse_recipe("own", CORRECTED.replace("TECHNIQUES", "gptq: {}")))
+    from fewbit.compress.data import windows_of
+
+    windows, _ = windows_of(checkpoint, planned.recipe.calibration)
+    embed = Loader(checkpoint, torch.device("cpu")).embed()
+    x = torch.cat([embed[torch.tensor(w)] for w in windows]).float()
+    layer = Loader(checkpoint, torch.device("cpu")).layer(0)
+    from fewbit.model.decoder import rms_norm
+
+    x = rms_norm(x, checkpoint.spec.layers[0].pre_attn, layer.norms["pre_attn"])
+    meant = layer.linears["q"](x).mean(0)
+    off = {name: (loader.layer(0).linears["q"](x).mean(0) - meant).norm().item() for name, loader in loaders.items()}
+    assert off["plain"] > 1e-3
+    assert off["corrected"] < 0.01 * off["plain"]
+    assert torch.equal(*(w.tensors["layers.0.attn.q.weight"].codes for w in written.values()))

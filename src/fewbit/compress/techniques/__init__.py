@@ -3,7 +3,7 @@
 A technique's file holds a frozen dataclass ``Settings``: its fields are what a recipe may set, its docstring names the
 paper, its class attribute ``needs`` says what it wants to know about the inputs of a linear, and it has exactly one of
 ``layer``, ``block`` and ``model`` (see `LayerTechnique`, `BlockTechnique`, `ModelTechnique`). Two are of kinds of their
-own: ``auto`` makes the rules, ``svdquant`` splits a weight in two.
+own: ``auto`` makes the rules, ``svdquant`` splits a weight in two. ``correct`` (see `Correction`) comes after rounding.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 from torch import Tensor
 
@@ -22,14 +22,18 @@ from fewbit.errors import RecipeError, nearest_name
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.quantspec import QuantSpec
 
-Needs = Literal["none", "inputs", "hessian"]
-"""``inputs``: the largest magnitude of each channel; ``hessian``: the sum of x xᵀ over tokens as well."""
+Needs = Literal["none", "inputs", "hessian", "sample"]
+"""``inputs``: the largest magnitude and the mean of each channel; ``hessian``: the sum of x xᵀ over tokens as well;
+``sample``: some of the inputs themselves."""
 
 
 class Technique(Protocol):
     """Any technique."""
 
-    needs: ClassVar[Needs]
+    @property
+    def needs(self) -> Needs:
+        """What calibration has to remember for it."""
+        ...
 
 
 class LayerTechnique(Technique, Protocol):
@@ -52,6 +56,14 @@ class ModelTechnique(Technique, Protocol):
 
     def model(self, checkpoint: Checkpoint) -> Checkpoint:
         """Another view of the model: tensors are changed when they are read, nothing is read now."""
+        ...
+
+
+class Correction(Technique, Protocol):
+    """Makes up in a bias for what rounding did to the weight."""
+
+    def correct(self, bias: Tensor, off: Tensor, stats: Stats) -> Tensor:
+        """The new bias float32 [out]; off [out, in]: what was served minus what was meant."""
         ...
 
 
