@@ -22,6 +22,7 @@ from fewbit.cli.common import (
     print_json,
     progress,
     read_windows,
+    settings,
     size,
     table,
 )
@@ -49,7 +50,7 @@ def compress(
     ] = None,
     calib: Annotated[
         list[str] | None,
-        typer.Option("--calib", help="Calibration data: .txt or .jsonl, also .gz; several as FILE:SHARE."),
+        typer.Option("--calib", help="Calibration data: .txt, .jsonl (.gz), a saved data set; several as FILE:SHARE."),
     ] = None,
     samples: Annotated[int | None, typer.Option("--samples", min=1, help="Windows to calibrate on.")] = None,
     length: Annotated[int | None, typer.Option("--length", min=1, help="Tokens of a window.")] = None,
@@ -70,9 +71,12 @@ def compress(
     """Quantize a model by a recipe, write it, open it again and check it."""
     from fewbit import compress as room
     from fewbit.checkpoint import check_target, open_checkpoint
+    from fewbit.compress.ranks import Ranks
     from fewbit.compress.recipe import source_of
 
     where = device_of(device)
+    ranks = Ranks.join(where)
+    settings.quiet = settings.quiet or ranks.rank > 0
     checkpoint = open_model(model)
     chosen = room.read_recipe(recipe).with_kv(kv)
     c = chosen.calibration
@@ -82,14 +86,17 @@ def compress(
     check_target(output, force, checkpoint.path)
     if chosen.auto is not None:
         with progress() as bars:
-            decision = room.decide(checkpoint, chosen, where, bars)
+            decision = ranks.first(lambda: room.decide(checkpoint, chosen, where, bars))
         _show_decision(decision)
         chosen = decision.recipe
     planned = room.plan(checkpoint, chosen, export)
     _show_plan(checkpoint, planned)
-    before = _sample(checkpoint, where, sample_tokens)
+    before = _sample(checkpoint, where, sample_tokens) if ranks.rank == 0 else None
     with progress() as bars:
-        report = room.compress(checkpoint, planned, output, device=str(where), force=force, progress=bars)
+        report = room.compress(checkpoint, planned, output, device=str(where), force=force, ranks=ranks, progress=bars)
+    ranks.leave()
+    if ranks.rank:
+        return
     after = _sample(open_checkpoint(output), where, sample_tokens)
     if json:
         print_json(

@@ -43,10 +43,14 @@ def observe(
     attend = data.watch(layer, codecs)
     layer.linears = plain
     release_memory()
+    for stats in shared.values():
+        data.ranks.add(stats)
     for name, stats in block.stats.items():
         if not torch.isfinite(stats.amax).all():
             raise CheckpointError(f"the input of {name} holds NaN or infinity on the calibration data")
     block.k_amax, block.v_amax = attend.k_amax[block.index], attend.v_amax[block.index]
+    data.ranks.largest(block.k_amax)
+    data.ranks.largest(block.v_amax)
 
 
 def set_reach(
@@ -71,6 +75,8 @@ def set_reach(
     if not inputs and not cache:
         return
     data.watch(layer, codecs, cache)
+    for histogram in (*inputs.values(), *cache.values()):
+        data.ranks.count(histogram)
     for name, group in groups.items():
         fmt = block.quant[name].input
         assert fmt is not None

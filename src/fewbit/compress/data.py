@@ -84,9 +84,10 @@ def data_hash(calibration: Calibration) -> str:
     """SHA-256 of all files of calibration data, one after the other."""
     digest = hashlib.sha256()
     for _, path, _ in _files(calibration):
-        with path.open("rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
+        for part in sorted(path.iterdir()) if path.is_dir() else [path]:
+            with part.open("rb") as file:
+                while piece := file.read(1 << 20):
+                    digest.update(piece)
     return digest.hexdigest()
 
 

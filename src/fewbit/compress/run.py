@@ -9,8 +9,6 @@ only run through them as they lie on the disk.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,16 +20,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fewbit.checkpoint import Checkpoint, CheckpointWriter, check_target, format_named, open_checkpoint
-from fewbit.checkpoint.layout import Quantization
+from fewbit.checkpoint import Checkpoint, CheckpointWriter, check_target, open_checkpoint
 from fewbit.checkpoint.names import Names
 from fewbit.compress.calibrate import observe, set_reach
-from fewbit.compress.data import data_hash, in_words, windows_of
+from fewbit.compress.data import in_words, windows_of
 from fewbit.compress.disk import Disk
 from fewbit.compress.fold import outers_of
 from fewbit.compress.plan import Plan, Report, prepared
+from fewbit.compress.ranks import Follower, Ranks
 from fewbit.compress.stats import Block, Stats
 from fewbit.compress.stream import Stream
+from fewbit.compress.target import writer_of
 from fewbit.compress.techniques import BlockTechnique, Correction, LayerTechnique, round_to_nearest
 from fewbit.compress.verify import verify
 from fewbit.errors import CheckpointError, FewbitError
@@ -45,7 +44,6 @@ from fewbit.ops.device import forget_peak, peak_bytes, release_memory
 from fewbit.ops.linear import LinearWeights
 from fewbit.ops.linear.dense import Dense
 from fewbit.spec.decoder import LinearShape
-from fewbit.version import __version__
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how much is done, and of how much."""
@@ -58,9 +56,19 @@ def compress(
     *,
     device: str = "cpu",
     force: bool = False,
+    ranks: Ranks | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Report:
     """Carry out a plan and write the result to `target`, which appears whole or not at all.
+
+    Args:
+        checkpoint: the model.
+        planned: what `plan` made of it.
+        target: the folder to make.
+        device: ``cpu`` or ``cuda:N``.
+        force: replace a folder that is not empty.
+        ranks: processes that calibrate together, see `fewbit.compress.ranks`; each calls this.
+        progress: called with a stage's name, how much is done, and of how much.
 
     Raises:
         FewbitError: the data, the weights or the target are not as they must be; or what was written, opened again,
@@ -68,17 +76,18 @@ def compress(
     """
     check_target(target, force, checkpoint.path)
     with torch.inference_mode():
-        return _Run(checkpoint, planned, target, torch.device(device), force, progress).run()
+        return _Run(checkpoint, planned, target, torch.device(device), force, ranks or Ranks(), progress).run()
 
 
 class _Run:
     """One compression under way."""
 
     def __init__(
-        self, checkpoint: Checkpoint, planned: Plan, target: Path, device: torch.device, force: bool, progress: Progress
-    ) -> None:
+        self, checkpoint: Checkpoint, planned: Plan, target: Path, device: torch.device, force: bool, ranks: Ranks,
+        progress: Progress,
+    ) -> None:  # fmt: skip
         self.checkpoint = checkpoint = prepared(checkpoint, planned.recipe)
-        self.plan, self.target, self.force = planned, target, force
+        self.plan, self.target, self.force, self.ranks = planned, target, force, ranks
         self.progress, self.device = progress, device
         self.loader = Loader(checkpoint, device)
         self.names = Names(checkpoint.family, checkpoint.spec)
@@ -101,7 +110,7 @@ class _Run:
         if calibration:
             self.report.calibration = in_words(calibration, self.plan.recipe.calibration)
         spec, embed = self.checkpoint.spec, self._finite("embed.weight", self.loader.embed())
-        data = Stream(calibration, embed, self.loader.dtype)
+        data = Stream(self.ranks.share(calibration), embed, self.loader.dtype, self.ranks)
         exact, rounded = Stream(held_out, embed, self.loader.dtype), Stream(held_out, embed, self.loader.dtype)
         with self._writer() as writer, Disk(self.report.seconds, self.device.type != "cpu") as disk:
             self.writer, self.disk = writer, disk
@@ -120,6 +129,8 @@ class _Run:
             logits = self._head(data, exact, rounded)
             self.progress("compress", len(spec.layers), len(spec.layers))
             disk.wait()
+            if isinstance(writer, Follower):
+                return self.report
             with self._stage("write"):
                 folder = writer.finish()
                 (folder / "recipe.yaml").write_text(self.plan.recipe.text, "utf8")
@@ -133,38 +144,15 @@ class _Run:
 
     # --- the parts ----------------------------------------------------------------------------------------------------
 
-    def _writer(self) -> CheckpointWriter:
-        c, p = self.checkpoint, self.plan
-        meta = {"recipe": p.recipe.name, "torch": torch.__version__}
-        if p.calibrated:
-            meta["calibration_sha256"] = data_hash(p.recipe.calibration)
-            meta["calibration"] = self.report.calibration
-            meta["calibration_seed"] = str(p.recipe.calibration.seed)
-        names = [n for n in c.tensors if not n.endswith("_scale")]
-        return CheckpointWriter(
-            self.target,
-            format_named(p.export),
-            c.family,
-            p.spec,
-            Quantization(p.quant, p.kv),
-            {name: c.tensors.dtype(name) for name in names},
-            c.config,
-            c.files,
-            meta,
-            self._key(meta),
-            self.force,
-        )
-
-    def _key(self, meta: Mapping[str, str]) -> str:
-        """A hash of all that the result depends on."""
-        path, p = self.checkpoint.path, self.plan
-        weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(path.glob("*.safetensors"))]
-        numerics = [f"{name} {quant}" for name, quant in p.quant.items()], [str(kv) for kv in p.kv.values()]
-        what = [
-            __version__, str(path.resolve()), self.checkpoint.config, weights, p.recipe.text, str(p.recipe.calibration),
-            numerics, p.export, self.device.type, meta,
-        ]  # fmt: skip
-        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+    def _writer(self) -> CheckpointWriter | Follower:
+        """In the first process the writer; the others learn from it what an unfinished run left."""
+        if self.ranks.rank == 0:
+            used, force = self.report.calibration, self.force
+            writer = writer_of(self.checkpoint, self.plan, self.target, used, self.device, force)
+            self.ranks.first(lambda: (writer.folder, writer.recorded))
+            return writer
+        nothing: tuple[Path, dict[str, Any] | None] = (Path(), None)
+        return Follower(*self.ranks.first(lambda: nothing))
 
     def _progress(self, done: int) -> dict[str, Any]:
         """What a later run must know to go on after `done` layers."""

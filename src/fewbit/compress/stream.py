@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewbit.compress.calibrators import Histogram
+from fewbit.compress.ranks import Ranks
 from fewbit.compress.stats import RecordingAttend
 from fewbit.model import DecoderLayer, DenseAttend, KVCodec
 from fewbit.model.rope import Rotary
@@ -24,10 +25,13 @@ class Stream:
         windows: token ids.
         embed: the embedding, [vocab, hidden].
         dtype: dtype of the states.
+        ranks: processes that have other windows.
     """
 
-    def __init__(self, windows: Sequence[Sequence[int]], embed: Tensor, dtype: torch.dtype) -> None:
-        self.device = embed.device
+    def __init__(
+        self, windows: Sequence[Sequence[int]], embed: Tensor, dtype: torch.dtype, ranks: Ranks | None = None
+    ) -> None:
+        self.device, self.ranks = embed.device, ranks or Ranks()
         self._pieces: list[tuple[int, Tensor]] = []  # (length of a window, states of some windows of that length)
         for length, same in groupby(windows, len):
             run, step = list(same), max(1, _TOKENS[self.device.type] // length)

@@ -36,12 +36,17 @@ def read_documents(path: Path) -> Iterator[Document]:
 
     Args:
         path: A .txt (one document), or a .jsonl with rows {"text": ...}, {"messages": [...]} or {"ids": [...]}; each
-            may be gzipped (.gz).
+            may be gzipped (.gz). Or the folder of a data set that Hugging Face's `datasets` saved to disk, with a
+            column of one of those names.
 
     Raises:
         RecipeError: Missing, empty or broken file; a bad row is named by its line number.
     """
     path = Path(path)
+    if path.is_dir():
+        from fewbit.text.arrow import saved_rows
+
+        return _documents(path, saved_rows(path))
     if not path.name.endswith(_SUFFIXES):
         raise RecipeError(f"{path}: expected a file ending in {', '.join(_SUFFIXES)}")
     if not path.is_file():
@@ -140,6 +145,17 @@ def _read(path: Path) -> Iterator[Document]:
         raise RecipeError(f"{path}: not readable ({e})") from e
     if not rows:
         raise RecipeError(f"{path}: the file holds no text")
+
+
+def _documents(path: Path, rows: Iterable[dict[str, Any]]) -> Iterator[Document]:
+    number = 0
+    for number, row in enumerate(rows, 1):
+        try:
+            yield _document(row)
+        except (ValueError, RequestError) as e:
+            raise RecipeError(f"{path}, row {number}: {e}") from e
+    if not number:
+        raise RecipeError(f"{path}: the data set holds no rows")
 
 
 def _open(path: Path) -> IO[str]:
