@@ -640,7 +640,7 @@ def test_a_reader_that_has_had_enough_is_no_fault(tiny):
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_compressing_that_was_stopped_goes_on_and_leaves_no_half_directory(how, tmp_path):
-    source = make_model(tmp_path / "big", hidden_size=512, intermediate_size=2048, num_hidden_layers=12)
+    source = make_model(tmp_path / "big", hidden_size=256, intermediate_size=1024, num_hidden_layers=40)
     line = ["compress", source, "--recipe", "int4", "--sample-tokens", 0, "-o"]
     running = subprocess.Popen(
         command(*line, tmp_path / "out"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -660,7 +660,7 @@ def test_compressing_that_was_stopped_goes_on_and_leaves_no_half_directory(how, 
         assert "Traceback" not in err
     assert sorted(p.name for p in tmp_path.iterdir()) == [".out.unfinished", "big"]
     done = subprocess.run(command(*line, tmp_path / "out"), capture_output=True, text=True, check=True)
-    assert re.search(r"time .*, after \d+ of 12 layers that an earlier run had finished", done.stdout)
+    assert re.search(r"time .*, after \d+ of 40 layers that an earlier run had finished", done.stdout)
     subprocess.run(command(*line, tmp_path / "whole"), capture_output=True, check=True)
     files = [{f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("out", "whole")]
     assert files[0] == files[1]
