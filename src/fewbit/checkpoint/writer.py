@@ -106,6 +106,7 @@ class CheckpointWriter:
         self.folder = target.absolute().parent / f".{target.name}.unfinished"
         self.recorded: dict[str, Any] | None = None
         self._finished = False
+        self._another = False  # the folder holds work of another key
         self._lock = self._take_folder()
         try:
             written = self._look_for_work(force)
@@ -137,6 +138,7 @@ class CheckpointWriter:
             self.recorded = found["recorded"]
             return set(found["written"])
         if found is not None and not force:
+            self._another = True
             raise CheckpointError(
                 f"{self.folder} holds unfinished work on another model, recipe or data; repeat that command to go on "
                 "with it, or pass --force to throw it away"
@@ -265,7 +267,8 @@ class CheckpointWriter:
         """Let go of the folder, and take it away if there is nothing to go on with."""
         if self.folder.exists():
             if keep and (self.folder / UNFINISHED).exists():
-                log.warning("unfinished work is kept in %s: the same command goes on with it", self.folder)
+                if not self._another:
+                    log.warning("unfinished work is kept in %s: the same command goes on with it", self.folder)
             else:
                 shutil.rmtree(self.folder)
         os.close(self._lock)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -75,8 +74,7 @@ def device_of(text: str | None) -> torch.device:
     from fewbit.ops.device import device_named, gpu_count, make_current
 
     torch.manual_seed(settings.seed)
-    own = os.environ.get("LOCAL_RANK", "0")  # of several processes on one machine each has a GPU
-    device = device_named(text or (f"cuda:{own}" if gpu_count() else "cpu"))
+    device = device_named(text or ("cuda:0" if gpu_count() else "cpu"))
     make_current(device)
     return device
 

@@ -71,10 +71,10 @@ def compress(
     """Quantize a model by a recipe, write it, open it again and check it."""
     from fewbit import compress as room
     from fewbit.checkpoint import check_target, open_checkpoint
-    from fewbit.compress.ranks import Ranks
+    from fewbit.compress.ranks import Ranks, own_gpu
     from fewbit.compress.recipe import source_of
 
-    where = device_of(device)
+    where = device_of(own_gpu() or device if device in (None, "cuda") else device)
     ranks = Ranks.join(where)
     settings.quiet = settings.quiet or ranks.rank > 0
     checkpoint = open_model(model)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
+from torch import Tensor
 
 from fewbit.compress.calibrators import Histogram
 from fewbit.compress.recipe import Calibration
@@ -43,14 +44,43 @@ def observe(
     attend = data.watch(layer, codecs)
     layer.linears = plain
     release_memory()
-    for stats in shared.values():
+    _agree(block, data)
+    block.k_amax, block.v_amax = attend.k_amax[block.index], attend.v_amax[block.index]
+    for name, amax in (("K", block.k_amax), ("V", block.v_amax)):
+        data.ranks.largest(amax)
+        if not torch.isfinite(amax).all():
+            raise CheckpointError(f"{name} of layer {block.index} holds NaN or infinity on the calibration data")
+
+
+def observe_head(
+    block: Block, data: Stream, normal: Callable[[Tensor], Tensor], c: Calibration, needs: Collection[Needs]
+) -> None:
+    """What `observe` and `set_reach` do, for the head: its input is the state after the final norm, `normal`."""
+    name, quant = next(iter(block.quant.items()))
+    stats = block.stats[name] = Stats.empty(block.weights[name].shape[1], data.device, needs)
+    seen = Histogram(1, data.device)
+    reaches = quant.input is not None and quant.input_scale == "static" and c.method != "max"
+    for states in data.pieces():
+        x = normal(states)
+        stats.see(x)
+        if reaches:
+            seen.see(x)
+    _agree(block, data)
+    if reaches:
+        assert quant.input is not None
+        data.ranks.count(seen)
+        block.reach[name] = seen.reach(quant.input, c.method, c.percentile)[0]
+
+
+def _agree(block: Block, data: Stream) -> None:
+    """Make the statistics of a block those of all processes, and look at them."""
+    for stats in {id(s): s for s in block.stats.values()}.values():
         data.ranks.add(stats)
     for name, stats in block.stats.items():
-        if not torch.isfinite(stats.amax).all():
+        if not (
+            torch.isfinite(stats.amax).all() and torch.isfinite(stats.total).all()
+        ):  # a largest of several drops NaN
             raise CheckpointError(f"the input of {name} holds NaN or infinity on the calibration data")
-    block.k_amax, block.v_amax = attend.k_amax[block.index], attend.v_amax[block.index]
-    data.ranks.largest(block.k_amax)
-    data.ranks.largest(block.v_amax)
 
 
 def set_reach(

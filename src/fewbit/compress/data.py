@@ -11,6 +11,7 @@ from pathlib import Path
 from fewbit.checkpoint import Checkpoint
 from fewbit.compress.recipe import Calibration
 from fewbit.errors import CheckpointError, RecipeError
+from fewbit.text.arrow import saved_files
 from fewbit.text.tokenizer import Tokenizer
 from fewbit.text.windows import read_documents, windows
 
@@ -84,7 +85,7 @@ def data_hash(calibration: Calibration) -> str:
     """SHA-256 of all files of calibration data, one after the other."""
     digest = hashlib.sha256()
     for _, path, _ in _files(calibration):
-        for part in sorted(path.iterdir()) if path.is_dir() else [path]:
+        for part in saved_files(path) if path.is_dir() else [path]:
             with part.open("rb") as file:
                 while piece := file.read(1 << 20):
                     digest.update(piece)

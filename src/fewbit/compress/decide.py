@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,15 +12,14 @@ import torch
 import yaml
 
 from fewbit.checkpoint import Checkpoint
-from fewbit.compress.data import calibration_windows
+from fewbit.compress.data import windows_of
 from fewbit.compress.plan import prepared
 from fewbit.compress.recipe import Recipe, parse_recipe, read_recipe
 from fewbit.compress.sensitivity import Progress, Unit, sensitivities
 from fewbit.compress.techniques.auto import Settings, cheapest
-from fewbit.errors import RecipeError, UnsupportedError
+from fewbit.errors import CheckpointError, RecipeError, UnsupportedError
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.spec.decoder import DecoderSpec
-from fewbit.text.tokenizer import Tokenizer
 
 UNCHANGED = "none"
 """The candidate that leaves a linear as it was."""
@@ -30,7 +30,7 @@ class Decision:
     """What was found.
 
     Attributes:
-        recipe: an ordinary recipe that does it; its `text` reproduces it.
+        recipe: an ordinary recipe that does it; its `text` does it again under the same options.
         candidate: by linear.
         bits: true bits a weight over these linears.
         loss: the sum of the measured losses, in nats.
@@ -51,6 +51,7 @@ def decide(
 
     Raises:
         RecipeError: a candidate is no recipe of one rule.
+        CheckpointError: the model does not give numbers.
         UnsupportedError: no choice fits the budget, or a candidate fits no linear of the model.
     """
     auto = recipe.auto
@@ -60,8 +61,12 @@ def decide(
     checkpoint = prepared(checkpoint, recipe)
     candidates = {name: _numerics(name, checkpoint.spec) for name in auto.candidates}
     calibration = replace(recipe.calibration, samples=auto.windows)
-    windows = calibration_windows(calibration, Tokenizer.load(checkpoint.path))
+    windows, _ = windows_of(checkpoint, calibration)
     units = sensitivities(checkpoint, candidates, windows, device, auto.score, progress)
+    for unit in units:
+        for option in unit.options:
+            if not math.isfinite(option.loss):
+                raise CheckpointError(f"with {unit.names[0]} in {option.candidate} the model's logits are no numbers")
     weights = _weights(checkpoint.spec, units)
     budget = int(auto.bits * weights)
     if (least := sum(min(o.bits for o in unit.options) for unit in units)) > budget:
@@ -83,8 +88,8 @@ def _numerics(name: str, spec: DecoderSpec) -> dict[str, QuantSpec]:
     if name == UNCHANGED:
         return {}
     chosen = read_recipe(name)
-    if len(chosen.rules) != 1:
-        raise RecipeError(f"auto: candidate {name} is no recipe of one rule")
+    if len(chosen.rules) != 1 or chosen.techniques:
+        raise RecipeError(f"auto: candidate {name} is not one rule without techniques; name the plain recipe")
     return {linear: quant for linear, quant in chosen.resolve(spec).items() if linear != "lm_head"}
 
 

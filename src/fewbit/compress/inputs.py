@@ -14,7 +14,7 @@ from fewbit.compress.fake import FakeQuant, rows_of
 from fewbit.compress.recipe import Calibration
 from fewbit.compress.stats import Stats
 from fewbit.compress.techniques import Needs
-from fewbit.errors import CheckpointError
+from fewbit.errors import CheckpointError, RecipeError
 from fewbit.numerics.reference import input_scale
 
 ForwardLoop = Callable[[nn.Module], Any]
@@ -90,6 +90,11 @@ def set_reach(module: nn.Module, names: list[str], loop: ForwardLoop, calibratio
         )
 
     watch(module, names, loop, see)
+    if missing := sorted(set(names) - counts.keys()):
+        raise RecipeError(
+            f"forward_loop runs twice for method {calibration.method}, and the second time it never ran {missing[0]}; "
+            "give it data that can be read again"
+        )
     for name, seen in counts.items():
         layer = module.get_submodule(name)
         assert isinstance(layer, FakeQuant)

@@ -113,8 +113,11 @@ def known(module: nn.Module) -> Known | None:
         return None
     found = Known(module, family, spec, words)
     try:
-        linears = [type(module.get_submodule(found.names.module(linear.name))) for linear in spec.linears()]
-        fits = all(found.tensor(n).shape == torch.Size(shape) for n, shape in spec.tensors().items())
+        linears = [module.get_submodule(found.names.module(linear.name)) for linear in spec.linears()]
+        biased = [
+            (linear.bias is not None) == shape.bias for linear, shape in zip(linears, spec.linears(), strict=True)
+        ]
+        fits = all(biased) and all(found.tensor(n).shape == torch.Size(shape) for n, shape in spec.tensors().items())
     except AttributeError:
         return None
-    return found if fits and set(linears) <= {nn.Linear, FakeLinear} else None
+    return found if fits and {type(linear) for linear in linears} <= {nn.Linear, FakeLinear} else None

@@ -88,6 +88,12 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, export: str = "compressed-tenso
     spec = replace(checkpoint.spec, tied=checkpoint.spec.tied and "lm_head" not in quant)
     if reason := format_named(export).why_not(spec, Quantization(quant, kv)):
         raise UnsupportedError(reason)
+    if any(hasattr(t, "correct") for t in recipe.techniques) and not any(
+        linear.bias and linear.name in quant for linear in spec.linears()
+    ):
+        raise RecipeError("bias_correction: no linear that will be quantized has a bias; leave it out")
+    if recipe.calibration.method != "max" and not (kv or any(q.input_scale == "static" for q in quant.values())):
+        raise RecipeError(f"method {recipe.calibration.method}: no scale here is calibrated whose range it could cut")
     layered = [t for t in recipe.techniques if hasattr(t, "layer")]
     if len(layered) > 1:
         raise RecipeError("a recipe can hold one technique that rounds weights, not several")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -19,10 +20,20 @@ from torch import Tensor
 
 from fewbit.compress.calibrators import Histogram
 from fewbit.compress.stats import Stats
-from fewbit.errors import RecipeError
+from fewbit.errors import FewbitError, RecipeError
 from fewbit.numerics.qtensor import QTensor
 
 T = TypeVar("T")
+
+
+def launched() -> bool:
+    """Whether a launcher such as `torchrun` started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and "MASTER_ADDR" in os.environ
+
+
+def own_gpu() -> str | None:
+    """The GPU of this process where a launcher started several and there are GPUs: each has its own."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if launched() and torch.cuda.is_available() else None
 
 
 class Ranks:
@@ -39,12 +50,12 @@ class Ranks:
     @classmethod
     def join(cls, device: torch.device) -> Ranks:
         """Meet the processes that `torchrun` started; alone where it did not."""
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        if world == 1:
+        if not launched():
             return cls()
         if not dist.is_initialized():
-            dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
-        return cls(dist.get_rank(), world)
+            # the first one checks and writes alone for as long as a model takes
+            dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=timedelta(days=7))
+        return cls(dist.get_rank(), dist.get_world_size())
 
     def share(self, windows: Sequence[T]) -> list[T]:
         """What this process looks at.
@@ -57,12 +68,19 @@ class Ranks:
         return list(windows[self.rank :: self.world])
 
     def first(self, make: Callable[[], T]) -> T:
-        """What the first process makes, in all of them."""
+        """What the first process makes, in all of them; or the error that it met."""
         if self.world == 1:
             return make()
-        held = [make() if self.rank == 0 else None]
+        held: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                held[0] = make()
+            except FewbitError as error:
+                held[1] = error
         dist.broadcast_object_list(held, src=0)
-        made: T = held[0]  # type: ignore[assignment]
+        if held[1] is not None:
+            raise held[1]
+        made: T = held[0]
         return made
 
     def add(self, stats: Stats) -> None:

@@ -222,6 +222,11 @@ def parse_recipe(name: str, text: str) -> Recipe:
         ),
         calibration=_calibration(top.get("calib") or {}, f"{name}: calib"),
     )
+    kinds = [type(t) for t in recipe.techniques]
+    if twice := next((k for k in kinds if kinds.count(k) > 1), None):
+        raise RecipeError(f"{name}: technique {twice.__module__.rpartition('.')[2]} stands twice")
+    if recipe.auto is not None and recipe.splitting is not None:
+        raise RecipeError(f"{name}: auto cannot count the branches of svdquant; run svdquant on the recipe it made")
     if rules and recipe.auto is not None:
         raise RecipeError(f"{name}: auto makes the rules; leave them out")
     if not rules and "kv" not in top and recipe.auto is None:

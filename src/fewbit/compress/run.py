@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fewbit.checkpoint import Checkpoint, CheckpointWriter, check_target, open_checkpoint
 from fewbit.checkpoint.names import Names
-from fewbit.compress.calibrate import observe, set_reach
+from fewbit.compress.calibrate import observe, observe_head, set_reach
 from fewbit.compress.data import in_words, windows_of
 from fewbit.compress.disk import Disk
 from fewbit.compress.fold import outers_of
@@ -87,7 +87,7 @@ class _Run:
         progress: Progress,
     ) -> None:  # fmt: skip
         self.checkpoint = checkpoint = prepared(checkpoint, planned.recipe)
-        self.plan, self.target, self.force, self.ranks = planned, target, force, ranks
+        self.plan, self.target, self.force, self.ranks = planned, target.absolute(), force, ranks
         self.progress, self.device = progress, device
         self.loader = Loader(checkpoint, device)
         self.names = Names(checkpoint.family, checkpoint.spec)
@@ -102,6 +102,7 @@ class _Run:
         self.splitting = planned.recipe.splitting
         self.correction = next((cast("Correction", t) for t in techniques if hasattr(t, "correct")), None)
         self.needs = {t.needs for t in techniques}
+        self.stored = checkpoint.tensors.dtype("embed.weight")  # config.json may say another dtype than the files
 
     def run(self) -> Report:
         calibration, held_out = windows_of(
@@ -148,7 +149,7 @@ class _Run:
         """In the first process the writer; the others learn from it what an unfinished run left."""
         if self.ranks.rank == 0:
             used, force = self.report.calibration, self.force
-            writer = writer_of(self.checkpoint, self.plan, self.target, used, self.device, force)
+            writer = writer_of(self.checkpoint, self.plan, self.target, used, self.device, force, self.ranks.world)
             self.ranks.first(lambda: (writer.folder, writer.recorded))
             return writer
         nothing: tuple[Path, dict[str, Any] | None] = (Path(), None)
@@ -244,7 +245,7 @@ class _Run:
             self._finite(f"{module}.weight", norms[name])
         biases = {name: w.bias for name, w in weights.items() if w.bias is not None}
         layer = self.checkpoint.spec.layers[index]
-        return Block(index, layer, quant, floats, norms, self.checkpoint.dtype, biases), weights
+        return Block(index, layer, quant, floats, norms, self.stored, biases), weights
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor, once it is known to hold numbers only; looked at in pieces, which costs no memory."""
@@ -316,7 +317,7 @@ class _Run:
             if quant.lowrank:
                 assert self.splitting is not None
                 assert stats is not None
-                q, a, b = self.splitting.split(weight, quant, stats, outer, self.rounding, self.checkpoint.dtype)
+                q, a, b = self.splitting.split(weight, quant, stats, outer, self.rounding, self.stored)
                 rest, branch = weight - b.float() @ a.float(), (a, b)
             else:
                 q = self.rounding.layer(weight, quant, stats, outer)
@@ -346,9 +347,9 @@ class _Run:
             floats = {"lm_head": w.weight.to(self.loader.dtype)}
             block = Block(len(spec.layers), spec.layers[-1], {"lm_head": quant}, floats, {})
             if data and (quant.calibrated or self.needs - {"none"}):
-                block.stats["lm_head"] = Stats.empty(spec.hidden, self.device, self.needs)
-                for states_of in data.pieces():
-                    block.stats["lm_head"].see(rms_norm(states_of, spec.final_norm, final))
+                observe_head(
+                    block, data, lambda x: rms_norm(x, spec.final_norm, final), self.plan.recipe.calibration, self.needs
+                )
             head = self._linear(shape, block, w, outers_of([shape], block).get("lm_head"))
         elif not spec.tied:
             self._write("lm_head.weight", self.checkpoint.tensors.dense("lm_head.weight"))

@@ -17,9 +17,9 @@ from fewbit.version import __version__
 
 
 def writer_of(
-    checkpoint: Checkpoint, planned: Plan, target: Path, used: str, device: torch.device, force: bool
+    checkpoint: Checkpoint, planned: Plan, target: Path, used: str, device: torch.device, force: bool, processes: int
 ) -> CheckpointWriter:
-    """The writer of a plan's result; `used`: the calibration data in words."""
+    """The writer of a plan's result; `used`: the calibration data in words, which `processes` shared."""
     c, p = checkpoint, planned
     meta = {"recipe": p.recipe.name, "torch": torch.__version__}
     if p.calibrated:
@@ -37,7 +37,7 @@ def writer_of(
         c.config,
         c.files,
         meta,
-        _key(checkpoint, planned, device, meta),
+        _key(checkpoint, planned, device, meta | {"processes": str(processes)}),
         force,
     )
 
@@ -45,10 +45,11 @@ def writer_of(
 def _key(checkpoint: Checkpoint, planned: Plan, device: torch.device, meta: Mapping[str, str]) -> str:
     """A hash of all that the result depends on."""
     path, p = checkpoint.path, planned
-    weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(path.glob("*.safetensors"))]
+    files = [*sorted(path.glob("*.safetensors")), *checkpoint.files.values()]  # weights; tokenizer, chat template
+    weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     numerics = [f"{name} {quant}" for name, quant in p.quant.items()], [str(kv) for kv in p.kv.values()]
     what = [
-        __version__, str(path.resolve()), checkpoint.config, weights, p.recipe.text, str(p.recipe.calibration),
-        numerics, p.export, device.type, meta,
+        __version__, str(path.resolve()), checkpoint.config, weights, numerics, str(p.recipe.techniques),
+        str(p.recipe.calibration), p.export, device.type, meta,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()

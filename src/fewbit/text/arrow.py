@@ -12,23 +12,29 @@ from fewbit.errors import RecipeError
 COLUMNS = ("text", "messages", "ids")
 
 
+def saved_files(path: Path) -> list[Path]:
+    """The Arrow streams of a saved data set, in order.
+
+    Raises:
+        RecipeError: no such folder, or one with several splits.
+    """
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(state.parent.name for state in path.glob("*/state.json"))
+        raise RecipeError(f"{path} holds the splits {', '.join(splits)}; name one of them, as {path}/SPLIT")
+    try:
+        state = json.loads((path / "state.json").read_text("utf8"))
+        return [path / str(file["filename"]) for file in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RecipeError(f"{path}: expected a file, or the folder of a data set saved by `datasets`") from None
+
+
 def saved_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows, each with the one column that fewbit reads.
 
     Raises:
         RecipeError: no such folder, several splits, no such column, or pyarrow is missing.
     """
-    if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text("utf8")).get("splits", [])
-        raise RecipeError(f"{path} holds the splits {', '.join(splits)}; name one of them: {path}/{splits[0]}")
-    try:
-        files = [
-            path / str(file["filename"]) for file in json.loads((path / "state.json").read_text("utf8"))["_data_files"]
-        ]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise RecipeError(
-            f"{path}: expected a file, or the folder of a data set saved by datasets.save_to_disk"
-        ) from None
+    files = saved_files(path)
     try:
         import pyarrow  # noqa: F401
     except ImportError:

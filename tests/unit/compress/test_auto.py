@@ -179,5 +179,13 @@ def test_what_cannot_be_decided(source):
         plan(checkpoint, recipe)
     with pytest.raises(RecipeError, match="own: auto makes the rules; leave them out"):
         parse_recipe("own", 'rules: [{match: "*", weight: fp8}]\n' + AUTO.replace("BITS", "5"))
+    with pytest.raises(RecipeError, match="candidate int4_awq is not one rule without techniques"):
+        decide(checkpoint, parse_recipe("own", AUTO.replace("BITS", "5").replace("int8_wo", "int4_awq")), CPU)
+    with pytest.raises(RecipeError, match="auto cannot count the branches of svdquant"):
+        parse_recipe("own", AUTO.replace("BITS", "5").replace("}]", "}, svdquant: {}]"))
+    with pytest.raises(RecipeError, match="technique svdquant stands twice"):
+        parse_recipe(
+            "own", 'rules: [{match: "*", weight: fp8}]\ntechniques: [svdquant: {rank: 4}, svdquant: {rank: 8}]'
+        )
     with pytest.raises(RecipeError, match="unknown recipe 'fp9'"):
         decide(checkpoint, parse_recipe("own", AUTO.replace("BITS", "5").replace("int8_wo", "fp9")), CPU)

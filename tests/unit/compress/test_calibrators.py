@@ -8,6 +8,7 @@ import torch
 from fewbit.checkpoint import open_checkpoint
 from fewbit.compress import compress, plan
 from fewbit.compress.calibrators import Histogram
+from fewbit.compress.ranks import Ranks
 from fewbit.compress.recipe import parse_recipe, read_recipe
 from fewbit.engine.config import EngineOptions
 from fewbit.engine.engine import generate, open_engine
@@ -169,3 +170,26 @@ def test_wrong_settings(calib, words):
         parse_recipe("own", BASE.replace("KV", "fp8").replace("METHOD", calib).replace("TECHNIQUES", ""))
     with pytest.raises(RecipeError, match="--method mes: did you mean 'mse'"):
         read_recipe("fp8").with_method("mes")
+
+
+def test_the_head_is_one_more_linear(source, tmp_path):
+    """Its range follows the method, and its statistics are those of all processes."""
+    text = BASE.replace("layers.*", "*").replace("KV", "int8").replace("TECHNIQUES", "")
+    scales, added = [], []
+
+    class Watched(Ranks):
+        def add(self, stats):
+            added.append(stats)
+
+    for number, method in enumerate(("method: max", "method: percentile, percentile: 90")):
+        checkpoint = open_checkpoint(source)
+        planned = plan(checkpoint, parse_recipe("own", text.replace("METHOD", method)))
+        compress(checkpoint, planned, tmp_path / str(number), ranks=Watched())
+        scales.append(open_checkpoint(tmp_path / str(number)).tensors.dense("lm_head.input_scale").item())
+    assert scales[1] < 0.8 * scales[0]
+    assert len(added) == 2 * (4 * 2 + 1)
+
+
+def test_a_method_with_nothing_to_do(source):
+    with pytest.raises(RecipeError, match="method mse: no scale here is calibrated"):
+        plan(open_checkpoint(source), read_recipe("int4").with_method("mse"))

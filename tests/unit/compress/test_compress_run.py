@@ -273,7 +273,7 @@ def test_a_technique_is_found_by_its_file_name(monkeypatch, tmp_path, source, da
 
 def test_only_one_technique_may_round(source):
     recipe = parse_recipe(
-        "two", "rules: [{match: '*', weight: fp8}]\ntechniques: [round_to_nearest: {}, round_to_nearest: {}]"
+        "two", "rules: [{match: '*', weight: fp8}]\ntechniques: [round_to_nearest: {}, scale_search: {}]"
     )
     with pytest.raises(RecipeError, match="a recipe can hold one technique that rounds weights, not several"):
         plan(open_checkpoint(source), recipe)

@@ -144,6 +144,12 @@ def test_what_is_refused(source):
     text = recipe.text.replace("rank: 32", "rank: 16")
     with pytest.raises(UnsupportedError, match=r"no word for nvfp4 weights, .* rank 16 beside; use --export"):
         plan(checkpoint, parse_recipe("own", text), "hf")
+    with pytest.raises(UnsupportedError, match="no word for int4_g128 weights, rank 16 beside"):
+        plan(
+            checkpoint,
+            parse_recipe("own", text.replace("weight: nvfp4, input: nvfp4, input_scale: outer", "weight: int4_g128")),
+            "hf",
+        )
     for settings, words in (
         ({"rank": 0}, "rank is 0"),
         ({"rounds": -1}, "rounds is -1"),
@@ -151,3 +157,14 @@ def test_what_is_refused(source):
     ):
         with pytest.raises(RecipeError, match=f"svdquant: {words}; expected a whole number"):
             Settings(**settings)
+
+
+def test_a_config_that_says_another_dtype_than_the_files(source, tmp_path):
+    for file in source.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["dtype"] = config["torch_dtype"] = "float32"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint = open_checkpoint(tmp_path)
+    text = RULES.replace("WEIGHT", "int4_g64").replace("INPUT", "none").replace("SCALE", "dynamic")
+    assert compress(checkpoint, plan(checkpoint, parse_recipe("own", text)), tmp_path / "out").verified is not None

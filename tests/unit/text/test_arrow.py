@@ -51,9 +51,12 @@ def test_what_is_wrong_is_said(tmp_path, monkeypatch):
         list(read_documents(broken))
     with pytest.raises(RecipeError, match="expected a file, or the folder of a data set saved by"):
         read_documents(tmp_path)
+    saved(tmp_path / "dict", {"text": ["x"]})
+    (tmp_path / "dict").rename(tmp_path / "train")
     (tmp_path / "dict").mkdir()
+    (tmp_path / "train").rename(tmp_path / "dict" / "train")
     (tmp_path / "dict" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    with pytest.raises(RecipeError, match=r"holds the splits train, test; name one of them: .*dict/train"):
+    with pytest.raises(RecipeError, match=r"holds the splits train; name one of them, as .*dict/SPLIT"):
         read_documents(tmp_path / "dict")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(RecipeError, match=r"pip install 'fewbit\[data\]', or save it as .jsonl"):

@@ -149,6 +149,8 @@ def kv_scale_shape(kv: KVSpec, heads: int) -> tuple[int, ...]:
 def _algorithm(quant: QuantSpec) -> str | None:
     """The one word this layout has for a QuantSpec."""
     weight = quant.weight
+    if quant.lowrank:
+        return None
     if weight is not None and weight.element == INT4 and weight.zero is None and quant.input is None:
         return "W4A16_AWQ"
     plain = replace(quant, prescale=False)

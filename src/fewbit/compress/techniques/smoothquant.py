@@ -3,7 +3,7 @@
 G. Xiao, J. Lin, M. Seznec, H. Wu, J. Demouth, S. Han, "SmoothQuant: Accurate and Efficient Post-Training Quantization
 for Large Language Models", arXiv:2211.10438. A channel j of an input is divided by ``s_j = max|x_j|^alpha /
 max|w_j|^(1 - alpha)`` and the weights' columns multiplied by it. With ``alpha: auto`` each group of linears gets the
-alpha whose rounded output is nearest on a sample of inputs.
+alpha whose rounded output is nearest on a sample of inputs, or none.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Settings:
             weights = group.tie(torch.stack([block.weights[name].abs().amax(0).float() for name in names]).amax(0))
             scales = [_scale(inputs, weights, alpha) for alpha in (_GRID if self.alpha == "auto" else (self.alpha,))]
             if len(scales) > 1:
+                scales.append(torch.ones_like(inputs))  # an input without outliers is best left alone
                 scales.sort(key=lambda scale: sum(_output_error(block, name, scale) for name in names))
             fold(block, group, scales[0])
 
