@@ -22,6 +22,7 @@ from fewbit.compress.calibrators import Histogram
 from fewbit.compress.stats import Stats
 from fewbit.errors import FewbitError, RecipeError
 from fewbit.numerics.qtensor import QTensor
+from fewbit.ops.device import gpu_count
 
 T = TypeVar("T")
 
@@ -33,7 +34,7 @@ def launched() -> bool:
 
 def own_gpu() -> str | None:
     """The GPU of this process where a launcher started several and there are GPUs: each has its own."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if launched() and torch.cuda.is_available() else None
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if launched() and gpu_count() else None
 
 
 class Ranks:

@@ -40,7 +40,7 @@ MEANT = {
     "nvfp4_awq": QuantSpec(F["nvfp4"], F["nvfp4"], "outer"),
 }
 SMOOTHED = (smoothquant.Settings(alpha="auto"), gptq.Settings())
-TECHNIQUES = {"int8_sq": SMOOTHED, "int8_sq_static": SMOOTHED, "int4_gptq": (gptq.Settings(),)}
+TECHNIQUES = {"int8_sq": SMOOTHED, "int8_sq_static": SMOOTHED, "int4_gptq": (awq.Settings(clip=False), gptq.Settings())}
 TECHNIQUES |= dict.fromkeys(("int4_awq", "int4_awq_asym", "w4a8_awq"), (awq.Settings(),))
 TECHNIQUES["nvfp4_awq"] = (awq.Settings(), scale_search.Settings())
 
