@@ -39,8 +39,12 @@ MEANT = {
     "w4a8_awq": QuantSpec(F["int4_g128"], F["fp8_row"]),
     "nvfp4_awq": QuantSpec(F["nvfp4"], F["nvfp4"], "outer"),
 }
-SMOOTHED = (smoothquant.Settings(alpha="auto"), gptq.Settings())
-TECHNIQUES = {"int8_sq": SMOOTHED, "int8_sq_static": SMOOTHED, "int4_gptq": (awq.Settings(clip=False), gptq.Settings())}
+SMOOTHED = (smoothquant.Settings(alpha=0.8), gptq.Settings())
+TECHNIQUES = {
+    "int8_sq": (smoothquant.Settings(inputs="norms"), gptq.Settings()),
+    "int8_sq_static": SMOOTHED,
+    "int4_gptq": (awq.Settings(clip=False), gptq.Settings()),
+}
 TECHNIQUES |= dict.fromkeys(("int4_awq", "int4_awq_asym", "w4a8_awq"), (awq.Settings(),))
 TECHNIQUES["nvfp4_awq"] = (awq.Settings(), scale_search.Settings())
 

@@ -452,3 +452,16 @@ def test_a_bias_takes_over_the_mean_error(tmp_path, split):
     assert off["plain"] > 1e-3
     assert off["corrected"] < 0.01 * off["plain"]
     assert torch.equal(*(w.tensors["layers.0.attn.q.weight"].codes for w in written.values()))
+
+
+def test_only_what_norms_make_is_smoothed_where_that_is_asked(tmp_path):
+    path = make_model(tmp_path / "model")
+    for inputs in ("norms", "all"):
+        block = block_of(path, "int8_row", "int8_row")
+        before = {n: w.clone() for n, w in block.weights.items()}
+        smoothquant.Settings(inputs=inputs).block(block)
+        same = {n: torch.equal(block.weights[f"layers.0.{n}"], before[f"layers.0.{n}"]) for n in ("attn.o", "mlp.down")}
+        assert set(same.values()) == {inputs == "norms"}
+        assert not torch.equal(block.weights["layers.0.attn.q"], before["layers.0.attn.q"])
+    with pytest.raises(RecipeError, match="smoothquant: inputs is 'some'; known: all, norms"):
+        smoothquant.Settings(inputs="some")

@@ -30,9 +30,12 @@ class Settings:
 
     Attributes:
         alpha: how much of the difficulty moves: 0 none of it that the weights do not ask for, 1 all; or ``auto``.
+        inputs: ``all`` that will be rounded, or those that ``norms`` make: with a scale a token the others gain nothing
+            and their weights lose (docs/quality.md).
     """
 
     alpha: float | Literal["auto"] = 0.8
+    inputs: Literal["all", "norms"] = "all"
 
     @property
     def needs(self) -> Needs:
@@ -41,6 +44,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        if self.inputs not in ("all", "norms"):
+            raise RecipeError(f"smoothquant: inputs is {self.inputs!r}; known: all, norms")
         if self.alpha == "auto":
             return
         if not isinstance(self.alpha, int | float) or isinstance(self.alpha, bool) or not 0 <= self.alpha <= 1:
@@ -50,7 +55,7 @@ class Settings:
         """See `BlockTechnique.block`. Only inputs that will be rounded are smoothed."""
         for group in input_groups(block):
             names = [name for name in quantized(group, block) if block.quant[name].input is not None]
-            if not names:
+            if not names or (self.inputs == "norms" and group.linear):
                 continue
             inputs = group.tie(block.stats[names[0]].amax)
             weights = group.tie(torch.stack([block.weights[name].abs().amax(0).float() for name in names]).amax(0))
