@@ -643,8 +643,9 @@ def test_compressing_that_was_stopped_goes_on_and_leaves_no_half_directory(how, 
     source = make_model(tmp_path / "big", hidden_size=256, intermediate_size=1024, num_hidden_layers=40)
     line = ["compress", source, "--recipe", "int4", "--sample-tokens", 0, "-o"]
     running = subprocess.Popen(
-        command(*line, tmp_path / "out"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        command(*line, tmp_path / "out"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
+    )  # fmt: skip
     end = time.monotonic() + 60
     while not (tmp_path / ".out.unfinished" / "unfinished.json").exists():
         assert time.monotonic() < end
