@@ -77,9 +77,8 @@ def _agree(block: Block, data: Stream) -> None:
     for stats in {id(s): s for s in block.stats.values()}.values():
         data.ranks.add(stats)
     for name, stats in block.stats.items():
-        if not (
-            torch.isfinite(stats.amax).all() and torch.isfinite(stats.total).all()
-        ):  # a largest of several drops NaN
+        # of several processes the largest drops NaN, a sum keeps it
+        if not (torch.isfinite(stats.amax).all() and torch.isfinite(stats.total).all()):
             raise CheckpointError(f"the input of {name} holds NaN or infinity on the calibration data")
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from fewbit.compress.stats import Block, Stats
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.numerics.reference import outer_scale
-from fewbit.spec.decoder import Layer, LinearShape
+from fewbit.spec.decoder import Layer, LinearShape, by_input
 
 
 @dataclass
@@ -99,10 +99,10 @@ def shared_outers(weights: Mapping[str, Tensor], quant: Mapping[str, QuantSpec])
 
 def outers_of(shapes: Sequence[LinearShape], block: Block) -> dict[str, Tensor]:
     """The outer scales of a block's linears, shared by those that read the same input."""
-    groups: dict[str, dict[str, Tensor]] = {}
-    for shape in shapes:
-        groups.setdefault(shape.shares_input or shape.name, {})[shape.name] = block.weights[shape.name]
-    return {name: o for weights in groups.values() for name, o in shared_outers(weights, block.quant).items()}
+    found: dict[str, Tensor] = {}
+    for group in by_input(shapes):
+        found |= shared_outers({shape.name: block.weights[shape.name] for shape in group}, block.quant)
+    return found
 
 
 def fold(block: Block, group: InputGroup, scale: Tensor) -> None:

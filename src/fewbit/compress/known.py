@@ -19,7 +19,7 @@ from fewbit.compress.fake import FakeLinear
 from fewbit.compress.stats import Block, Stats
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.numerics.quantspec import QuantSpec
-from fewbit.spec.decoder import DecoderSpec
+from fewbit.spec.decoder import DecoderSpec, by_input
 from fewbit.spec.families import Family, families
 from fewbit.spec.hfconfig import HFConfig
 
@@ -54,11 +54,8 @@ class Known:
 
     def together(self) -> list[list[str]]:
         """Linears that read one input, by their names in the module."""
-        groups: dict[str, list[str]] = {}
-        for linear in self.spec.linears():
-            if linear.name != "lm_head":
-                groups.setdefault(linear.shares_input or linear.name, []).append(self.names.module(linear.name))
-        return list(groups.values())
+        inner = (linear for linear in self.spec.linears() if linear.name != "lm_head")
+        return [[self.names.module(linear.name) for linear in group] for group in by_input(inner)]
 
     def blocks(self, quant: Mapping[str, QuantSpec], stats: Mapping[str, Stats]) -> Iterator[Block]:
         """One block a layer, in float32; those of which a linear was never run are left out.

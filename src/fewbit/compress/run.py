@@ -147,13 +147,15 @@ class _Run:
 
     def _writer(self) -> CheckpointWriter | Follower:
         """In the first process the writer; the others learn from it what an unfinished run left."""
-        if self.ranks.rank == 0:
-            used, force = self.report.calibration, self.force
-            writer = writer_of(self.checkpoint, self.plan, self.target, used, self.device, force, self.ranks.world)
-            self.ranks.first(lambda: (writer.folder, writer.recorded))
-            return writer
-        nothing: tuple[Path, dict[str, Any] | None] = (Path(), None)
-        return Follower(*self.ranks.first(lambda: nothing))
+        own: list[CheckpointWriter] = []
+
+        def begin() -> tuple[Path, dict[str, Any] | None]:
+            used, world = self.report.calibration, self.ranks.world
+            own.append(writer_of(self.checkpoint, self.plan, self.target, used, self.device, self.force, world))
+            return own[0].folder, own[0].recorded
+
+        follower = Follower(*self.ranks.first(begin))
+        return own[0] if own else follower
 
     def _progress(self, done: int) -> dict[str, Any]:
         """What a later run must know to go on after `done` layers."""

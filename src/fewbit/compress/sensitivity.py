@@ -6,7 +6,7 @@ alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from fewbit.model.rope import Rotary
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.numerics.reference import input_scale, quantize
 from fewbit.ops.linear import LinearWeights
-from fewbit.spec.decoder import LinearShape
+from fewbit.spec.decoder import LinearShape, by_input
 
 _PIECE = 256  # tokens whose logits are held at a time
 _SEED = 0
@@ -87,7 +87,7 @@ class _Model:
         with torch.inference_mode():
             walk = self._stream()
             for index, layer in enumerate(self.layers):
-                for shapes in _groups(self.spec.layer_linears(index)):
+                for shapes in by_input(self.spec.layer_linears(index)):
                     self.progress("measure", index, len(self.layers))
                     options = []
                     for name, (linears, bits) in self._choices(shapes, stats[index]).items():
@@ -198,11 +198,3 @@ def _estimate(gradients: Sequence[Mapping[str, tuple[Tensor, Tensor, Tensor]]], 
         total += ((linear(x) - y).float() * g.float()).sum(-1).double().square().sum().item()
         tokens += len(x)
     return total / 2 / tokens
-
-
-def _groups(shapes: Sequence[LinearShape]) -> Iterator[tuple[LinearShape, ...]]:
-    """The linears of a layer by the input that they share."""
-    found: dict[str, list[LinearShape]] = {}
-    for shape in shapes:
-        found.setdefault(shape.shares_input or shape.name, []).append(shape)
-    return (tuple(group) for group in found.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 
@@ -96,6 +96,14 @@ class LinearShape:
     in_features: int
     bias: bool = False
     shares_input: str = ""  # linears of one name here read one input: layers.3.attn.qkv, layers.3.mlp.gate_up
+
+
+def by_input(shapes: Iterable[LinearShape]) -> list[list[LinearShape]]:
+    """Linears in groups that read one input."""
+    groups: dict[str, list[LinearShape]] = {}
+    for shape in shapes:
+        groups.setdefault(shape.shares_input or shape.name, []).append(shape)
+    return list(groups.values())
 
 
 @dataclass(frozen=True)
