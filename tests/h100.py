@@ -59,7 +59,7 @@ def product(kind: str, n: int, k: int, ending: str, m: int) -> dict:
         "OUT": "store" if alone else "atomic" if ending == "add" else ending, "NORM": ending != "residual",
         "TOPS": True, "BIAS": False, "OUT_CODE": "none", "AHEAD": True, "PDL": 1, "PTX": True, "EVEN": True,
         "ASYM": False, "C": 64, "PER": 2, "SX": "rows" if kind in ("w4a8", "fp8", "int8") else "none",
-        "SCALED": kind != "bf16", "DYNAMIC": kind == "int8",
+        "SCALED": kind != "bf16", "DYNAMIC": kind in ("int8", "w4a8"),
         "CODE": "e4m3" if kind in ("w4a8", "fp8") else "none",
     } | cut  # fmt: skip
     options = {name: cut[name] for name in ("num_warps", "maxnreg") if name in cut}
@@ -76,7 +76,7 @@ def product(kind: str, n: int, k: int, ending: str, m: int) -> dict:
         return compile_kernel(triton_four.fp4_gemm, constants, types | {"s_ptr": "*i32"}, options)
     if cut["gemv"]:
         words = {"x_ptr": "*i32", "w_ptr": "*i32", "s_ptr": "*i32"}
-        return compile_kernel(triton_four.int4_gemv, constants, types | words, options)
+        return compile_kernel(triton_four.int4_gemv, constants | {"SX": False}, types | words, options)
     return compile_kernel(triton_four.int4_gemm, constants, types, options)
 
 

@@ -37,6 +37,7 @@ MEANT = {
     "int4_awq_asym": QuantSpec(F["int4_g128_asym"]),
     "int4_gptq": QuantSpec(F["int4_g128"]),
     "w4a8_awq": QuantSpec(F["int4_g128"], F["fp8_row"]),
+    "w4a8_awq_static": QuantSpec(F["int4_g128"], F["fp8"], "static"),
     "nvfp4_awq": QuantSpec(F["nvfp4"], F["nvfp4"], "outer"),
 }
 SMOOTHED = (smoothquant.Settings(alpha=0.8), gptq.Settings())
@@ -45,7 +46,7 @@ TECHNIQUES = {
     "int8_sq_static": SMOOTHED,
     "int4_gptq": (awq.Settings(clip=False), gptq.Settings()),
 }
-TECHNIQUES |= dict.fromkeys(("int4_awq", "int4_awq_asym", "w4a8_awq"), (awq.Settings(),))
+TECHNIQUES |= dict.fromkeys(("int4_awq", "int4_awq_asym", "w4a8_awq", "w4a8_awq_static"), (awq.Settings(),))
 TECHNIQUES["nvfp4_awq"] = (awq.Settings(), scale_search.Settings())
 
 

@@ -32,6 +32,7 @@ KINDS = [
     (Wide(), "fp8_row", "fp8_row", "dynamic"),
     (Int4(), "int4_g128", None, "dynamic"),
     (Int4(), "int4_g128", "fp8_row", "dynamic"),
+    (Int4(), "int4_g128", "fp8", "static"),
     (Int4(), "int4_g64", None, "dynamic"),
     (Int4(), "int4_g32", None, "dynamic"),
     (Int4(), "int4_g128_asym", None, "dynamic"),

@@ -31,6 +31,7 @@ KINDS = {
     "INT8, a scale a token": "rules: [{match: 'layers.*', weight: int8_row, input: int8_row}]",
     "INT8, calibrated scales": "rules: [{match: 'layers.*', weight: int8_row, input: int8, input_scale: static}]",
     "INT4, groups of 64": "rules: [{match: 'layers.*', weight: int4_g64}]",
+    "INT4, calibrated scales of FP8": "rules: [{match: 'layers.*', weight: int4_g64, input: fp8, input_scale: static}]",
     "INT8 and an INT8 cache": "rules: [{match: 'layers.*', weight: int8_row}]\nkv: {format: int8}",
 }
 QUICK = {("qwen3", "INT8, a scale a token"), ("llama", "INT4, groups of 64")}

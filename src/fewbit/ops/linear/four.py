@@ -10,14 +10,14 @@ from torch import Tensor
 
 from fewbit.numerics.element import Element
 from fewbit.numerics.qtensor import QTensor
-from fewbit.ops.linear.gpu import FEW, Codes, Common, Ends, GpuKernel, GpuLinear, input_why_not
+from fewbit.ops.linear.gpu import FEW, Codes, Common, Ends, GpuKernel, GpuLinear, input_why_not, units
 from fewbit.ops.linear.layouts import interleave, pack_block_scales, pack_scale_pairs, pack_tiles
 from fewbit.ops.linear.problem import LinearProblem, LinearWeights
 from fewbit.ops.linear.tiles import Tile
 
 
 class Int4(GpuKernel):
-    """INT4 in groups of 32, 64 or 128, with or without zeros. Inputs as they are, or E4M3 with a scale a token.
+    """INT4 in groups of 32, 64 or 128, with or without zeros. Inputs as they are, or E4M3 (one scale, or one a token).
 
     Prompts: the weight is decoded to a bfloat16 scratch for the library's product; under E4M3 inputs to an E4M3 scratch
     with a scale a row, which rounds it once more (what is largest in a row stays exact).
@@ -33,8 +33,6 @@ class Int4(GpuKernel):
             return f"holds INT4 in groups of 32, 64 or 128, not {fmt or 'unquantized weights'}"
         if problem.quant.input is not None and (problem.n % 16 or problem.k % 16):
             return "the library's FP8 product needs multiples of 16"
-        if problem.quant.input is not None and problem.quant.input_scale != "dynamic":
-            return "rounds inputs under one scale a token only"
         return input_why_not(problem, "e4m3")
 
     def remark(self, problem: LinearProblem) -> str | None:
@@ -130,17 +128,17 @@ class _Int4Linear(_FourLinear):
 
         m, grid, even = len(x), self._grid(cut, len(x)), self.k == self.padded_k
         if cut["gemv"]:
+            rounding, given = self.rounds(scale)
             int4_gemv[grid](
-                x.view(torch.int32), self.words.view(torch.int32), self.pairs, tops, *ends, self.n, self.k,
-                KC=cut["KC"], NIT=cut["NIT"], CODE=self.rounding.code if self.rounding else "none", EVEN=even,
-                **common,
+                x.view(torch.int32), self.words.view(torch.int32), self.pairs, given, tops, *ends, self.n, self.k,
+                KC=cut["KC"], NIT=cut["NIT"], EVEN=even, **rounding, **common,
             )  # fmt: skip
             return
         zeros, given = (self._none if t is None else t for t in (self.zeros, scale))
         int4_gemm[grid](
             x, self.words, self.scales, zeros, given, *ends, m, self.n, self.k, self.blocks, BM=cut["BM"],
             C=self.columns, PER=self.per, SPLIT=cut["SPLIT"], STAGES=cut["STAGES"], ASYM=self.zeros is not None,
-            SX="none" if scale is None else "rows", EVEN=even, PREFETCH=cut["PREFETCH"], **common,
+            SX=units(scale), EVEN=even, PREFETCH=cut["PREFETCH"], **common,
         )  # fmt: skip
 
     def many(self, x: Tensor | Codes) -> Tensor:
@@ -150,7 +148,7 @@ class _Int4Linear(_FourLinear):
             assert self.row is not None
             weight = self.decode(torch.float8_e4m3fn)
             out = torch._scaled_mm(
-                x.x, weight.t(), scale_a=x.scale[:, None], scale_b=self.row[None], out_dtype=torch.bfloat16,
+                x.x, weight.t(), scale_a=x.rows()[:, None], scale_b=self.row[None], out_dtype=torch.bfloat16,
                 use_fast_accum=True,
             )  # fmt: skip
             return out if bias is None else out + bias

@@ -53,6 +53,10 @@ class Codes:
     x: Tensor
     scale: Tensor
 
+    def rows(self) -> Tensor:
+        """The scale of each row, [T]."""
+        return self.scale.expand(self.x.shape[0]).contiguous()
+
 
 @dataclass(frozen=True)
 class Folded:
@@ -185,6 +189,13 @@ class GpuLinear(ABC):
         `ends` and `common`: what all kernels take alike, in their order and by name.
         """
 
+    def rounds(self, scale: Tensor | None) -> tuple[dict[str, Any], Tensor]:
+        """What a GEMV does to its input, which holds codes in units of `scale` (None: numbers): constants, a scale."""
+        r = self.rounding if scale is None else None
+        given = scale if scale is not None else r.scale if r is not None else None
+        constants = {"CODE": r.code if r else "none", "DYNAMIC": r is not None and r.dynamic, "SX": scale is not None}
+        return constants, self._none if given is None else given
+
     def _grid(self, cut: Tile, m: int) -> tuple[int, ...]:
         programs = -(-self.n // cut["BN"])
         return (programs,) if cut["gemv"] else (programs, cut["SPLIT"], -(-m // cut["BM"]))
@@ -213,6 +224,11 @@ class GpuLinear(ABC):
         dynamic = self.dynamic and not isinstance(x, Codes)
         self.few(x, out, tops=rows.abs().amax(1, keepdim=True).float().repeat(1, 16) if dynamic else None)
         return out
+
+
+def units(scale: Tensor | None) -> str:
+    """Of which kind the scale of codes is, as the kernels are told: ``none``, ``one`` or ``rows``."""
+    return "none" if scale is None else "one" if scale.ndim == 0 else "rows"
 
 
 def pieces_of(ahead: Tensor | None, cut: Tile) -> int:

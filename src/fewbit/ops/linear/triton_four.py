@@ -49,16 +49,17 @@ def _pairs(x_ptr, at, K, EVEN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["ahead"])
 def int4_gemv(
-    x_ptr, w_ptr, s_ptr, tops_ptr, bias_ptr, stats_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr,
+    x_ptr, w_ptr, s_ptr, sx_ptr, tops_ptr, bias_ptr, stats_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr,
     count_ptr, zero_ptr, ahead_ptr, ahead, N, K, eps,
-    BN: tl.constexpr, KC: tl.constexpr, NIT: tl.constexpr, CODE: tl.constexpr, EVEN: tl.constexpr,
+    BN: tl.constexpr, KC: tl.constexpr, NIT: tl.constexpr, CODE: tl.constexpr, DYNAMIC: tl.constexpr, SX: tl.constexpr,
+    EVEN: tl.constexpr,
     BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, TOPS: tl.constexpr, NORM: tl.constexpr,
     AHEAD: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One token, symmetric groups of 128, C = 64. Grid (N / BN,). 256 * KC * NIT >= K.
 
     x: bfloat16 [K] seen as int32; w: tiles seen as int32 [N / 64, K / 256, 64, 32]; s: two bfloat16 scales in an int32
-    [N / 64, K / 256, 64]. CODE: x is rounded to such codes under a scale from the magnitudes at `tops_ptr` [16].
+    [N / 64, K / 256, 64]. CODE, DYNAMIC, SX: see `triton_wide.wide_gemv`.
 
     A nibble becomes float32 128 + u or 2048 + u by one LOP3; what is too much is corrected by one vector of sums of x
     that all rows share.
@@ -77,10 +78,10 @@ def int4_gemv(
     s = tl.load(sp)
     start_next(PDL)
     wait_previous(PDL)
-    squares, tops = load_stats(stats_ptr, tops_ptr, tops_ptr, CODE, True, NORM)
+    squares, given = load_stats(stats_ptr, tops_ptr, sx_ptr, CODE, DYNAMIC, NORM)
     res, g = gemv_residual(res_ptr, g_ptr, row, N, OUT)
     if CODE != "none":
-        inverse, factor = row_scale(squares, tops, K, eps, CODE, True, NORM)
+        inverse, factor = row_scale(squares, given, K, eps, CODE, DYNAMIC, NORM)
     acc = tl.zeros((BN, F // 4), tl.float32)
     for it in tl.range(0, NIT):
         wn = w
@@ -111,8 +112,10 @@ def int4_gemv(
         acc += _sum4(b, BN, F) * high_bf16(s)  # planes 2, 3: the second
         w = wn
         s = sn
-    if CODE == "none":
-        _, factor = row_scale(squares, tops, K, eps, CODE, True, NORM)
+    if SX:
+        factor = tl.load(sx_ptr)
+    elif CODE == "none":
+        _, factor = row_scale(squares, given, K, eps, CODE, DYNAMIC, NORM)
     r = tl.sum(acc, 1) * factor
     gemv_epilogue(
         r, res, g, bias_ptr, out_ptr, out_scale_ptr, res_ptr, stats_out_ptr, zero_ptr, ahead_ptr, ahead, row, pid, N,
@@ -159,8 +162,8 @@ def int4_gemm(
 ):  # fmt: skip
     """Grid (N / BN, SPLIT, M / BM). x [M, K]; s bfloat16 [groups, N64], z int8 likewise; PER groups (2 or 4) to a tile.
 
-    N64: N up to a multiple of 64; blocks: tiles along K, a multiple of SPLIT. SX ``rows``: x holds codes in units of
-    sx float32 [M].
+    N64: N up to a multiple of 64; blocks: tiles along K, a multiple of SPLIT. SX: x holds codes in units of sx float32
+    [] (``one``) or [M] (``rows``).
     """
     pid_n = tl.program_id(0)
     pid_k = tl.program_id(1)

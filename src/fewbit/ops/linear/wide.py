@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewbit.numerics.qtensor import QTensor
-from fewbit.ops.linear.gpu import Codes, Common, Ends, GpuKernel, GpuLinear, input_why_not, version
+from fewbit.ops.linear.gpu import Codes, Common, Ends, GpuKernel, GpuLinear, input_why_not, units, version
 from fewbit.ops.linear.layouts import interleave
 from fewbit.ops.linear.problem import LinearProblem, LinearWeights
 from fewbit.ops.linear.tiles import Tile
@@ -75,27 +75,23 @@ class _WideLinear(GpuLinear):
         m, grid, none = len(x), self._grid(cut, len(x)), self._none
         rows = none if self.scale is None else self.scale
         if not cut["gemv"]:
-            how = "none" if scale is None else "one" if scale.ndim == 0 else "rows"
             wide_gemm[grid](
                 x, self.weight, rows, none if scale is None else scale, *ends, m, self.n, self.k, BM=cut["BM"],
-                BK=cut["BK"], SPLIT=cut["SPLIT"], STAGES=cut["STAGES"], SX=how, SCALED=self.scale is not None,
+                BK=cut["BK"], SPLIT=cut["SPLIT"], STAGES=cut["STAGES"], SX=units(scale), SCALED=self.scale is not None,
                 PREFETCH=cut["PREFETCH"], **common,
             )  # fmt: skip
             return
-        r = self.rounding if scale is None else None  # that the kernel does itself
-        given = none if r is None or r.scale is None else r.scale
+        rounding, given = self.rounds(scale)
         cuts = {"BK": cut["BK"], "NIT": cut["NIT"], "EVEN": self.k % cut["BK"] == 0}
-        dynamic = r is not None and r.dynamic
-        if r is not None and r.code == "int8":
+        if rounding["CODE"] == "int8":
             int8_gemv[grid](
-                x, self.weight.view(torch.int32), rows, given, tops, *ends, self.n, self.k, DYNAMIC=dynamic,
-                **cuts, **common,
+                x, self.weight.view(torch.int32), rows, given, tops, *ends, self.n, self.k,
+                DYNAMIC=rounding["DYNAMIC"], **cuts, **common,
             )  # fmt: skip
         else:
             wide_gemv[grid](
-                x, self.weight, rows, given if scale is None else scale, tops, *ends, self.n, self.k,
-                CODE=r.code if r else "none", DYNAMIC=dynamic, SX=scale is not None, SCALED=self.scale is not None,
-                **cuts, **common,
+                x, self.weight, rows, given, tops, *ends, self.n, self.k, SCALED=self.scale is not None,
+                **rounding, **cuts, **common,
             )  # fmt: skip
 
     @property
@@ -113,7 +109,7 @@ class _WideLinear(GpuLinear):
             if self.uniform and x.scale.ndim == 0:
                 a, b = x.scale, self.scale[0]
             else:
-                a, b = x.scale.expand(x.x.shape[0]).contiguous()[:, None], self.scale[None]
+                a, b = x.rows()[:, None], self.scale[None]
             out = torch._scaled_mm(
                 x.x, self.weight.t(), scale_a=a, scale_b=b, out_dtype=torch.bfloat16, use_fast_accum=True
             )
