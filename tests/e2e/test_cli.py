@@ -507,7 +507,7 @@ WRONG = [
     ("compress {slim} --recipe int4 -o {out}", "layers.0.attn.q: 64 columns do not divide into blocks of 128"),
     ("compress {nan} --recipe int4 -o {out}", "tensor 'model.layers.1.mlp.up_proj.weight' holds NaN or infinity"),
     ("compress {broken} --recipe fp8 -o {out}", "tokenizer.json: not a tokenizer"),
-    ("compress {wordy} --recipe int8 -o {out}", "the tokenizer gives token 384, the model's vocabulary has 384"),
+    ("compress {wordy} --recipe int8 -o {out}", "the data hold token 384, the model's vocabulary has 384"),
     (f"{COMPRESS} fp8 --calib {{gone}}.txt", "gone.txt: no such file"),
     (f"{COMPRESS} fp8 --calib {{table.csv}}", "table.csv: expected a file ending in .txt"),
     (f"{COMPRESS} fp8 --calib {{empty.txt}}", "empty.txt: the file holds no text"),

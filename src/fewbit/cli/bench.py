@@ -1,10 +1,10 @@
-"""Commands that time things: bench offline."""
+"""Commands that time things: bench offline, bench quantize."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from fewbit.cli.common import (
     VerboseOption,
     device_of,
     note,
+    pairs,
     print_json,
     size,
 )
@@ -48,15 +49,11 @@ def offline(
     verbose: VerboseOption = False,
 ) -> None:
     """Speed of a static batch through the engine, against ceilings measured in the same run."""
-    from fewbit.checkpoint.files import read_json
     from fewbit.compress.recipe import AS_IT_WAS, read_recipe
-    from fewbit.measure.dummy import shape_named
     from fewbit.measure.offline import Bench
 
     where = device_of(device)
-    path = Path(config)
-    file = path / "config.json" if path.is_dir() else path
-    shape = read_json(file) if path.exists() else shape_named(config)
+    shape = _shape(config)
     chosen = (read_recipe(recipe) if recipe else AS_IT_WAS).with_kv(kv).with_head(head)
     sizes = _sizes(batch)
     bench = Bench(
@@ -73,6 +70,58 @@ def offline(
     if json:
         return print_json("bench offline", {"cells": cells})
     return None
+
+
+@app.command()
+def quantize(
+    config: Annotated[str, typer.Option("--config", help="A built-in shape, or a folder or file with a config.json.")],
+    recipe: Annotated[str, typer.Option("--recipe", help="Recipe to compress by.")],
+    kv: Annotated[
+        str | None, typer.Option("--kv", help="Also the K/V cache: fp8, int8, fp8_head or int8_head.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option("--layers", min=1, help="Only so many of the shape's layers.")] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Windows to calibrate on.")] = 128,
+    length: Annotated[int, typer.Option("--length", min=1, help="Tokens of a window.")] = 512,
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="Where files may lie meanwhile [default: the system's]")
+    ] = None,
+    json: JsonOption = False,
+    device: DeviceOption = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Time and memory of a compression, of random weights and tokens."""
+    from fewbit.compress.recipe import read_recipe
+    from fewbit.measure.quantize import measure
+
+    chosen = read_recipe(recipe).with_kv(kv)
+    if chosen.auto is not None:
+        raise RequestError(f"recipe {chosen.name} decides by measuring a real model; time the recipe that it writes")
+    chosen = replace(chosen, calibration=replace(chosen.calibration, samples=samples, length=length))
+    found = measure(_shape(config), chosen, device_of(device), layers=layers, folder=folder, tell=note)
+    if json:
+        return print_json("bench quantize", {"config": config, "recipe": recipe, "kv": kv} | asdict(found))
+    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in found.seconds.items())
+    pairs(
+        [
+            ("time", f"{found.total_s:.1f} s, {found.layers} layers, {found.tokens:,} tokens of calibration data"),
+            ("stages", stages),
+            ("peak memory", f"GPU {size(found.device_bytes)}, process {size(found.peak_bytes)}"),
+            ("written", f"{size(found.weight_bytes)} of tensors"),
+            ("device", found.device),
+        ]
+    )
+    return None
+
+
+def _shape(config: str) -> dict[str, Any]:
+    """The config.json of a built-in shape, a folder or a file."""
+    from fewbit.checkpoint.files import read_json
+    from fewbit.measure.dummy import shape_named
+
+    path = Path(config)
+    file = path / "config.json" if path.is_dir() else path
+    return read_json(file) if path.exists() else shape_named(config)
 
 
 def _sizes(text: str) -> list[int]:

@@ -167,7 +167,11 @@ def _show_report(report: Report, output: Path) -> None:
             ("bits per weight", f"{verified.bits_per_weight:.3f} in the quantized linears"),
             ("calibration", report.calibration),
             ("time", stages),
-            ("peak memory", f"{size(report.peak_bytes)} ({size(report.grown_bytes)} of it for this)"),
+            (
+                "peak memory",
+                f"{size(report.peak_bytes)} ({size(report.grown_bytes)} of it for this)"
+                + (f", of the GPU {size(report.device_bytes)}" if report.device_bytes else ""),
+            ),
             (
                 "checked",
                 f"{verified.scales:,} scales finite and not zero; logits equal bit for bit on {verified.tokens} tokens",

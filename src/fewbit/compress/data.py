@@ -25,7 +25,7 @@ def shipped_text() -> Path:
     return Path(str(importlib.resources.files("fewbit.compress") / SHIPPED))
 
 
-def calibration_windows(calibration: Calibration, tokenizer: Tokenizer) -> list[list[int]]:
+def calibration_windows(calibration: Calibration, tokenizer: Tokenizer | None) -> list[list[int]]:
     """The windows of token ids that a recipe asks for, file by file in the order in which it names them.
 
     Raises:
@@ -60,18 +60,22 @@ def windows_of(checkpoint: Checkpoint, calibration: Calibration | None) -> tuple
         RecipeError, CheckpointError: the data are missing, too short, or not of this model's vocabulary or context.
     """
     tokenizer = None
-    if "tokenizer.json" in checkpoint.files or calibration:
+    if "tokenizer.json" in checkpoint.files or (calibration and not _begin_with_ids(calibration)):
         tokenizer = Tokenizer.load(checkpoint.path)
     vocab = checkpoint.spec.vocab
     held_out, found = check_windows(tokenizer, vocab), []
     if calibration:
-        assert tokenizer is not None
         found = calibration_windows(calibration, tokenizer)
     if (largest := max(max(w) for w in (*found, *held_out))) >= vocab:
-        raise CheckpointError(f"the tokenizer gives token {largest}, the model's vocabulary has {vocab}")
+        raise CheckpointError(f"the data hold token {largest}, the model's vocabulary has {vocab}")
     if found and (longest := max(map(len, found))) > checkpoint.spec.context:
         raise RecipeError(f"windows of {longest} tokens exceed the model's {checkpoint.spec.context}; see --length")
     return found, held_out
+
+
+def _begin_with_ids(calibration: Calibration) -> bool:
+    """Whether every file seems to hold token ids, for which a model needs no tokenizer."""
+    return all(isinstance(next(iter(read_documents(path)), None), list) for _, path, _ in _files(calibration))
 
 
 def in_words(windows: Sequence[Sequence[int]], calibration: Calibration) -> str:

@@ -87,12 +87,17 @@ def quantized(group: InputGroup, block: Block) -> list[str]:
     return [name for name in group.consumers if name in block.quant]
 
 
-def shared_outers(weights: Mapping[str, Tensor], quant: Mapping[str, QuantSpec]) -> dict[str, Tensor]:
-    """One outer scale a format for linears that read one input, by linear: who joins q, k and v needs it equal."""
+def shared_outers(
+    weights: Mapping[str, Tensor], quant: Mapping[str, QuantSpec], scale: Tensor | float = 1.0
+) -> dict[str, Tensor]:
+    """One outer scale a format for linears that read one input, by linear: who joins q, k and v needs it equal.
+
+    scale: [in], what the columns will be multiplied by.
+    """
     outers: dict[str, Tensor] = {}
     for fmt in {q.weight for n, q in quant.items() if n in weights and q.weight is not None and q.weight.outer}:
         names = [name for name in weights if name in quant and quant[name].weight == fmt]
-        amax = torch.stack([weights[name].abs().amax().float() for name in names]).amax()
+        amax = torch.stack([(weights[name].abs().amax(0).float() * scale).amax() for name in names]).amax()
         outers |= dict.fromkeys(names, outer_scale(amax, fmt))
     return outers
 

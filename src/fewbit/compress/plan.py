@@ -46,6 +46,7 @@ class Report:
         kl: mean KL divergence of the next-token distribution on that text, in nats.
         peak_bytes: largest resident memory of the process.
         grown_bytes: how much of that is growth since the start.
+        device_bytes: largest memory taken from the GPU; 0 on a CPU.
         calibration: which data were used, in words.
         resumed_after: layers that an earlier run had finished.
         verified: what the finished files were found to hold.
@@ -57,6 +58,7 @@ class Report:
     kl: float = 0.0
     peak_bytes: int = 0
     grown_bytes: int = 0
+    device_bytes: int = 0
     calibration: str = "none needed"
     resumed_after: int = 0
     verified: Verified | None = None

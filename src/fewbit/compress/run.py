@@ -40,7 +40,7 @@ from fewbit.numerics.format import ALL
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.numerics.reference import amax_scale, input_scale
-from fewbit.ops.device import forget_peak, peak_bytes, release_memory
+from fewbit.ops.device import device_peak_bytes, forget_peak, peak_bytes, release_memory
 from fewbit.ops.linear import LinearWeights
 from fewbit.ops.linear.dense import Dense
 from fewbit.spec.decoder import LinearShape
@@ -92,7 +92,7 @@ class _Run:
         self.loader = Loader(checkpoint, device)
         self.names = Names(checkpoint.family, checkpoint.spec)
         self.report = Report()
-        forget_peak()
+        forget_peak(self.device)
         self.start_bytes = peak_bytes()
         self.codecs: list[KVCodec] = []
         techniques = planned.recipe.techniques
@@ -139,7 +139,7 @@ class _Run:
                 self.report.verified = verify(open_checkpoint(folder), held_out, logits, self.device, self.progress)
             with self._stage("write"):
                 writer.commit()
-        self.report.peak_bytes = peak_bytes()
+        self.report.peak_bytes, self.report.device_bytes = peak_bytes(), device_peak_bytes(self.device)
         self.report.grown_bytes = self.report.peak_bytes - self.start_bytes
         return self.report
 

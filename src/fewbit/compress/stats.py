@@ -45,12 +45,16 @@ class Stats:
 
     def see(self, x: Tensor) -> None:
         """Count the tokens of x [..., in]."""
-        x = x.reshape(-1, x.shape[-1]).float()
+        rows = x.reshape(-1, x.shape[-1])
+        x = rows.float()
         self.tokens += x.shape[0]
         self.amax = torch.maximum(self.amax, torch.maximum(x.amax(0), -x.amin(0)))  # no copy of x, as abs would be
         self.total += x.sum(0)
         if self.hessian is not None:
-            self.hessian.addmm_(x.T, x)
+            if x.is_cuda and rows.dtype != torch.float32:  # products of 16-bit numbers are exact, sums are float32
+                self.hessian += torch.mm(rows.T, rows, out_dtype=torch.float32)
+            else:
+                self.hessian.addmm_(x.T, x)
         if self.sample is not None and len(self.sample) < SAMPLE:
             some = x[:: max(1, len(x) // _FROM_EACH)][: min(_FROM_EACH, SAMPLE - len(self.sample))]
             self.sample = torch.cat([self.sample, some])

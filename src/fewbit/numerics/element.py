@@ -41,6 +41,14 @@ class Element:
         """The smallest finite value (positive for e8m0)."""
         return min(v for v in self.values if math.isfinite(v))
 
+    @functools.cached_property
+    def digits(self) -> tuple[int, int]:
+        """Of a small float: bits of its mantissa, exponent of its smallest normal number."""
+        smallest = min(v for v in self.values if v > 0)  # the first subnormal: one step
+        steps = [b - a for a, b in itertools.pairwise(v for v in self.values if math.isfinite(v) and v >= 0)]
+        mantissa = (1 + sum(1 for step in steps if step == smallest)).bit_length() - 2
+        return mantissa, math.frexp(smallest)[1] - 1 + mantissa
+
     @property
     def integer(self) -> bool:
         """Whether the values are the whole numbers of two's complement."""

@@ -14,7 +14,7 @@ from fewbit.numerics.element import E4M3, E8M0, Element
 from fewbit.numerics.format import ALL, Format
 from fewbit.numerics.qtensor import QTensor, block_size, cat, spread, uncoded
 
-_PIECE = 1 << 18  # weights rounded at a time
+_PIECE = {"cpu": 1 << 18, "cuda": 1 << 24}  # weights rounded at a time
 _SHRINKS = 16  # candidates of the scale search: from the whole range down to about half of it
 
 
@@ -36,33 +36,33 @@ def quantize(
     """
     check_fits(fmt, x.shape)
     x = x.float()
-    if not all(torch.isfinite(piece).all() for piece in _rows(x, fmt)):
+    if not all(torch.isfinite(piece).all() for piece in pieces(x, fmt)):
         raise CheckpointError("holds NaN or infinity, which no format can round; repair the weights first")
     if scale is not None:
         return round_to(x, uncoded(fmt, scale, outer, zero))
     # rows of blocks know nothing of each other: pieces that fit a cache are faster, and the search needs little memory
-    pieces = _rows(x, fmt)
+    parts = pieces(x, fmt)
     if fmt.outer and outer is None:
-        outer = outer_scale(_amax(pieces), fmt)
+        outer = outer_scale(_amax(parts), fmt)
     if fmt.block == (ALL, ALL) and x.ndim == 2:
-        stored, _, _ = choose_scale(_amax(pieces).reshape(1, 1), fmt)
+        stored, _, _ = choose_scale(_amax(parts).reshape(1, 1), fmt)
         like = uncoded(fmt, stored)
-        return cat([round_to(piece, like) for piece in pieces])
-    return cat([_quantize(piece, fmt, outer) for piece in pieces])
+        return cat([round_to(part, like) for part in parts])
+    return cat([_quantize(part, fmt, outer) for part in parts])
 
 
-def _rows(x: Tensor, fmt: Format) -> tuple[Tensor, ...]:
-    """A matrix in pieces of whole rows of blocks; anything else is one piece."""
+def pieces(x: Tensor, fmt: Format) -> tuple[Tensor, ...]:
+    """A matrix in pieces of whole rows of blocks, as many as are rounded at a time; anything else is one piece."""
     if x.ndim != 2:
         return (x,)
     rows = max(fmt.block[0], 1)
-    pieces: tuple[Tensor, ...] = x.split(rows * max(1, _PIECE // (rows * max(x.shape[1], 1))))
-    return pieces
+    parts: tuple[Tensor, ...] = x.split(rows * max(1, _PIECE[x.device.type] // (rows * max(x.shape[1], 1))))
+    return parts
 
 
-def _amax(pieces: Sequence[Tensor]) -> Tensor:
+def _amax(parts: Sequence[Tensor]) -> Tensor:
     """The largest magnitude of all, []."""
-    return torch.stack([piece.abs().amax() for piece in pieces]).amax()
+    return torch.stack([part.abs().amax() for part in parts]).amax()
 
 
 def _quantize(x: Tensor, fmt: Format, outer: Tensor | None) -> QTensor:
@@ -205,8 +205,7 @@ def _tried(blocks: Tensor, fmt: Format, outer: Tensor | None) -> Iterator[tuple[
         for step in (0, -1):
             yield (torch.where(amax > 0, holds + step, 0).clamp(-127, 127) + 127).to(torch.uint8), None
         return
-    factors = [1 - shrink / (2 * _SHRINKS) for shrink in range(_SHRINKS)]
-    steps = element.max - element.min
+    factors, steps = search_factors(fmt), element.max - element.min
     if fmt.zero == "int":
         low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
         half = high / 2 - low / 2  # of the width, which itself may overflow
@@ -215,16 +214,22 @@ def _tried(blocks: Tensor, fmt: Format, outer: Tensor | None) -> Iterator[tuple[
             yield stored, (element.min - low * factor / stored.float()).round().clamp(element.min, element.max)
         return
     amax = blocks.abs().amax(-1)
-    if element.integer:
-        factors = [steps / (2 * element.max), *factors]
-    elif element.bits == 4:
-        factors = [*factors, 1.5]
     for factor in factors:
         scale = _over(amax, (steps / 2 if element.integer else element.max) / factor)
         if outer is None:
             yield store_scale(torch.where(amax > 0, scale, 1.0), fmt), None
         else:
             yield _store_under(scale, amax, fmt, outer), None
+
+
+def search_factors(fmt: Format) -> list[float]:
+    """Parts of a block's range that the search tries, in order; see `_tried`."""
+    element, factors = fmt.element, [1 - shrink / (2 * _SHRINKS) for shrink in range(_SHRINKS)]
+    if fmt.zero == "int":
+        return factors
+    if element.integer:
+        return [(element.max - element.min) / (2 * element.max), *factors]
+    return [*factors, 1.5] if element.bits == 4 else factors
 
 
 def _blocks(x: Tensor, fmt: Format) -> Tensor:
@@ -242,7 +247,7 @@ def fake_quantize(x: Tensor, fmt: Format, *, scale: Tensor | None = None, outer:
     """
     x = x.float()
     flat = x.reshape(-1, x.shape[-1])  # tokens as rows
-    rows = max(1, _PIECE // max(flat.shape[1], 1))
+    rows = max(1, _PIECE["cpu"] // max(flat.shape[1], 1))
     alone = fmt.block[0] == 1 and (outer is not None or not fmt.outer) if scale is None else scale.numel() == 1
     if alone and flat.device.type == "cpu" and len(flat) > rows:
         # tokens know nothing of each other, and on a CPU a piece that fits a cache is faster

@@ -7,8 +7,8 @@ import functools
 import os
 import resource
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,10 +78,18 @@ def device_info(device: torch.device) -> DeviceInfo:
     return DeviceInfo("cpu", _cpu_name(), (0, 0), total, _available_bytes() or page * os.sysconf("SC_AVPHYS_PAGES"))
 
 
-def forget_peak() -> None:
-    """Begin to count the peak anew, where the system lets us: a model that ran before in this process is no matter."""
+def forget_peak(device: torch.device) -> None:
+    """Begin to count the peaks anew, where the system lets us: a model that ran before in this process is no matter."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def device_peak_bytes(device: torch.device) -> int:
+    """Largest memory this process took from a GPU so far, what its allocator kept in store included; 0 on a CPU."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
 
 
 def peak_bytes() -> int:
@@ -134,6 +142,17 @@ def _available_bytes() -> int:
 def current(device: torch.device) -> AbstractContextManager[object]:
     """Kernels, events and graphs go to `device` while this is entered: PyTorch's current device, kept by thread."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def rough_products() -> Iterator[None]:
+    """Float32 products may be made of numbers rounded to 10 bits: where a GPU is eight times faster so."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -55,7 +55,7 @@ def read_documents(path: Path) -> Iterator[Document]:
 
 
 def windows(
-    documents: Iterable[Document], tokenizer: Tokenizer, length: int, count: int | None = None
+    documents: Iterable[Document], tokenizer: Tokenizer | None, length: int, count: int | None = None
 ) -> list[list[int]]:
     """Cut documents into windows of tokens by the rule above.
 
@@ -63,7 +63,7 @@ def windows(
 
     Args:
         documents: Texts, conversations, or token ids that are a window already.
-        tokenizer: Whose tokens.
+        tokenizer: Whose tokens; None: the documents must be ids.
         length: Tokens in a window.
         count: How many windows, the first ones; None: all of them.
 
@@ -76,13 +76,14 @@ def windows(
     """
     if length < 1 or (count is not None and count < 1):
         raise RecipeError(f"windows need a length and a count of at least 1, got length {length} and count {count}")
-    join = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    opening = [] if join is None else [join]
+    opening = _opening(tokenizer)
     done: list[list[int]] = []
     rest: list[int] = []
     for document in documents:
         if isinstance(document, list):
             done.append(_checked(document, tokenizer, len(done)))
+        elif tokenizer is None:
+            raise RecipeError("the data hold text among token ids, and the model has no tokenizer.json; give ids alone")
         elif isinstance(document, Conversation):
             ids = _conversation(document, tokenizer)
             rest += ids if ids[:1] == opening else opening + ids
@@ -97,6 +98,14 @@ def windows(
     if not done and not rest:
         raise RecipeError("the data hold no text to cut into windows")
     return done or [rest]
+
+
+def _opening(tokenizer: Tokenizer | None) -> list[int]:
+    """What stands before every document."""
+    if tokenizer is None:
+        return []
+    join = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    return [] if join is None else [join]
 
 
 def _conversation(document: Conversation, tokenizer: Tokenizer) -> list[int]:
@@ -125,10 +134,11 @@ def _encode_start(text: str, tokenizer: Tokenizer, needed: int | None) -> list[i
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def _checked(ids: list[int], tokenizer: Tokenizer, n: int) -> list[int]:
+def _checked(ids: list[int], tokenizer: Tokenizer | None, n: int) -> list[int]:
+    known = tokenizer.vocab_size if tokenizer else max(ids, default=0) + 1  # without one the model's own size decides
     for i in ids:
-        if not 0 <= i < tokenizer.vocab_size:
-            raise RecipeError(f"window {n} holds token id {i}, outside the vocabulary of {tokenizer.vocab_size}")
+        if not 0 <= i < known:
+            raise RecipeError(f"window {n} holds token id {i}, outside the vocabulary of {known}")
     return ids
 
 

@@ -17,10 +17,12 @@ from fewbit.compress.fold import InputGroup, fold, input_groups, quantized, shar
 from fewbit.compress.stats import Block, Stats
 from fewbit.compress.techniques import Needs
 from fewbit.errors import RecipeError
-from fewbit.numerics.format import Format
-from fewbit.numerics.reference import check_fits, outer_scale, quantize
+from fewbit.numerics.format import ALL, Format
+from fewbit.numerics.reference import check_fits, outer_scale
+from fewbit.ops.device import rough_products
+from fewbit.ops.rounding import quantize
 
-_PIECE = 512  # rows of a weight whose error is taken at once
+_PIECE = {"cpu": 512, "cuda": 4096}  # rows of a weight whose error is taken at once
 
 
 @dataclass(frozen=True)
@@ -83,14 +85,23 @@ class Settings:
 
     def _error(self, block: Block, weights: dict[str, Tensor], scale: Tensor, hessian: Tensor) -> float:
         """The output error of a group's linears, rounded under a scale."""
-        scaled = {name: w * scale for name, w in weights.items()}
-        outers, total = shared_outers(scaled, block.quant), 0.0
-        for name, w in scaled.items():
+        outers = shared_outers(weights, block.quant, scale)
+        total = torch.zeros((), dtype=torch.float64, device=scale.device)
+        for name, w in weights.items():
             fmt = block.quant[name].weight
             assert fmt is not None
-            off = quantize(w, fmt, outer=outers.get(name)).dequantize() / scale - weights[name]
-            total += sum(float((piece @ hessian).mul_(piece).sum()) for piece in off.split(_PIECE))
-        return total
+            for piece in _pieces(w, fmt):
+                off = quantize(piece * scale, fmt, outer=outers.get(name)).dequantize().div_(scale).sub_(piece)
+                with rough_products():
+                    total += (off @ hessian).mul_(off).sum(dtype=torch.float64)
+        return float(total)
+
+
+def _pieces(weight: Tensor, fmt: Format) -> tuple[Tensor, ...]:
+    """Some rows at a time; all at once where rows share a scale."""
+    rows = len(weight) if fmt.block[0] == ALL else max(_PIECE[weight.device.type], fmt.block[0])
+    parts: tuple[Tensor, ...] = weight.split(rows)
+    return parts
 
 
 def _hessian(stats: Stats) -> Tensor:
@@ -111,7 +122,7 @@ def _clipped(weight: Tensor, fmt: Format, stats: Stats) -> Tensor:
     blocks = torch.stack([hessian[i : i + size, i : i + size] for i in range(0, columns, size)])  # [groups, g, g]
     outer = outer_scale(weight.abs().amax(), fmt) if fmt.outer else None
     done = []
-    for piece in weight.split(_PIECE):
+    for piece in _pieces(weight, fmt):
         groups = piece.view(len(piece), -1, size)  # [out, groups, g]
         top = groups.abs().amax(-1, keepdim=True)
         best, least = groups, None

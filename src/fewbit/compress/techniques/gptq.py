@@ -9,6 +9,7 @@ the inverse of H. Scales are those of least error weighted by the diagonal of H.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,9 +19,10 @@ from torch import Tensor
 from fewbit.compress.stats import Stats
 from fewbit.compress.techniques import Needs
 from fewbit.errors import RecipeError, UnsupportedError
-from fewbit.numerics.qtensor import QTensor, spread, uncoded
+from fewbit.numerics.qtensor import QTensor, block_size, uncoded
 from fewbit.numerics.quantspec import QuantSpec
-from fewbit.numerics.reference import check_fits, choose_scale
+from fewbit.numerics.reference import check_fits
+from fewbit.ops.rounding import choose_scale, round_columns
 
 log = logging.getLogger(__name__)
 _BLOCK = 128  # columns whose errors are gathered before the rest moves
@@ -55,75 +57,66 @@ class Settings:
         assert stats.hessian is not None
         fmt = quant.weight
         check_fits(fmt, weight.shape)
-        columns = weight.shape[1]
         importance = stats.importance()
         scale, outer, zero = choose_scale(weight, fmt, outer, importance)
-        scales = (
-            spread(uncoded(fmt, scale, outer).scales(), fmt, weight.shape).expand_as(weight).contiguous()
-        )  # [out, in]
-        zeros = None if zero is None else spread(zero.float(), fmt, weight.shape).expand_as(weight).contiguous()
         later = fmt.block[0] == 1 and fmt.grouped and not self.act_order  # scales are chosen when their turn comes
+        rows, group = block_size(fmt, weight.shape)
+        step = math.gcd(_BLOCK, group) if later else _BLOCK
 
-        hessian = stats.hessian.double()
-        order = torch.arange(columns, device=weight.device)
+        order = torch.arange(weight.shape[1], device=weight.device)
         if self.act_order:
-            order = hessian.diagonal().argsort(descending=True, stable=True)
-        upper = _factor(hessian[order][:, order], self.damping).float()  # [in, in]
-        w = weight.float()[:, order]
+            order = stats.hessian.diagonal().argsort(descending=True, stable=True)
+        upper = _factor(stats.hessian, order, self.damping)  # [in, in]
+        w = weight[:, order]
         codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-        places = order.tolist()
-        for start in range(0, columns, _BLOCK):
-            stop = min(start + _BLOCK, columns)
-            errors = torch.zeros(len(w), stop - start, device=w.device)  # in units of the columns' inverse
-            for i in range(start, stop):
-                place = places[i]
-                if later and place % fmt.block[1] == 0:
-                    # the columns of a group that lie beyond this block have not moved for this block's errors yet
-                    group = slice(place, place + fmt.block[1])
-                    now = w[:, group].clone()
-                    beyond = stop - place
-                    if beyond < fmt.block[1]:
-                        now[:, beyond:] -= errors[:, : i - start] @ upper[start:i, stop : place + fmt.block[1]]
-                    chosen, _, z = choose_scale(now, fmt, outer, importance[group])
-                    at = place // fmt.block[1]
-                    scale[:, at : at + 1] = chosen
-                    scales[:, group] = uncoded(fmt, chosen, outer).scales()
-                    if zero is not None and zeros is not None and z is not None:
-                        zero[:, at : at + 1] = z
-                        zeros[:, group] = z.float()
-                column, s = w[:, i], scales[:, place]
-                ratio = column / s if zeros is None else column / s + zeros[:, place]
-                code = fmt.element.encode(ratio)
-                value = fmt.element.decode(code)
-                codes[:, place] = code
-                error = (column - (value if zeros is None else value - zeros[:, place]) * s) / upper[i, i]
-                w[:, i + 1 : stop] -= error[:, None] * upper[i, i + 1 : stop]
-                errors[:, i - start] = error
-            w[:, stop:] -= errors @ upper[start:stop, stop:]
+        for start in range(0, w.shape[1], step):
+            places = order[start : start + step]
+            stop = start + len(places)
+            if later and start % group == 0:
+                columns = slice(start, start + group)
+                at = start // group
+                scale[:, at : at + 1], _, z = choose_scale(w[:, columns].contiguous(), fmt, outer, importance[columns])
+                if zero is not None and z is not None:
+                    zero[:, at : at + 1] = z
+            blocks = uncoded(fmt, scale[:, places // group], outer)  # of each column
+            s, z = (
+                None if x is None else x.repeat_interleave(rows, 0)[: len(w)]
+                for x in (blocks.scales(), None if zero is None else zero[:, places // group].float())
+            )
+            codes[:, places], errors = round_columns(w[:, start:stop], upper[start:stop, start:stop], s, z, fmt.element)
+            w[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
+            w[:, start:stop] = errors  # only looked at for what is not finite
         if not torch.isfinite(w).all():
             raise UnsupportedError("GPTQ left the range of float32; give it more data or a larger damping")
         return QTensor(fmt, codes, scale, outer, zero)
 
 
-def _factor(hessian: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the inverse of float64 H [in, in], H damped until it has one.
+def _factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor of the inverse of H [in, in] in an order, float32; H is damped until it has one.
+
+    With the rows and columns of H turned about, ``H = L Lᵀ``: the factor is the inverse of L, turned about again.
 
     Raises:
         UnsupportedError: it has none, however damped.
     """
-    diagonal = hessian.diagonal()
+    about = order.flip(0)
+    turned = hessian[about][:, about].double()
+    diagonal = turned.diagonal()
     dead = diagonal <= 0  # inputs that were never other than zero: rounded to nearest, and nobody makes up for them
     diagonal[dead] = 1.0
-    mean = diagonal.mean()
+    mean, plain = diagonal.mean(), diagonal.clone()
     for attempt in range(_ATTEMPTS):
-        damped = hessian.clone()
-        damped.diagonal().add_(mean * damping * 10**attempt)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        more = damping * 10**attempt
+        diagonal.copy_(plain + mean * more)
+        lower, failed = torch.linalg.cholesky_ex(turned)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and torch.isfinite(upper).all():
-                found: Tensor = upper
-                return found
+            break
         if attempt + 1 < _ATTEMPTS:
-            log.warning("H is singular at damping %g; trying %g", damping * 10**attempt, damping * 10 ** (attempt + 1))
+            log.warning("H is singular at damping %g; trying %g", more, more * 10)
+    del turned, diagonal
+    if not failed:
+        one = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        upper: Tensor = torch.linalg.solve_triangular(lower, one, upper=False).float().flip(0, 1)
+        if torch.isfinite(upper).all():
+            return upper
     raise UnsupportedError("GPTQ cannot invert the inputs' second moments, however damped; give it more data")

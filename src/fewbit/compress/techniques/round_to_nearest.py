@@ -11,7 +11,7 @@ from fewbit.compress.stats import Stats
 from fewbit.compress.techniques import Needs
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.quantspec import QuantSpec
-from fewbit.numerics.reference import quantize
+from fewbit.ops.rounding import quantize
 
 
 @dataclass(frozen=True)
