@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.checkpoint.files import DTYPES, ModelFiles
+from fewbit.checkpoint.files import CPU, DTYPES, ModelFiles
 from fewbit.checkpoint.formats import FileFormat, format_of
 from fewbit.checkpoint.layout import Packing, Quantization, Stored
 from fewbit.checkpoint.names import Names
@@ -73,20 +73,30 @@ class Checkpoint:
     files: Mapping[str, Path] = field(default_factory=dict)
 
 
+Load = Callable[[torch.device], "Tensor | QTensor"]
+
+
 class Tensors(Mapping[str, "Tensor | QTensor"]):
     """Canonical names to tensors, read anew on every access: hold on to what you need again."""
 
     def __init__(self) -> None:
-        self._load: dict[str, Callable[[], Tensor | QTensor]] = {}
+        self._load: dict[str, Load] = {}
         self._dtype: dict[str, torch.dtype] = {}
         self._bytes: dict[str, int] = {}
 
-    def add(self, name: str, load: Callable[[], Tensor | QTensor], dtype: torch.dtype, nbytes: int) -> None:
-        """One more tensor."""
+    def add(self, name: str, load: Load, dtype: torch.dtype, nbytes: int) -> None:
+        """One more tensor; `load` makes it on the device it is given."""
         self._load[name], self._dtype[name], self._bytes[name] = load, dtype, nbytes
 
     def __getitem__(self, name: str) -> Tensor | QTensor:
-        return self._load[name]()
+        return self.on(name, CPU)
+
+    def on(self, name: str, device: torch.device) -> Tensor | QTensor:
+        """A tensor on a device; what is packed is unpacked there."""
+        return self._load[name](device)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._load  # what a mapping does by itself would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._load)
@@ -94,9 +104,9 @@ class Tensors(Mapping[str, "Tensor | QTensor"]):
     def __len__(self) -> int:
         return len(self._load)
 
-    def dense(self, name: str) -> Tensor:
-        """A tensor that is not quantized."""
-        tensor = self[name]
+    def dense(self, name: str, device: torch.device = CPU) -> Tensor:
+        """A tensor that is not quantized, on a device."""
+        tensor = self.on(name, device)
         assert isinstance(tensor, Tensor), name
         return tensor
 
@@ -188,14 +198,14 @@ class _Opener:
         self._refuse_extra()
         return self.found
 
-    def _scale(self, source: str, shape: tuple[int, ...]) -> Tensor:
-        return self.files.read(source).float().reshape(shape)
+    def _scale(self, source: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        return self.files.read(source, device).float().reshape(shape)
 
     def _dense(self, name: str, source: str, shape: tuple[int, ...]) -> None:
         entry = self._take(source, shape)
         if not entry.is_floating_point or entry.itemsize < 2:
             raise CheckpointError(f"tensor '{source}' is {entry}, though the config does not call it quantized")
-        self._add(name, lambda: self.files.read(source), [source], entry)
+        self._add(name, lambda device: self.files.read(source, device), [source], entry)
 
     def _quantized(self, linear: LinearShape, quant: QuantSpec) -> None:
         module = self.names.module(linear.name)
@@ -205,9 +215,9 @@ class _Opener:
         weight, shape = quant.weight, (linear.out_features, linear.in_features)
         assert weight is not None
 
-        def load() -> QTensor:
+        def load(device: torch.device) -> QTensor:
             try:
-                return packing.unpack({s: self.files.read(f"{module}.{s}") for s in stored}, weight, shape)
+                return packing.unpack({s: self.files.read(f"{module}.{s}", device) for s in stored}, weight, shape)
             except CheckpointError as error:
                 raise CheckpointError(f"{module}: {error}") from None
 
@@ -217,7 +227,9 @@ class _Opener:
             form = self.fmt.input_scale(quant)
             source = f"{module}.{form.suffix}"
             self._take(source, form.shape)
-            self._add(f"{linear.name}.input_scale", lambda: form.unpack(self.files.read(source)), [source])
+            self._add(
+                f"{linear.name}.input_scale", lambda device: form.unpack(self.files.read(source, device)), [source]
+            )
         if quant.prescale:
             self._dense(f"{linear.name}.prescale", f"{module}.pre_quant_scale", (linear.in_features,))
         for leaf, factor in quant.lowrank_shapes(*shape).items():
@@ -226,7 +238,7 @@ class _Opener:
     def _add(
         self,
         name: str,
-        load: Callable[[], Tensor | QTensor],
+        load: Load,
         sources: list[str],
         dtype: torch.dtype = torch.float32,
     ) -> None:

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from fewbit.errors import CheckpointError
 
+CPU = torch.device("cpu")
+STAGE_BYTES = 32 << 20
+"""What goes between a file and a device at a time."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -107,21 +110,25 @@ class ModelFiles:
             )
         raise CheckpointError(f"{self.path} holds no weights; expected {SINGLE} or {INDEX}")
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own.
+    def read(self, name: str, device: torch.device = CPU) -> Tensor:
+        """One tensor, in memory of its own on a device.
 
         Raises:
             CheckpointError: the file ends early.
         """
         entry = self.entries[name]
-        buffer = bytearray(entry.nbytes)
+        made = torch.empty(entry.nbytes, dtype=torch.uint8, device=device)
         with entry.file.open("rb") as file:
             file.seek(entry.start)
-            if file.readinto(buffer) != entry.nbytes:
-                raise CheckpointError(f"{entry.file.name} ends inside tensor '{name}': the file is truncated")
-        if not buffer:
-            return torch.empty(entry.shape, dtype=entry.dtype)
-        return torch.frombuffer(buffer, dtype=entry.dtype).view(entry.shape)
+            for part in made.split(STAGE_BYTES):
+                # to a GPU through pinned memory: several times as fast
+                here = part if device.type == "cpu" else torch.empty_like(part, device="cpu", pin_memory=True)
+                raw: Any = here.numpy()
+                if file.readinto(raw) != len(part):
+                    raise CheckpointError(f"{entry.file.name} ends inside tensor '{name}': the file is truncated")
+                if here is not part:
+                    part.copy_(here)
+        return made.view(entry.dtype).view(entry.shape)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fewbit.checkpoint.checkpoint import stored_linear
-from fewbit.checkpoint.files import DTYPES, INDEX, SINGLE
+from fewbit.checkpoint.files import DTYPES, INDEX, SINGLE, STAGE_BYTES
 from fewbit.checkpoint.formats import FileFormat
 from fewbit.checkpoint.layout import Quantization, Stored
 from fewbit.checkpoint.names import Names
@@ -325,11 +325,14 @@ class Shards:
         file, offset, stored = self._places[name]
         if tensor.dtype != stored.dtype or tuple(tensor.shape) != stored.shape:
             raise AssertionError(f"{name}: planned {stored}, given {tensor.dtype} {tuple(tensor.shape)}")
-        raw: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        data = memoryview(raw)
-        while data:
-            done = os.pwrite(file, data, offset)
-            data, offset = data[done:], offset + done
+        raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        for part in raw.split(STAGE_BYTES):
+            if part.device.type != "cpu":
+                part = torch.empty_like(part, device="cpu", pin_memory=True).copy_(part)
+            data: Any = memoryview(part.numpy())
+            while data:
+                done = os.pwrite(file, data, offset)
+                data, offset = data[done:], offset + done
         self.missing.discard(name)
 
     def finish(self) -> None:

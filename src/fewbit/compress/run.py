@@ -115,17 +115,17 @@ class _Run:
         exact, rounded = Stream(held_out, embed, self.loader.dtype), Stream(held_out, embed, self.loader.dtype)
         with self._writer() as writer, Disk(self.report.seconds, self.device.type != "cpu") as disk:
             self.writer, self.disk = writer, disk
-            self._write("embed.weight", embed.cpu())
+            self._write("embed.weight", embed)
             del embed
             done = self._go_on(data, exact, rounded)
             coming = disk.read(self._read, done) if done < len(spec.layers) else None
             for index in range(done, len(spec.layers)):
                 self.progress("compress", index, len(spec.layers))
                 assert coming is not None
-                block, weights = coming()
+                block = coming()
                 coming = disk.read(self._read, index + 1) if index + 1 < len(spec.layers) else None
-                self._block(block, weights, data, exact, rounded)
-                del block, weights
+                self._block(block, data, exact, rounded)
+                del block
                 disk.write(writer.record, self._progress(index + 1))
             logits = self._head(data, exact, rounded)
             self.progress("compress", len(spec.layers), len(spec.layers))
@@ -172,27 +172,26 @@ class _Run:
         partial = Loader(open_checkpoint(self.writer.folder), self.device)
         for index in range(done):
             self.progress("compress", index, len(self.checkpoint.spec.layers))
-            block, weights = self._read(index)
+            block = self._read(index)
             with self._stage("calibrate"):
-                exact.through(self._float_layer(block, weights), [*self.codecs, KVCodec(self.checkpoint.dtype)])
-                del block, weights
+                exact.through(self._float_layer(block), [*self.codecs, KVCodec(self.checkpoint.dtype)])
+                del block
                 self.codecs.append(partial.codec(index))
                 layer = partial.layer(index)
                 rounded.through(layer, self.codecs)
                 data.through(layer, self.codecs)
         return done
 
-    def _block(
-        self, block: Block, weights: dict[str, LinearWeights], data: Stream, exact: Stream, rounded: Stream
-    ) -> None:
+    def _block(self, block: Block, data: Stream, exact: Stream, rounded: Stream) -> None:
         """Everything about one layer."""
-        index, layer = block.index, self._float_layer(block, weights)
+        index, layer = block.index, self._float_layer(block)
         shapes = self.checkpoint.spec.layer_linears(index)
         plain = [*self.codecs, KVCodec(self.checkpoint.dtype)]
         with self._stage("calibrate"):
             exact.through(layer, plain)
             if data:
                 observe(block, shapes, layer, data, plain, self.needs)
+        layer.linears.clear()  # techniques make others of the weights: no layer of the old ones is held beside them
         with self._stage("quantize"):
             for technique in self.block_techniques:
                 technique.block(block)
@@ -203,16 +202,14 @@ class _Run:
             }
         if data and self.plan.recipe.calibration.method != "max":
             with self._stage("calibrate"):
-                changed = {n: replace(w, weight=block.weights[n], bias=block.biases.get(n)) for n, w in weights.items()}
-                again = self._float_layer(block, changed)
+                again = self._float_layer(block)
                 again.norms = dict(layer.norms)
                 set_reach(block, shapes, again, data, plain, self.plan.kv.get(index), self.plan.recipe.calibration)
-                del again, changed
+                del again
         outers = outers_of(shapes, block)
         for shape in shapes:
-            linear = self._linear(shape, block, weights[shape.name], outers.get(shape.name))
-            layer.linears[shape.name.rpartition(".")[2]] = linear
-            del block.weights[shape.name], weights[shape.name]  # from here on only its quantized form is held
+            layer.linears[shape.name.rpartition(".")[2]] = self._linear(shape, block, outers.get(shape.name))
+            del block.weights[shape.name]  # from here on only its quantized form is held
             release_memory()
         for name, weight in self._norm_names(index).items():
             self._write(f"{weight}.weight", layer.norms[name].to(self.checkpoint.tensors.dtype(f"{weight}.weight")))
@@ -227,19 +224,10 @@ class _Run:
         layer.linears.clear()
         release_memory()
 
-    def _read(self, index: int) -> tuple[Block, dict[str, LinearWeights]]:
+    def _read(self, index: int) -> Block:
         """The layer in float: one copy of each weight, shared by the forward pass and the techniques."""
         shapes = self.checkpoint.spec.layer_linears(index)
-        weights = {}
-        for shape in shapes:
-            w = self.loader.weights(shape)
-            assert isinstance(w.weight, Tensor)
-            self._finite(f"{shape.name}.weight", w.weight)
-            if w.bias is not None:
-                self._finite(f"{shape.name}.bias", w.bias)
-            weights[shape.name] = replace(w, weight=w.weight.to(self.loader.dtype))
-            del w
-            release_memory()
+        weights = dict(zip((shape.name for shape in shapes), self.disk.each(self._weights, shapes), strict=True))
         quant = {shape.name: self.plan.quant[shape.name] for shape in shapes if shape.name in self.plan.quant}
         floats = {name: cast("Tensor", w.weight) for name, w in weights.items()}
         norms = self.loader.norms(index)
@@ -247,7 +235,17 @@ class _Run:
             self._finite(f"{module}.weight", norms[name])
         biases = {name: w.bias for name, w in weights.items() if w.bias is not None}
         layer = self.checkpoint.spec.layers[index]
-        return Block(index, layer, quant, floats, norms, self.stored, biases), weights
+        return Block(index, layer, quant, floats, norms, self.stored, biases)
+
+    def _weights(self, shape: LinearShape) -> LinearWeights:
+        w = self.loader.weights(shape)
+        assert isinstance(w.weight, Tensor)
+        self._finite(f"{shape.name}.weight", w.weight)
+        if w.bias is not None:
+            self._finite(f"{shape.name}.bias", w.bias)
+        w = replace(w, weight=w.weight.to(self.loader.dtype))
+        release_memory()
+        return w
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor, once it is known to hold numbers only; looked at in pieces, which costs no memory."""
@@ -255,8 +253,11 @@ class _Run:
             raise CheckpointError(f"tensor '{self.names.tensor(name)}' holds NaN or infinity; repair the weights first")
         return tensor
 
-    def _float_layer(self, block: Block, weights: Mapping[str, LinearWeights]) -> DecoderLayer:
-        linears = {n.rpartition(".")[2]: Linear(Dense(), w, self.loader.dtype) for n, w in weights.items()}
+    def _float_layer(self, block: Block) -> DecoderLayer:
+        linears = {}
+        for name, weight in block.weights.items():
+            weights = LinearWeights(QuantSpec(), weight, block.biases.get(name))
+            linears[name.rpartition(".")[2]] = Linear(Dense(), weights, self.loader.dtype)
         return DecoderLayer(block.index, block.layer, linears, block.norms)
 
     def _kv_scales(self, block: Block) -> dict[str, Tensor]:
@@ -271,22 +272,15 @@ class _Run:
             found[name] = scale.reshape(()) if rows == 1 else scale
         return found
 
-    def _linear(
-        self,
-        shape: LinearShape,
-        block: Block,
-        weights: LinearWeights,
-        outer: Tensor | None,
-    ) -> Linear:
+    def _linear(self, shape: LinearShape, block: Block, outer: Tensor | None) -> Linear:
         """Quantize one linear, write it, and return it as it will be served."""
-        quant, weight = block.quant.get(shape.name), block.weights[shape.name]
-        if weights.bias is not None:  # a technique may have changed it
-            bias = block.biases[shape.name].to(self.checkpoint.tensors.dtype(f"{shape.name}.bias"))
-            weights = replace(weights, bias=bias)
+        quant, weight, bias = block.quant.get(shape.name), block.weights[shape.name], block.biases.get(shape.name)
+        if bias is not None:  # a technique may have changed it
+            bias = bias.to(self.checkpoint.tensors.dtype(f"{shape.name}.bias"))
         if quant is None:
             stored = weight.to(self.checkpoint.tensors.dtype(f"{shape.name}.weight"))
             self._write(f"{shape.name}.weight", stored)
-            served = replace(weights, weight=stored)
+            served = LinearWeights(QuantSpec(), stored, bias)
         else:
             stats = block.stats.get(shape.name)
             with self._stage("quantize"):
@@ -300,14 +294,13 @@ class _Run:
                 assert stats is not None
                 scale = input_scale(block.reach.get(shape.name, stats.amax.max()), quant.input)
                 self._write(f"{shape.name}.input_scale", scale)
-            if self.correction is not None and weights.bias is not None and stats is not None:
+            if self.correction is not None and bias is not None and stats is not None:
                 off = q.dequantize() - weight.float()
                 off = off + branch[1].float() @ branch[0].float() if branch else off
-                corrected = self.correction.correct(block.biases[shape.name], off, stats)
-                weights = replace(weights, bias=corrected.to(weights.bias.dtype))
-            served = LinearWeights(quant, q, weights.bias, scale, lowrank=branch or None)
-        if weights.bias is not None:
-            self._write(f"{shape.name}.bias", weights.bias)
+                bias = self.correction.correct(block.biases[shape.name], off, stats).to(bias.dtype)
+            served = LinearWeights(quant, q, bias, scale, lowrank=branch or None)
+        if bias is not None:
+            self._write(f"{shape.name}.bias", bias)
         return Linear(self.loader.choose_for(served.quant, shape).kernel, served, self.loader.dtype)
 
     def _round(
@@ -337,24 +330,23 @@ class _Run:
         spec = self.checkpoint.spec
         shape = LinearShape("lm_head", spec.vocab, spec.hidden)
         final = self._finite("final_norm.weight", self.loader.norm("final_norm"))
-        if not spec.tied:
-            self._finite("lm_head.weight", self.checkpoint.tensors.dense("lm_head.weight"))
         self._write("final_norm.weight", self.checkpoint.tensors.dense("final_norm.weight"))
-        head = self.loader.head()
+        w = self.loader.weights(shape)
+        assert isinstance(w.weight, Tensor)
+        self._finite("lm_head.weight", w.weight)
+        head = Linear(self.loader.choose_for(QuantSpec(), shape).kernel, w, self.loader.dtype)
         states = [rms_norm(s.states(), spec.final_norm, final) for s in (exact, rounded)]
         reference = head(states[0])
         if (quant := self.plan.quant.get("lm_head")) is not None:
-            w = self.loader.weights(shape)
-            assert isinstance(w.weight, Tensor)
             floats = {"lm_head": w.weight.to(self.loader.dtype)}
             block = Block(len(spec.layers), spec.layers[-1], {"lm_head": quant}, floats, {})
             if data and (quant.calibrated or self.needs - {"none"}):
                 observe_head(
                     block, data, lambda x: rms_norm(x, spec.final_norm, final), self.plan.recipe.calibration, self.needs
                 )
-            head = self._linear(shape, block, w, outers_of([shape], block).get("lm_head"))
+            head = self._linear(shape, block, outers_of([shape], block).get("lm_head"))
         elif not spec.tied:
-            self._write("lm_head.weight", self.checkpoint.tensors.dense("lm_head.weight"))
+            self._write("lm_head.weight", w.weight)
         logits = head(states[1]).float()
         log_p, log_q = reference.float().log_softmax(-1), logits.log_softmax(-1)
         self.report.kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()

@@ -15,6 +15,8 @@ from fewbit.compress.stats import RecordingAttend
 from fewbit.model import DecoderLayer, DenseAttend, KVCodec
 from fewbit.model.rope import Rotary
 
+SPILL_BYTES = 2 << 30
+"""States of more than this stay in the host's memory and visit the GPU piece by piece."""
 _TOKENS = {"cpu": 256, "cuda": 8192}  # run through a layer at a time: what its MLP makes of them is held besides
 
 
@@ -33,11 +35,13 @@ class Stream:
     ) -> None:
         self.device, self.ranks = embed.device, ranks or Ranks()
         self._pieces: list[tuple[int, Tensor]] = []  # (length of a window, states of some windows of that length)
+        count = sum(map(len, windows))
+        self._spills = embed.is_cuda and count * embed.shape[1] * dtype.itemsize > SPILL_BYTES
         for length, same in groupby(windows, len):
             run, step = list(same), max(1, _TOKENS[self.device.type] // length)
             for i in range(0, len(run), step):
                 ids = torch.tensor([t for window in run[i : i + step] for t in window], device=embed.device)
-                self._pieces.append((length, embed[ids].to(dtype)))
+                self._pieces.append((length, self._kept(embed[ids].to(dtype))))
 
     def __bool__(self) -> bool:
         return bool(self._pieces)
@@ -50,7 +54,7 @@ class Stream:
 
     def pieces(self) -> Iterator[Tensor]:
         """The states, some windows at a time."""
-        return (states for _, states in self._pieces)
+        return (states.to(self.device) for _, states in self._pieces)
 
     def states(self) -> Tensor:
         """All states, [T, hidden]."""
@@ -58,9 +62,9 @@ class Stream:
 
     def through(self, layer: DecoderLayer, codecs: Sequence[KVCodec]) -> None:
         """Replace the states by what the layer makes of them."""
-        for i, (length, states) in enumerate(self._pieces):
-            attend = DenseAttend(codecs, length)
-            self._pieces[i] = length, layer(states, _rotary(states, length), attend)
+        for i, (length, held) in enumerate(self._pieces):
+            states, attend = held.to(self.device), DenseAttend(codecs, length)
+            self._pieces[i] = length, self._kept(layer(states, _rotary(states, length), attend))
 
     def watch(
         self, layer: DecoderLayer, codecs: Sequence[KVCodec], histograms: Mapping[str, Histogram] | None = None
@@ -68,10 +72,13 @@ class Stream:
         """Run the layer for what its recorders (and histograms of K and V) see, and keep the states."""
         attend = RecordingAttend(codecs, 1)
         attend.histograms = dict(histograms or {})
-        for length, states in self._pieces:
-            attend.length = length
+        for length, held in self._pieces:
+            states, attend.length = held.to(self.device), length
             layer(states, _rotary(states, length), attend)
         return attend
+
+    def _kept(self, states: Tensor) -> Tensor:
+        return states.to("cpu") if self._spills else states
 
     def error(self, exact: Stream) -> float:
         """Relative distance to another stream of the same windows."""

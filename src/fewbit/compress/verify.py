@@ -15,6 +15,7 @@ from fewbit.model import KVCodec, Loader
 from fewbit.model.decoder import rms_norm
 from fewbit.numerics.qtensor import QTensor
 from fewbit.ops.device import release_memory
+from fewbit.ops.linear import LinearWeights
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,30 @@ def verify(
     """
     loader = Loader(written, device)
     spec = written.spec
-    scales = _check_scales(written)
+    scales = 0
+
+    def look(name: str, scale: Tensor | None) -> None:
+        nonlocal scales
+        if scale is None:
+            return
+        if not (torch.isfinite(scale).all() and (scale != 0).all()):
+            raise CheckpointError(f"a scale of '{name}' is zero or not finite in the written files; nothing was kept")
+        scales += scale.numel()
+
+    def look_at_linear(name: str, w: LinearWeights) -> None:
+        look(f"{name}.weight", w.weight.scales() if isinstance(w.weight, QTensor) else None)
+        look(f"{name}.input_scale", w.input_scale)
+
     stream = Stream(windows, loader.embed(), loader.dtype)
     codecs: list[KVCodec] = []
     for index in range(len(spec.layers)):
         progress("check", index, len(spec.layers))
-        codecs.append(loader.codec(index))
-        stream.through(loader.layer(index), codecs)
+        codecs.append(codec := loader.codec(index))
+        look(f"layers.{index}.attn.k_scale", codec.k_scale)
+        look(f"layers.{index}.attn.v_scale", codec.v_scale)
+        stream.through(loader.layer(index, look_at_linear), codecs)
         release_memory()
-    found = loader.head()(rms_norm(stream.states(), spec.final_norm, loader.norm("final_norm"))).float()
+    found = loader.head(look_at_linear)(rms_norm(stream.states(), spec.final_norm, loader.norm("final_norm"))).float()
     if not torch.equal(found, logits):
         different = (found != logits).any(-1).sum().item()
         raise CheckpointError(
@@ -85,19 +101,3 @@ def bits_per_weight(checkpoint: Checkpoint) -> float:
                 if f"{linear.name}.{leaf}" in checkpoint.tensors:
                     bits += 8 * checkpoint.tensors.nbytes(f"{linear.name}.{leaf}")
     return bits / weights
-
-
-def _check_scales(written: Checkpoint) -> int:
-    """Look at every scale of the files; returns how many there are."""
-    seen = 0
-    for name in written.tensors:
-        if not name.endswith("_scale") and name.removesuffix(".weight") not in written.quant:
-            continue
-        tensor = written.tensors[name]
-        scale = tensor.scales() if isinstance(tensor, QTensor) else tensor
-        if not (torch.isfinite(scale).all() and (scale != 0).all()):
-            raise CheckpointError(f"a scale of '{name}' is zero or not finite in the written files; nothing was kept")
-        seen += scale.numel()
-        del tensor
-        release_memory()
-    return seen

@@ -88,9 +88,9 @@ def dummy_checkpoint(
     tensors = Tensors()
 
     def add(name: str, make: Callable[[torch.Generator], Tensor | QTensor]) -> None:
-        def load() -> Tensor | QTensor:
+        def load(where: torch.device) -> Tensor | QTensor:
             seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
-            return make(torch.Generator(device).manual_seed(seed))
+            return make(torch.Generator(device).manual_seed(seed)).to(where)
 
         tensors.add(name, load, torch.bfloat16, 0)
 

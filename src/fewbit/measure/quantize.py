@@ -77,9 +77,8 @@ def measure(
         write_dummy(config, model, device, layers)
         c = recipe.calibration
         vocab, draw = open_checkpoint(model).spec.vocab, random.Random(0)
-        with data.open("w") as file:
-            for _ in range(c.samples):
-                print(json.dumps({"ids": draw.choices(range(vocab), k=c.length)}), file=file)
+        rows = (json.dumps({"ids": draw.choices(range(vocab), k=c.length)}) for _ in range(c.samples))
+        data.write_text("\n".join(rows))
         recipe = replace(recipe, calibration=replace(c, data=(Source(data),)))
         tell("compressing it")
         start = time.perf_counter()
@@ -110,6 +109,6 @@ def write_dummy(config: Mapping[str, Any], folder: Path, device: torch.device, l
         dict.fromkeys(made.tensors, torch.bfloat16), config, {}, {},
     ) as writer:  # fmt: skip
         for name in made.tensors:
-            writer.add(name, made.tensors[name])
+            writer.add(name, made.tensors.on(name, device))
         writer.finish()
         writer.commit()

@@ -68,6 +68,13 @@ def choices(
         yield linear, checkpoint.quant.get(linear.name, QuantSpec()), loader.choose(linear)
 
 
+Look = Callable[[str, LinearWeights], None]
+
+
+def _nothing(name: str, weights: LinearWeights) -> None:
+    pass
+
+
 class Loader:
     """Builds the parts of a model one by one, so that a caller may hold only some of them."""
 
@@ -166,16 +173,16 @@ class Loader:
 
     def embed(self) -> Tensor:
         """The embedding as stored: a step looks up few of its rows."""
-        return self.checkpoint.tensors.dense("embed.weight").to(self.device)
+        return self.checkpoint.tensors.dense("embed.weight", self.device)
 
     def norm(self, name: str) -> Tensor:
         """The weight of a norm."""
-        return self.checkpoint.tensors.dense(f"{name}.weight").to(self.device, self.dtype)
+        return self.checkpoint.tensors.dense(f"{name}.weight", self.device).to(self.dtype)
 
-    def layer(self, index: int) -> DecoderLayer:
-        """One layer with its kernels."""
+    def layer(self, index: int, look: Look = _nothing) -> DecoderLayer:
+        """One layer with its kernels; see `linear`."""
         shapes = self.checkpoint.spec.layer_linears(index)
-        linears = {shape.name.rpartition(".")[2]: self.linear(shape) for shape in shapes}
+        linears = {shape.name.rpartition(".")[2]: self.linear(shape, look) for shape in shapes}
         return DecoderLayer(index, self.checkpoint.spec.layers[index], linears, self.norms(index))
 
     def norms(self, index: int) -> dict[str, Tensor]:
@@ -186,16 +193,16 @@ class Loader:
             names += [f"{prefix}.attn.q_norm", f"{prefix}.attn.k_norm"]
         return {name.rpartition(".")[2]: self.norm(name) for name in names}
 
-    def head(self) -> Linear:
+    def head(self, look: Look = _nothing) -> Linear:
         """The language-model head; a tied one shares the embedding's numbers."""
-        return self.linear(LinearShape("lm_head", self.checkpoint.spec.vocab, self.checkpoint.spec.hidden))
+        return self.linear(LinearShape("lm_head", self.checkpoint.spec.vocab, self.checkpoint.spec.hidden), look)
 
     def codec(self, index: int) -> KVCodec:
         """How one layer's K and V are stored."""
         kv = self.checkpoint.kv.get(index)
         if kv is None:
             return KVCodec(self.checkpoint.dtype)
-        scales = (self.checkpoint.tensors.dense(f"layers.{index}.attn.{n}_scale").to(self.device) for n in "kv")
+        scales = (self.checkpoint.tensors.dense(f"layers.{index}.attn.{n}_scale", self.device) for n in "kv")
         return KVCodec(self.checkpoint.dtype, kv, *scales)
 
     def choose(self, shape: LinearShape) -> Choice:
@@ -206,9 +213,10 @@ class Loader:
         """The kernel for one linear, were it quantized so."""
         return choose(LinearProblem(quant, shape.out_features, shape.in_features, self.dtype, self._info), self.backend)
 
-    def linear(self, shape: LinearShape) -> Linear:
-        """One linear, loaded and prepared."""
-        return Linear(self.choose(shape).kernel, self.weights(shape), self.dtype)
+    def linear(self, shape: LinearShape, look: Look = _nothing) -> Linear:
+        """One linear, loaded and prepared; `look` is shown its name and its weights in between."""
+        look(shape.name, weights := self.weights(shape))
+        return Linear(self.choose(shape).kernel, weights, self.dtype)
 
     def weights(self, shape: LinearShape) -> LinearWeights:
         """One linear as the checkpoint has it, on the device."""
@@ -217,15 +225,15 @@ class Loader:
         source = "embed.weight" if name == "lm_head" and self.checkpoint.spec.tied else f"{name}.weight"
 
         def optional(leaf: str, wanted: bool) -> Tensor | None:
-            return tensors.dense(f"{name}.{leaf}").to(self.device) if wanted else None
+            return tensors.dense(f"{name}.{leaf}", self.device) if wanted else None
 
         return LinearWeights(
             quant,
-            tensors[source].to(self.device),
+            tensors.on(source, self.device),
             optional("bias", shape.bias),
             optional("input_scale", quant.calibrated),
             optional("prescale", quant.prescale),
-            (tensors.dense(f"{name}.lowrank_a").to(self.device), tensors.dense(f"{name}.lowrank_b").to(self.device))
+            (tensors.dense(f"{name}.lowrank_a", self.device), tensors.dense(f"{name}.lowrank_b", self.device))
             if quant.lowrank
             else None,
         )

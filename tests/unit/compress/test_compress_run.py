@@ -318,8 +318,8 @@ def test_a_scale_that_is_zero_or_not_finite_is_found(source, data, tmp_path, mon
     def spoil(written, windows, logits, device, progress):
         load = written.tensors._load[name]
 
-        def worse():
-            tensor = load()
+        def worse(device):
+            tensor = load(device)
             if isinstance(tensor, torch.Tensor):
                 return torch.full_like(tensor, bad)
             return replace(tensor, scale=torch.full_like(tensor.scale, bad))

@@ -64,10 +64,8 @@ class Settings:
         stats = block.stats[names[0]]
         hessian = _hessian(stats)
         x = group.tie((hessian.diagonal() / max(stats.tokens, 1)).sqrt())
-        weights = {name: block.weights[name].float() for name in names}
-        # the mean of each column, of weights in units of their row's largest
-        w = group.tie(torch.stack([(v.abs() / v.abs().amax(1, keepdim=True).clamp_min(1e-30)).mean(0)
-                                   for v in weights.values()]).mean(0))  # fmt: skip
+        weights = {name: block.weights[name] for name in names}
+        w = group.tie(torch.stack([_mean_column(v) for v in weights.values()]).mean(0))
         alive = (x > 0) & (w > 0)
         best = torch.ones_like(x)
         if not alive.any():
@@ -90,11 +88,20 @@ class Settings:
         for name, w in weights.items():
             fmt = block.quant[name].weight
             assert fmt is not None
-            for piece in _pieces(w, fmt):
+            for piece in (part.float() for part in _pieces(w, fmt)):
                 off = quantize(piece * scale, fmt, outer=outers.get(name)).dequantize().div_(scale).sub_(piece)
                 with rough_products():
                     total += (off @ hessian).mul_(off).sum(dtype=torch.float64)
         return float(total)
+
+
+def _mean_column(weight: Tensor) -> Tensor:
+    """The mean of each column, [in], of magnitudes in units of their row's largest."""
+    total = torch.zeros(weight.shape[1], device=weight.device)
+    for piece in weight.split(_PIECE[weight.device.type]):
+        size = piece.float().abs()
+        total += (size / size.amax(1, keepdim=True).clamp_min(1e-30)).sum(0)
+    return total / len(weight)
 
 
 def _pieces(weight: Tensor, fmt: Format) -> tuple[Tensor, ...]:

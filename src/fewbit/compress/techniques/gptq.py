@@ -79,10 +79,8 @@ class Settings:
                 if zero is not None and z is not None:
                     zero[:, at : at + 1] = z
             blocks = uncoded(fmt, scale[:, places // group], outer)  # of each column
-            s, z = (
-                None if x is None else x.repeat_interleave(rows, 0)[: len(w)]
-                for x in (blocks.scales(), None if zero is None else zero[:, places // group].float())
-            )
+            s = blocks.scales().repeat_interleave(rows, 0)[: len(w)]
+            z = None if zero is None else zero[:, places // group].float().repeat_interleave(rows, 0)[: len(w)]
             codes[:, places], errors = round_columns(w[:, start:stop], upper[start:stop, start:stop], s, z, fmt.element)
             w[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
             w[:, start:stop] = errors  # only looked at for what is not finite

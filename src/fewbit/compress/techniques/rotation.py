@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -55,37 +55,42 @@ class Settings:
             """Tensor `name` is what `turn` makes of `given` (or of itself), float64."""
             given = given or name
             dtype = source.dtype(given)
-            made.add(name, lambda: turn(source.dense(given).double()).to(dtype), dtype, source.nbytes(given))
 
-        def norm(name: str) -> Tensor:
-            return source.dense(f"{name}.weight").double()
+            def load(device: torch.device) -> Tensor:
+                return turn(source.dense(given, device).double()).to(dtype)
 
-        add("embed.weight", lambda w: w @ q)
+            made.add(name, load, dtype, source.nbytes(given))
+
+        def reads(w: Tensor, norm: str = "") -> Tensor:
+            """Weight of a linear that reads the stream, and takes in the norm before it."""
+            w = w * source.dense(f"{norm}.weight", w.device).double() if norm else w
+            return w @ q.to(w.device)
+
+        def writes(w: Tensor) -> Tensor:
+            """Weight or bias of a linear that adds to the stream."""
+            return q.T.to(w.device) @ w
+
+        add("embed.weight", reads)
         for i, layer in enumerate(spec.layers):
             p, a = f"layers.{i}", layer.attention
             turn = _within(orthogonal(a.head_dim, self.seed + 1), self.heads)
             readers = {f"{p}.pre_attn": ("attn.q", "attn.k"), f"{p}.pre_mlp": ("mlp.gate", "mlp.up")}
             for before, leaves in readers.items():
                 for leaf in leaves:
-                    add(f"{p}.{leaf}.weight", lambda w, n=before: (w * norm(n)) @ q)  # type: ignore[misc]
+                    add(f"{p}.{leaf}.weight", lambda w, n=before: reads(w, n))  # type: ignore[misc]
                 add(f"{before}.weight", torch.ones_like)
-            add(f"{p}.attn.v.weight", lambda w, n=f"{p}.pre_attn", t=turn: t((w * norm(n)) @ q, 0))  # type: ignore[misc]
-            add(f"{p}.attn.o.weight", lambda w, t=turn: q.T @ t(w, 1))  # type: ignore[misc]
-            add(f"{p}.mlp.down.weight", lambda w: q.T @ w)
+            add(f"{p}.attn.v.weight", lambda w, n=f"{p}.pre_attn", t=turn: t(reads(w, n), 0))  # type: ignore[misc]
+            add(f"{p}.attn.o.weight", lambda w, t=turn: writes(t(w, 1)))  # type: ignore[misc]
+            add(f"{p}.mlp.down.weight", writes)
+            turned: dict[str, Any] = {f"{p}.attn.v.bias": lambda b, t=turn: t(b, 0)}
+            turned |= {f"{p}.attn.o.bias": writes, f"{p}.mlp.down.bias": writes}
             for name in spec.layer_tensors(i):
                 if name not in made:  # biases, and norms of q and k, which see no rotation
-                    add(name, {f"{p}.attn.v.bias": lambda b, t=turn: t(b, 0)}.get(name, _turned_bias(name, q)))
+                    add(name, turned.get(name, lambda t: t))
         add("final_norm.weight", torch.ones_like)
         head = "embed.weight" if checkpoint.spec.tied else "lm_head.weight"
-        add("lm_head.weight", lambda w: (w * norm("final_norm")) @ q, head)
+        add("lm_head.weight", lambda w: reads(w, "final_norm"), head)
         return replace(checkpoint, spec=spec, tensors=made)
-
-
-def _turned_bias(name: str, q: Tensor) -> Callable[[Tensor], Tensor]:
-    """What becomes of a tensor that is neither a weight nor a norm of the stream."""
-    if name.endswith(("attn.o.bias", "mlp.down.bias")):
-        return lambda b: q.T @ b
-    return lambda t: t
 
 
 def _within(r: Tensor, wanted: bool) -> Callable[[Tensor, int], Tensor]:
@@ -94,7 +99,7 @@ def _within(r: Tensor, wanted: bool) -> Callable[[Tensor, int], Tensor]:
     def turn(w: Tensor, dim: int) -> Tensor:
         if not wanted:
             return w
-        turned: Tensor = w.unflatten(dim, (-1, len(r))).movedim(dim + 1, -1) @ r
+        turned: Tensor = w.unflatten(dim, (-1, len(r))).movedim(dim + 1, -1) @ r.to(w.device)
         return turned.movedim(-1, dim + 1).flatten(dim, dim + 1)
 
     return turn
