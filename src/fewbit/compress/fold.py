@@ -143,7 +143,7 @@ def fold(block: Block, group: InputGroup, scale: Tensor) -> None:
         if block.v_amax is not None and group.linear.endswith(".attn.v"):
             block.v_amax = block.v_amax / rows
     for name in group.consumers:
-        block.weights[name] = block.weights[name].float() * scale
+        block.weights[name] = block.weights[name] * scale  # float32, as the scale is
     for stats in _each(block, group.consumers):
         stats.scaled(scale)
 

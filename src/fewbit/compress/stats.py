@@ -16,6 +16,7 @@ from fewbit.spec.decoder import Attention, Layer
 SAMPLE = 512
 """Most inputs that are kept of a linear."""
 _FROM_EACH = 32  # of those seen at once
+_ROWS = 4096  # of second moments that are added to at a time
 
 
 @dataclass
@@ -45,18 +46,15 @@ class Stats:
 
     def see(self, x: Tensor) -> None:
         """Count the tokens of x [..., in]."""
-        rows = x.reshape(-1, x.shape[-1])
-        x = rows.float()
+        x = x.reshape(-1, x.shape[-1])
         self.tokens += x.shape[0]
-        self.amax = torch.maximum(self.amax, torch.maximum(x.amax(0), -x.amin(0)))  # no copy of x, as abs would be
-        self.total += x.sum(0)
+        amax = torch.maximum(x.amax(0), -x.amin(0))  # no copy of x, as abs would be
+        self.amax = torch.maximum(self.amax, amax.float())
+        self.total += x.sum(0, dtype=torch.float32)
         if self.hessian is not None:
-            if x.is_cuda and rows.dtype != torch.float32:  # products of 16-bit numbers are exact, sums are float32
-                self.hessian += torch.mm(rows.T, rows, out_dtype=torch.float32)
-            else:
-                self.hessian.addmm_(x.T, x)
+            _add_products(self.hessian, x)
         if self.sample is not None and len(self.sample) < SAMPLE:
-            some = x[:: max(1, len(x) // _FROM_EACH)][: min(_FROM_EACH, SAMPLE - len(self.sample))]
+            some = x[:: max(1, len(x) // _FROM_EACH)][: min(_FROM_EACH, SAMPLE - len(self.sample))].float()
             self.sample = torch.cat([self.sample, some])
 
     def scaled(self, scale: Tensor) -> None:
@@ -78,6 +76,16 @@ class Stats:
         square = self.hessian.diagonal().clamp_min(0)
         mean = square.mean()
         return square / mean + 0.01 if mean > 0 else torch.ones_like(square)
+
+
+def _add_products(total: Tensor, x: Tensor) -> None:
+    """``total += x.T @ x`` in float32, x [tokens, in]."""
+    if not x.is_cuda or x.dtype == torch.float32:
+        total.addmm_(x.T.float(), x.float())
+        return
+    for start in range(0, len(total), _ROWS):  # products of 16-bit numbers are exact; not all at once, for memory
+        rows = slice(start, start + _ROWS)
+        total[rows] += torch.mm(x[:, rows].T, x, out_dtype=torch.float32)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from fewbit.numerics.reference import check_fits, outer_scale
 from fewbit.ops.device import rough_products
 from fewbit.ops.rounding import quantize
 
-_PIECE = {"cpu": 512, "cuda": 4096}  # rows of a weight whose error is taken at once
+_PIECE = {"cpu": 512, "cuda": 2048}  # rows of a weight whose error is taken at once
 
 
 @dataclass(frozen=True)
