@@ -14,6 +14,7 @@ from fewbit.cli.common import (
     QuietOption,
     VerboseOption,
     device_of,
+    grow_memory,
     note,
     pairs,
     print_json,
@@ -91,6 +92,7 @@ def quantize(
     verbose: VerboseOption = False,
 ) -> None:
     """Time and memory of a compression, of random weights and tokens."""
+    grow_memory()
     from fewbit.compress.recipe import read_recipe
     from fewbit.measure.quantize import measure
 

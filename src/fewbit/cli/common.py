@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,14 @@ class Settings:
 
 
 settings = Settings()
+
+
+def grow_memory() -> None:
+    """Let a GPU's allocator make its pieces of memory larger instead of adding more, before torch is loaded.
+
+    The layers of a compression take and free what fits no hole of the layer before.
+    """
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def _set_quiet(value: bool) -> bool:

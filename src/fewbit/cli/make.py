@@ -16,6 +16,7 @@ from fewbit.cli.common import (
     SeedOption,
     VerboseOption,
     device_of,
+    grow_memory,
     note,
     open_model,
     pairs,
@@ -69,6 +70,7 @@ def compress(
     verbose: VerboseOption = False,
 ) -> None:
     """Quantize a model by a recipe, write it, open it again and check it."""
+    grow_memory()
     from fewbit import compress as room
     from fewbit.checkpoint import check_target, open_checkpoint
     from fewbit.compress.ranks import Ranks, own_gpu

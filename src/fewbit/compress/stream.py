@@ -14,9 +14,10 @@ from fewbit.compress.ranks import Ranks
 from fewbit.compress.stats import RecordingAttend
 from fewbit.model import DecoderLayer, DenseAttend, KVCodec
 from fewbit.model.rope import Rotary
+from fewbit.ops.device import to_host
 
-SPILL_BYTES = 2 << 30
-"""States of more than this stay in the host's memory and visit the GPU piece by piece."""
+SPILL_BYTES = 1 << 30
+"""States of so much and more stay in the host's memory and visit the GPU piece by piece."""
 _TOKENS = {"cpu": 256, "cuda": 8192}  # run through a layer at a time: what its MLP makes of them is held besides
 
 
@@ -36,7 +37,7 @@ class Stream:
         self.device, self.ranks = embed.device, ranks or Ranks()
         self._pieces: list[tuple[int, Tensor]] = []  # (length of a window, states of some windows of that length)
         count = sum(map(len, windows))
-        self._spills = embed.is_cuda and count * embed.shape[1] * dtype.itemsize > SPILL_BYTES
+        self._spills = embed.is_cuda and count * embed.shape[1] * dtype.itemsize >= SPILL_BYTES
         for length, same in groupby(windows, len):
             run, step = list(same), max(1, _TOKENS[self.device.type] // length)
             for i in range(0, len(run), step):
@@ -63,7 +64,7 @@ class Stream:
     def through(self, layer: DecoderLayer, codecs: Sequence[KVCodec]) -> None:
         """Replace the states by what the layer makes of them."""
         for i, (length, held) in enumerate(self._pieces):
-            states, attend = held.to(self.device), DenseAttend(codecs, length)
+            states, attend = held.to(self.device, non_blocking=True), DenseAttend(codecs, length)
             self._pieces[i] = length, self._kept(layer(states, _rotary(states, length), attend))
 
     def watch(
@@ -73,12 +74,12 @@ class Stream:
         attend = RecordingAttend(codecs, 1)
         attend.histograms = dict(histograms or {})
         for length, held in self._pieces:
-            states, attend.length = held.to(self.device), length
+            states, attend.length = held.to(self.device, non_blocking=True), length
             layer(states, _rotary(states, length), attend)
         return attend
 
     def _kept(self, states: Tensor) -> Tensor:
-        return states.to("cpu") if self._spills else states
+        return to_host(states) if self._spills else states
 
     def error(self, exact: Stream) -> float:
         """Relative distance to another stream of the same windows."""

@@ -22,7 +22,7 @@ from fewbit.numerics.reference import check_fits, outer_scale
 from fewbit.ops.device import rough_products
 from fewbit.ops.rounding import quantize
 
-_PIECE = {"cpu": 512, "cuda": 2048}  # rows of a weight whose error is taken at once
+_PIECE = {"cpu": 512, "cuda": 1024}  # rows of a weight whose error is taken at once
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Settings:
         if self.clip:
             for name, quant in block.quant.items():
                 if not name.endswith((".q", ".k")) and name in block.stats and quant.weight is not None:
-                    block.weights[name] = _clipped(block.weights[name].float(), quant.weight, block.stats[name])
+                    _clip(block.weights[name], quant.weight, block.stats[name])  # its own copy since it was folded
 
     def _scale(self, block: Block, group: InputGroup, names: list[str]) -> Tensor:
         """The best scales of a group among ``rms(x)^r / mean|w|^(1 - r)``, r from 0 to 1, and no scales at all."""
@@ -116,19 +116,18 @@ def _hessian(stats: Stats) -> Tensor:
     return stats.hessian
 
 
-def _clipped(weight: Tensor, fmt: Format, stats: Stats) -> Tensor:
-    """Weight with the largest magnitudes of each row's group (or row) cut to where the rounded output is closest.
+def _clip(weight: Tensor, fmt: Format, stats: Stats) -> None:
+    """Cut the largest magnitudes of each row's group (or row) to where the rounded output is closest, in place.
 
     Error terms between groups are left out: each group is judged by its own block of H.
     """
     if fmt.block[0] != 1:  # rows that share a scale share a range
-        return weight
+        return
     columns = weight.shape[1]
     size = fmt.block[1] if fmt.grouped else columns
     hessian = _hessian(stats)
     blocks = torch.stack([hessian[i : i + size, i : i + size] for i in range(0, columns, size)])  # [groups, g, g]
     outer = outer_scale(weight.abs().amax(), fmt) if fmt.outer else None
-    done = []
     for piece in _pieces(weight, fmt):
         groups = piece.view(len(piece), -1, size)  # [out, groups, g]
         top = groups.abs().amax(-1, keepdim=True)
@@ -142,5 +141,4 @@ def _clipped(weight: Tensor, fmt: Format, stats: Stats) -> Tensor:
                 continue
             better = error < least
             best, least = torch.where(better, cut, best), torch.where(better, error, least)
-        done.append(best.reshape(piece.shape))
-    return torch.cat(done)
+        piece.copy_(best.reshape(piece.shape))
