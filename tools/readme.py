@@ -16,8 +16,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -121,15 +122,19 @@ def commands() -> str:
     """The help of every command."""
     whole = typer.main.get_command(app)
     with whole.make_context("fewbit", [], resilient_parsing=True) as context:
-        names = whole.list_commands(context)
-        parts = []
-        for name in names:
-            command = whole.get_command(context, name)
-            inner = command.make_context(name, [], parent=context, resilient_parsing=True)
-            inner.max_content_width = 100
-            inner.terminal_width = 100
-            parts.append(f"## fewbit {name}\n\n```text\n{command.get_help(inner)}\n```\n")
-    return "\n".join(parts)
+        return "\n".join(_helps(whole, context))
+
+
+def _helps(group: Any, context: Any) -> Iterator[str]:
+    """A section for each command of a group, and for those of groups in it."""
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        inner = command.make_context(name, [], parent=context, resilient_parsing=True)
+        inner.max_content_width = 100
+        inner.terminal_width = 100
+        yield f"## {inner.command_path}\n\n```text\n{command.get_help(inner)}\n```\n"
+        if hasattr(command, "list_commands"):
+            yield from _helps(command, inner)
 
 
 def fields() -> str:
