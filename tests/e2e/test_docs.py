@@ -154,7 +154,7 @@ def test_commands_in_the_pages_are_real(page):
     help_text = (ROOT / "docs" / "cli.md").read_text("utf8")
     sections = dict(re.findall(r"## fewbit (\w+(?: \w+)?)\n\n```text\n(.*?)```", help_text, re.DOTALL))
     text = re.sub(r"`?fewbit build`?[^.;\n]*", "", page.read_text("utf8"))  # planned
-    for command, rest in re.findall(r"(?:^\$ |`|^)fewbit (?!-)(bench \w+|\w+)([^`\n]*)", text, re.MULTILINE):
+    for command, rest in re.findall(r"(?:^\$ |`)fewbit (?!-)(bench \w+|\w+)([^`\n]*)", text, re.MULTILINE):
         assert command in sections, f"fewbit {command}"
         for option in re.findall(r"--[\w-]+", rest):
             assert re.search(rf"{option}\b", sections[command]), f"{command} has no {option}"

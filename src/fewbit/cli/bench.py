@@ -78,7 +78,10 @@ def quantize(
     config: Annotated[str, typer.Option("--config", help="A built-in shape, or a folder or file with a config.json.")],
     recipe: Annotated[str, typer.Option("--recipe", help="Recipe to compress by.")],
     kv: Annotated[
-        str | None, typer.Option("--kv", help="Also the K/V cache: fp8, int8, fp8_head or int8_head.")
+        str | None,
+        typer.Option(
+            "--kv", help="Also the K/V cache: fp8, int8, int4, or with a scale a head: fp8_head, int8_head, int4_head."
+        ),
     ] = None,
     layers: Annotated[int | None, typer.Option("--layers", min=1, help="Only so many of the shape's layers.")] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Windows to calibrate on.")] = 128,

@@ -47,7 +47,10 @@ def compress(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
     kv: Annotated[
-        str | None, typer.Option("--kv", help="Also the K/V cache: fp8, int8, fp8_head or int8_head.")
+        str | None,
+        typer.Option(
+            "--kv", help="Also the K/V cache: fp8, int8, int4, or with a scale a head: fp8_head, int8_head, int4_head."
+        ),
     ] = None,
     calib: Annotated[
         list[str] | None,

@@ -33,9 +33,8 @@ from fewbit.numerics.quantspec import InputScale, KVSpec, QuantSpec
 from fewbit.numerics.reference import check_fits
 from fewbit.spec.decoder import DecoderSpec, LinearShape
 
-KV_FORMATS = {
-    "fp8": FORMATS["fp8"], "int8": FORMATS["int8"], "fp8_head": FORMATS["fp8_row"], "int8_head": FORMATS["int8_row"]
-}  # fmt: skip
+KV_FORMATS = {"fp8": FORMATS["fp8"], "int8": FORMATS["int8"], "int4": FORMATS["int4_tensor"]}
+KV_FORMATS |= {f"{name}_head": FORMATS[f"{name}_row"] for name in KV_FORMATS}
 """What ``--kv`` and ``kv`` may say, and the format over (heads, head_dim) that it means: a scale a layer, or a head."""
 HEADS = {"fp8": "fp8_row", "int4": "int4_g128"}
 """What ``--head`` may say, and the format it means."""

@@ -21,7 +21,7 @@ from fewbit.spec.decoder import Attention, DecoderSpec
 
 
 class KVCache:
-    """K and V of every layer: [num_blocks * block_size, kv_heads, head_dim], in what the layer's codec stores."""
+    """K and V of every layer: [num_blocks * block_size, kv_heads, stored_width], in what the layer's codec stores."""
 
     def __init__(
         self, spec: DecoderSpec, codecs: Sequence[KVCodec], num_blocks: int, block_size: int, device: torch.device
@@ -30,7 +30,8 @@ class KVCache:
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
         for layer, codec in zip(spec.layers, codecs, strict=True):
-            shape = (num_blocks * block_size, layer.attention.kv_heads, layer.attention.head_dim)
+            width = codec.stored_width(layer.attention.head_dim)
+            shape = (num_blocks * block_size, layer.attention.kv_heads, width)
             # never filled: a slot is read only after it was written, and a CPU gives pages only when they are touched
             self.k.append(torch.empty(shape, dtype=codec.stored_dtype, device=device))
             self.v.append(torch.empty(shape, dtype=codec.stored_dtype, device=device))
@@ -44,7 +45,7 @@ class KVCache:
 def token_bytes(spec: DecoderSpec, codecs: Sequence[KVCodec]) -> int:
     """Bytes of K and V of one token in a `KVCache`, all layers together."""
     return sum(
-        2 * layer.attention.kv_heads * layer.attention.head_dim * codec.stored_dtype.itemsize
+        2 * layer.attention.kv_heads * codec.stored_width(layer.attention.head_dim) * codec.stored_dtype.itemsize
         for layer, codec in zip(spec.layers, codecs, strict=True)
     )
 

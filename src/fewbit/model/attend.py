@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fewbit.numerics.format import Format
+from fewbit.numerics.pack import pack_nibbles, unpack_nibbles
 from fewbit.numerics.quantspec import KVSpec
 from fewbit.ops.attention import attention
 from fewbit.spec.decoder import Attention
@@ -48,6 +49,10 @@ class KVCodec:
         """What the cache tensors are made of: raw codes (uint8) if quantized."""
         return torch.uint8 if self.spec else self.dtype
 
+    def stored_width(self, head_dim: int) -> int:
+        """How many of them a head takes: codes of four bits lie two in a byte."""
+        return head_dim // 2 if self.spec and self.spec.k.element.bits == 4 else head_dim
+
     def store(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """K and V [tokens, kv_heads, head_dim] as the cache keeps them."""
         if self.spec is None:
@@ -66,10 +71,12 @@ class KVCodec:
 
 
 def _encode(x: Tensor, fmt: Format, scale: Tensor) -> Tensor:
-    return fmt.element.encode(x.float() / scale[..., None])
+    codes = fmt.element.encode(x.float() / scale[..., None])
+    return pack_nibbles(codes) if fmt.element.bits == 4 else codes
 
 
 def _decode(codes: Tensor, fmt: Format, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    codes = unpack_nibbles(codes) if fmt.element.bits == 4 else codes
     return (fmt.element.decode(codes) * scale[..., None]).to(dtype)
 
 

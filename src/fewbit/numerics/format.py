@@ -54,6 +54,8 @@ def _formats() -> dict[str, Format]:
     found = [
         Format("int8", INT8, (ALL, ALL)),
         Format("int8_row", INT8, (1, ALL)),
+        Format("int4_tensor", INT4, (ALL, ALL)),
+        Format("int4_row", INT4, (1, ALL)),
         Format("fp8", E4M3, (ALL, ALL)),
         Format("fp8_row", E4M3, (1, ALL)),
         Format("fp8_block", E4M3, (128, 128)),

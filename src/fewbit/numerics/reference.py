@@ -45,6 +45,8 @@ def quantize(
     if fmt.outer and outer is None:
         outer = outer_scale(_amax(parts), fmt)
     if fmt.block == (ALL, ALL) and x.ndim == 2:
+        if _is_searched(fmt):
+            return _quantize(x, fmt, outer)
         stored, _, _ = choose_scale(_amax(parts).reshape(1, 1), fmt)
         like = uncoded(fmt, stored)
         return cat([round_to(part, like) for part in parts])
@@ -106,7 +108,7 @@ def choose_scale(
     if fmt.outer and outer is None:
         outer = outer_scale(x.abs().amax(), fmt)
     weights = None if importance is None else _blocks(importance.float().expand_as(x), fmt)
-    if fmt.zero == "int" or weights is not None or (element.integer and element.bits <= 4):
+    if weights is not None or _is_searched(fmt):
         stored, zero = _search(blocks, fmt, outer, weights)
         return stored, outer, zero
     amax = blocks.abs().amax(-1)  # [..., R, C]
@@ -119,6 +121,10 @@ def choose_scale(
         assert outer is not None
         return _store_under(_over(amax, element.max), amax, fmt, outer), outer, None
     return store_scale(amax_scale(amax, fmt), fmt), None, None
+
+
+def _is_searched(fmt: Format) -> bool:
+    return fmt.zero == "int" or (fmt.element.integer and fmt.element.bits <= 4)
 
 
 def amax_scale(amax: Tensor, fmt: Format) -> Tensor:

@@ -131,7 +131,7 @@ def test_searched_ranges_on_a_model(source, tmp_path, method):
     assert all(0.1 * b < a <= 1.001 * b for a, b in zip(*scales, strict=True))
 
 
-@pytest.mark.parametrize(("kv", "top"), [("fp8_head", 448), ("int8_head", 127.5)])
+@pytest.mark.parametrize(("kv", "top"), [("fp8_head", 448), ("int8_head", 127.5), ("int4_head", 7.5)])
 def test_a_scale_for_each_head_of_k_and_v(source, tmp_path, kv, top):
     _, one = made(source, tmp_path / "one", "method: max", kv.removesuffix("_head"))
     report, heads = made(source, tmp_path / "heads", "method: max", kv)

@@ -147,7 +147,7 @@ BAD = {
     rules("match: a, weight: fp8, input: fp8, input_scale: outer"): "fp8 inputs need input_scale: static or dynamic",
     rules("match: a, weight: fp8, input: fp8_block"): "inputs cannot be fp8_block",
     rules("match: a, weight: int8, input: int4_g32_asym"): "inputs cannot be int4_g32_asym",
-    "kv: {format: int4}": "own: kv: K and V format 'int4' is unknown; known: fp8, int8",
+    "kv: {format: int2}": "own: kv: K and V format 'int2' is unknown; known: fp8, int8, int4, fp8_head",
     "kv: {format: [fp8]}": "own: kv: K and V format ['fp8'] is unknown; known: fp8, int8",
     "kv: fp8": "own: kv: expected keys (format, scale), got 'fp8'",
     "kv: {format: fp8, scale: dynamic}": "own: kv: scale 'dynamic' is unknown; known: static",

@@ -13,7 +13,7 @@ from fewbit.engine.runner import Runner, free_bytes
 from fewbit.errors import CheckpointError, RequestError
 from fewbit.model.attend import DenseAttend
 
-KINDS = {"float32": 4, "bfloat16": 2, "int8": 1, "fp8": 1}
+KINDS = {"float32": 4, "bfloat16": 2, "int8": 1, "fp8": 1, "int4_row": 0.5}
 PROMPTS = [[5, 9, 1, 40], list(range(1, 23)), [7], [11, 12] * 9, list(range(1, 20))]
 
 

@@ -31,6 +31,8 @@ def test_the_sum():
 def test_a_cache_of_codes_is_counted_in_its_own_bits():
     int8 = KVSpec(FORMATS["int8"], FORMATS["int8"])
     assert kv_bytes_per_token(SPEC, {0: int8}, torch.bfloat16) == 2 * 2 * 8 * (1 + 2)
+    int4 = KVSpec(FORMATS["int4_row"], FORMATS["int4_row"])
+    assert kv_bytes_per_token(SPEC, {0: int4, 1: int4}, torch.bfloat16) == 2 * 2 * 8
     assert (
         need(SPEC, {"layers.0.attn.q": QuantSpec(FORMATS["int8_row"])}, {0: int8}, torch.bfloat16, CPU, 1, 1).kv == 96
     )

@@ -35,7 +35,8 @@ SPEC = DecoderSpec(
 def codec(kv: str, device: str = "cpu") -> KVCodec:
     if kv in ("float32", "bfloat16"):
         return KVCodec(getattr(torch, kv))
-    scale = torch.tensor([0.02, 0.03] if kv == "int8" else 0.01, device=device)
+    scales = {"int8": [0.02, 0.03], "int4_row": [0.3, 0.4]}  # a scale a head
+    scale = torch.tensor(scales.get(kv, 0.01), device=device)
     return KVCodec(torch.bfloat16, KVSpec(FORMATS[kv], FORMATS[kv]), scale, scale)
 
 

@@ -17,7 +17,7 @@ from fewbit.numerics.qtensor import uncoded
 from fewbit.ops.rounding.rounding import round_columns, round_columns_by_kernel, search, searched
 from interpreter import DEVICE
 
-INT4 = [name for name in FORMATS if name.startswith("int4")]
+INT4 = [name for name in FORMATS if name.startswith("int4_g")]
 
 
 def test_every_group_of_int4_is_searched_by_the_kernel():
