@@ -142,10 +142,13 @@ def test_python_runs(page, small, folder, environment):
 def test_the_recipe_in_the_guide_is_a_recipe():
     from fewbit.compress.recipe import parse_recipe
 
-    plain, measured = (parse_recipe("guide", text) for text in snippets(ROOT / "docs" / "recipes.md", "yaml"))
+    plain, measured, fast = (parse_recipe("guide", text) for text in snippets(ROOT / "docs" / "recipes.md", "yaml"))
     assert len(plain.rules) == 2
     assert plain.kv is not None
     assert measured.auto is not None
+    assert measured.auto.bits == 5.0
+    assert fast.auto is not None
+    assert fast.auto.tokens_per_s == 300
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

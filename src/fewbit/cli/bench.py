@@ -1,4 +1,4 @@
-"""Commands that time things: bench offline, bench quantize."""
+"""Commands that time things: bench offline, bench quantize, bench step."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from fewbit.cli.common import (
     pairs,
     print_json,
     size,
+    table,
 )
 from fewbit.errors import RequestError
 
@@ -114,6 +115,52 @@ def quantize(
             ("peak memory", f"GPU {size(found.device_bytes)}, process {size(found.peak_bytes)}"),
             ("written", f"{size(found.weight_bytes)} of tensors"),
             ("device", found.device),
+        ]
+    )
+    return None
+
+
+@app.command()
+def step(
+    config: Annotated[str, typer.Option("--config", help="A built-in shape, or a folder or file with a config.json.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")],
+    candidates: Annotated[
+        str, typer.Option("--candidates", help="Plain recipes by commas; none: the model's own dtype.")
+    ] = "none,fp8,int4",
+    kv: Annotated[str | None, typer.Option("--kv", help="Format of K and V: fp8, int8.")] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences.")] = 1,
+    context: Annotated[int, typer.Option("--context", min=1, help="Tokens of each in the cache.")] = 2048,
+    layers: Annotated[
+        int, typer.Option("--layers", min=1, help="Of the models that are timed, and twice as many.")
+    ] = 4,
+    json: JsonOption = False,
+    device: DeviceOption = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Time of a decode step by group of linears and format: the table with which recipe auto plans a speed."""
+    from fewbit.measure.steptimes import measure
+
+    names = candidates.split(",")
+    if len(set(names)) < 2:
+        raise RequestError(f"--candidates {candidates}: expected two or more, by commas; for example none,fp8")
+    where = device_of(device)
+    found = measure(
+        _shape(config), names, where, kv=kv, batch=batch, context=context, layers=layers, tell=note
+    )  # fmt: skip
+    found.write(output)
+    if json:
+        return print_json("bench step", asdict(found))
+    rows = [(role, *(f"{times[name] * 1e6:+.1f}" for name in names)) for role, times in found.more.items()]
+    table([f"µs a layer, beside {names[0]}", *names], rows)
+    print()
+    pairs(
+        [
+            ("a layer", f"{found.layer * 1e6:.1f} µs with every linear as {names[0]}"),
+            ("the rest", f"{found.fixed * 1e6:.1f} µs of a step"),
+            ("spread", f"rounds of one measurement differ by up to {found.spread:.1%}"),
+            ("device", found.device),
+            ("written", str(output)),
         ]
     )
     return None

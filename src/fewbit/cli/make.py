@@ -143,7 +143,8 @@ def _show_decision(decision: Decision) -> None:
     for linear, candidate in decision.candidate.items():
         _, layer, role = linear.split(".", 2)
         layers.setdefault(layer, {}).setdefault(candidate, []).append(role.rpartition(".")[2])
-    note(f"auto: {decision.bits:.3f} bits a weight, {decision.loss:.5f} nats of KL divergence to be expected")
+    speed = "" if decision.tokens_per_s is None else f", {decision.tokens_per_s:.1f} tokens/s"
+    note(f"auto: {decision.bits:.3f} bits a weight, {decision.loss:.5f} nats of KL divergence{speed} to be expected")
     for layer, chosen in layers.items():
         note(f"  layer {layer}: " + "; ".join(f"{name}: {', '.join(roles)}" for name, roles in chosen.items()))
 

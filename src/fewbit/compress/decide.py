@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from fewbit.compress.data import windows_of
 from fewbit.compress.plan import prepared
 from fewbit.compress.recipe import Recipe, parse_recipe, read_recipe
 from fewbit.compress.sensitivity import Progress, Unit, sensitivities
+from fewbit.compress.steptimes import StepTimes, groups_of
 from fewbit.compress.techniques.auto import Settings, cheapest
 from fewbit.errors import CheckpointError, RecipeError, UnsupportedError
 from fewbit.numerics.quantspec import QuantSpec
@@ -34,6 +36,7 @@ class Decision:
         candidate: by linear.
         bits: true bits a weight over these linears.
         loss: the sum of the measured losses, in nats.
+        tokens_per_s: to be expected, by the table of step times; None: speed was not asked for.
         units: what was measured.
     """
 
@@ -41,6 +44,7 @@ class Decision:
     candidate: Mapping[str, str]
     bits: float
     loss: float
+    tokens_per_s: float | None
     units: tuple[Unit, ...]
 
 
@@ -52,13 +56,20 @@ def decide(
     Raises:
         RecipeError: a candidate is no recipe of one rule.
         CheckpointError: the model does not give numbers.
-        UnsupportedError: no choice fits the budget, or a candidate fits no linear of the model.
+        UnsupportedError: no choice fits the budget, a candidate fits no linear of the model, or the step times are
+            those of another.
     """
     auto = recipe.auto
     assert auto is not None
     if checkpoint.quant:
         raise UnsupportedError(f"{checkpoint.path} is already quantized; start from the original weights")
     checkpoint = prepared(checkpoint, recipe)
+    times = StepTimes.read(Path(auto.times)) if auto.times else None
+    if times is not None:
+        times.check(checkpoint.spec, recipe.kv)
+        for group in groups_of(checkpoint.spec):
+            for name in auto.candidates:
+                times.of(group[0], name)
     candidates = {name: _numerics(name, checkpoint.spec) for name in auto.candidates}
     calibration = replace(recipe.calibration, samples=auto.windows)
     windows, _ = windows_of(checkpoint, calibration)
@@ -68,19 +79,45 @@ def decide(
             if not math.isfinite(option.loss):
                 raise CheckpointError(f"with {unit.names[0]} in {option.candidate} the model's logits are no numbers")
     weights = _weights(checkpoint.spec, units)
-    budget = int(auto.bits * weights)
-    if (least := sum(min(o.bits for o in unit.options) for unit in units)) > budget:
-        smallest = f"{least / weights:.2f}"
-        raise UnsupportedError(f"auto: even the smallest candidates take {smallest} bits a weight, not {auto.bits}")
+    if times is None:
+        assert auto.bits is not None
+        budget, least = int(auto.bits * weights), sum(min(o.bits for o in unit.options) for unit in units)
+        if least > budget:
+            smallest = f"{least / weights:.2f}"
+            raise UnsupportedError(f"auto: even the smallest candidates take {smallest} bits a weight, not {auto.bits}")
+    else:
+        assert auto.tokens_per_s is not None
+        units, fastest = _timed(units, times, len(checkpoint.spec.layers))
+        budget = int((times.batch / auto.tokens_per_s - fastest) * 1e9)
+        if budget < 0:
+            most = f"{times.batch / fastest:.1f}"
+            raise UnsupportedError(
+                f"auto: even the fastest candidates make {most} tokens/s of {times.batch} sequences, not "
+                f"{auto.tokens_per_s:g}"
+            )
     options = [u.options[i] for u, i in zip(units, cheapest([u.options for u in units], budget), strict=True)]
     candidate = {name: o.candidate for unit, o in zip(units, options, strict=True) for name in unit.names}
     bits, loss = sum(o.bits for o in options) / weights, sum(o.loss for o in options)
     rules = [_rule(match, name, candidates) for match, name in patterns(candidate)]
-    text = _text(recipe, auto, rules, bits, loss)
-    made = parse_recipe(f"{recipe.name} at {auto.bits} bits", text)
+    speed = None if times is None else times.batch / (fastest + sum(o.cost for o in options) * 1e-9)
+    wanted = f"{auto.bits} bits a weight" if speed is None else f"{auto.tokens_per_s:g} tokens/s"
+    foreseen = f"{bits:.3f} bits, {loss:.5f} nats" + ("" if speed is None else f" and {speed:.1f} tokens/s")
+    text = _text(recipe, auto, rules, wanted, foreseen)
+    made = parse_recipe(f"{recipe.name} at {wanted.removesuffix(' a weight')}", text)
     # what the command line changed (K and V, the head, the data) stays changed
     made = replace(made, rules=(*recipe.rules, *made.rules), kv=recipe.kv, calibration=recipe.calibration)
-    return Decision(made, candidate, bits, loss, tuple(units))
+    return Decision(made, candidate, bits, loss, speed, tuple(units))
+
+
+def _timed(units: Sequence[Unit], times: StepTimes, layers: int) -> tuple[list[Unit], float]:
+    """The units with the time of each option beyond the fastest, and a step's seconds with the fastest of all."""
+    seconds, found = times.seconds(layers), []
+    for unit in units:
+        more = [times.of(unit.names[0].split(".", 2)[2], o.candidate) for o in unit.options]
+        options = (replace(o, time=round((m - min(more)) * 1e9)) for o, m in zip(unit.options, more, strict=True))
+        found.append(replace(unit, options=tuple(options)))
+        seconds += min(more)
+    return found, seconds
 
 
 def _numerics(name: str, spec: DecoderSpec) -> dict[str, QuantSpec]:
@@ -120,10 +157,10 @@ def _rule(match: str, name: str, candidates: Mapping[str, Mapping[str, QuantSpec
     return rule if quant.input is None else rule | {"input": str(quant.input), "input_scale": quant.input_scale}
 
 
-def _text(recipe: Recipe, auto: Settings, rules: list[dict[str, Any]], bits: float, loss: float) -> str:
+def _text(recipe: Recipe, auto: Settings, rules: list[dict[str, Any]], wanted: str, foreseen: str) -> str:
     """The recipe file."""
-    what = f"{', '.join(auto.candidates)} at {auto.bits} bits a weight, by {auto.score}"
-    lines = [f"# Made by auto: {what}: {bits:.3f} bits, {loss:.5f} nats to be expected.", "rules:"]
+    what = f"{', '.join(auto.candidates)} at {wanted}, by {auto.score}"
+    lines = [f"# Made by auto: {what}: {foreseen} to be expected.", "rules:"]
     lines += [
         f"  - {yaml.safe_dump(rule, default_flow_style=True, sort_keys=False, width=1000).strip()}" for rule in rules
     ]

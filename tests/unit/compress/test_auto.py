@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,10 +15,13 @@ from hypothesis import strategies as st
 from fewbit.checkpoint import open_checkpoint
 from fewbit.compress import compress, decide, plan, read_recipe
 from fewbit.compress.decide import patterns
-from fewbit.compress.recipe import parse_recipe
+from fewbit.compress.recipe import AS_IT_WAS, parse_recipe
 from fewbit.compress.sensitivity import sensitivities
+from fewbit.compress.steptimes import StepTimes, groups_of, shape_of
 from fewbit.compress.techniques.auto import Option, Settings, cheapest
 from fewbit.errors import RecipeError, UnsupportedError
+from fewbit.measure import steptimes
+from fewbit.measure.dummy import dummy_checkpoint, shape_named
 from fewbit.measure.quality import evaluate
 from helpers import ids, make_model, same_tensors
 
@@ -71,7 +76,7 @@ def test_a_model_of_many_layers_is_solved_at_once():
 
 
 def test_a_budget_that_nothing_fits():
-    with pytest.raises(UnsupportedError, match="the smallest candidates take 5 bits, the budget is 4"):
+    with pytest.raises(UnsupportedError, match="the smallest candidates take 5, the budget is 4"):
         cheapest([[Option("a", 5, 1.0)]], 4)
 
 
@@ -189,3 +194,112 @@ def test_what_cannot_be_decided(source):
         )
     with pytest.raises(RecipeError, match="unknown recipe 'fp9'"):
         decide(checkpoint, parse_recipe("own", AUTO.replace("BITS", "5").replace("int8_wo", "fp9")), CPU)
+
+
+def table(spec, path, **changes):
+    """Step times in which int4 and int8_wo save something of every layer."""
+    more = {g[0]: {"none": 0.0, "int8_wo": -1e-4 * len(g), "int4": -1.5e-4 * len(g)} for g in groups_of(spec)}
+    made = StepTimes("a machine", shape_of(spec), None, 2, 64, "none", 1e-3, 1e-2, more, 0.01)
+    replace(made, **changes).write(path)
+    return path
+
+
+def fast(path, speed, more=""):
+    line = f"tokens_per_s: {speed}, times: {path}, candidates: [int4, int8_wo, none], windows: 2{more}"
+    return parse_recipe("own", f"techniques: [auto: {{{line}}}]\ncalib: {{samples: 4, length: 32}}")
+
+
+def test_a_speed_is_reached_and_no_faster_choice_loses_less(source, tmp_path):
+    checkpoint = open_checkpoint(source)
+    path = table(checkpoint.spec, tmp_path / "times.json")
+    layers = len(checkpoint.spec.layers)
+    slowest, fastest = 2 / (1e-3 + layers * 1e-2), 2 / (1e-3 + layers * (1e-2 - 7 * 1.5e-4))
+    wanted = (slowest + fastest) / 2
+    found = decide(checkpoint, fast(path, wanted), CPU)
+    assert found.tokens_per_s >= wanted
+    assert f"# Made by auto: int4, int8_wo, none at {wanted:g} tokens/s, by kl: " in found.recipe.text
+    assert found.recipe.resolve(checkpoint.spec).keys() == {n for n, c in found.candidate.items() if c != "none"}
+    seconds = [[StepTimes.read(path).of(u.names[0].split(".", 2)[2], o.candidate) for o in u.options]
+               for u in found.units]  # fmt: skip
+    least = min(
+        sum(u.options[i].loss for u, i in zip(found.units, choice, strict=True))
+        for choice in itertools.product(*(range(len(u.options)) for u in found.units))
+        if 1e-3 + layers * 1e-2 + sum(s[i] for s, i in zip(seconds, choice, strict=True)) <= 2 / wanted
+    )
+    assert found.loss == pytest.approx(least)
+    assert decide(checkpoint, fast(path, slowest * 0.99), CPU).loss == 0.0
+    with pytest.raises(UnsupportedError, match=rf"even the fastest candidates make {fastest:.1f} tokens/s of 2 seq"):
+        decide(checkpoint, fast(path, fastest * 1.01), CPU)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": {"hidden": 1}}, r"were measured with hidden 1, the model has 128, width None, the model has 256"),
+        ({"kv": "fp8"}, r"were measured with K and V in fp8, not the model's own dtype"),
+        ({"more": {r: {"none": 0.0} for r in ("attn.q", "attn.o", "mlp.gate", "mlp.down")}}, "holds none, not int4"),
+    ],
+)
+def test_times_of_something_else(source, tmp_path, changes, message):
+    checkpoint = open_checkpoint(source)
+    with pytest.raises((UnsupportedError, RecipeError), match=message):
+        decide(checkpoint, fast(table(checkpoint.spec, tmp_path / "t.json", **changes), 1.0), CPU)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("bits: 4, tokens_per_s: 3, times: t.json", "bits and tokens_per_s are both set"),
+        ("tokens_per_s: 3", "tokens_per_s and times go together"),
+        ("times: t.json", "tokens_per_s and times go together"),
+        ("tokens_per_s: -1, times: t.json", "tokens_per_s is -1; expected a number above 0"),
+    ],
+)
+def test_budgets_that_make_no_sense(line, message):
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe("own", f"techniques: [auto: {{{line}}}]")
+
+
+def test_a_file_that_is_no_table(tmp_path):
+    (tmp_path / "t.json").write_text("{}")
+    for name in ("t.json", "none.json"):
+        with pytest.raises(RecipeError, match=r"is no table of step times .*; make one with fewbit bench step"):
+            StepTimes.read(tmp_path / name)
+
+
+def test_step_times_are_differences(tmp_path, monkeypatch):
+    """Of a machine on which a byte takes a nanosecond, and one step in four is disturbed."""
+    config = json.loads(
+        (make_model(tmp_path / "m", hidden_size=128, intermediate_size=256) / "config.json").read_text()
+    )
+    rounds = itertools.count()
+
+    def step(config, recipe, device, layers, batch, context):
+        checkpoint = dummy_checkpoint(config, recipe, device, layers)
+        bits = sum(
+            x.in_features * x.out_features * (8 if x.name in checkpoint.quant else 16)
+            for x in checkpoint.spec.linears()
+        )
+        return bits / 8 * 1e-9 * (2 if next(rounds) % 4 == 0 else 1)
+
+    monkeypatch.setattr(steptimes, "_step", step)
+    found = steptimes.measure(config, ["none", "int8_wo"], CPU, context=8, batch=2, layers=2)
+    found.write(tmp_path / "t.json")
+    assert StepTimes.read(tmp_path / "t.json") == found
+    spec = dummy_checkpoint(config, AS_IT_WAS, CPU).spec
+    sizes = {x.name: x.in_features * x.out_features for x in spec.linears()}
+    for group in groups_of(spec):
+        saved = sum(sizes[f"layers.0.{role}"] for role in group) * 1e-9
+        assert found.more[group[0]] == {"none": 0.0, "int8_wo": pytest.approx(-saved)}
+    assert found.fixed == pytest.approx(sizes["lm_head"] * 2e-9)
+    assert found.seconds(len(spec.layers)) == pytest.approx(sum(sizes.values()) * 2e-9)
+    assert found.spread == pytest.approx(1.0)
+    monkeypatch.setattr(steptimes, "_step", lambda *a: 1.0)
+    with pytest.raises(UnsupportedError, match="does not add up: something else keeps this machine busy"):
+        steptimes.measure(config, ["none", "int8_wo"], CPU, context=8)
+
+
+def test_a_step_is_timed():
+    config = shape_named("llama3.2-1b") | {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 64, "head_dim": 16}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    assert steptimes._step(config, AS_IT_WAS, CPU, 2, 3, 8) > 0
