@@ -68,6 +68,20 @@ VARIANTS = {
         "window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
         "yarn": {"rope_parameters": YARN},
     },
+    "mixtral": {
+        "tiny": {},
+        "window": {"sliding_window": 7},
+        "one expert for each token": {"num_experts_per_tok": 1},
+        "tied": {"tie_word_embeddings": True},
+    },
+    "qwen3_moe": {
+        "tiny": {},
+        "scores as they are": {"norm_topk_prob": False},
+        "a plain layer": {"mlp_only_layers": [0]},
+        "every other layer": {"decoder_sparse_step": 2},
+        "biases": {"attention_bias": True},
+        "window": {"use_sliding_window": True, "sliding_window": 5},
+    },
 }
 CASES = [(family, variant) for family, variants in VARIANTS.items() for variant in variants]
 
@@ -84,8 +98,8 @@ def save(config: dict, path) -> transformers.PreTrainedModel:
     model = transformers.AutoModelForCausalLM.from_config(kind, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.ndim == 2:
-                p.normal_(std=1.0 if "embed" in name else 1.5 * p.shape[1] ** -0.5)
+            if p.ndim >= 2:
+                p.normal_(std=1.0 if "embed" in name else 1.5 * p.shape[-1] ** -0.5)
             else:
                 p.normal_(mean=0.0 if name.endswith("bias") else 1.0, std=0.2)
     model.tie_weights()

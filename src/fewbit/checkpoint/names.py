@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from fewbit.spec.decoder import DecoderSpec
 from fewbit.spec.families import Family
+
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 class Names:
@@ -19,7 +23,9 @@ class Names:
         if first != "layers":
             return self._table[canonical]
         index, _, rest = rest.partition(".")
-        return self._table[f"layers.{{i}}.{rest}"].format(i=index)
+        expert = _EXPERT.search(rest)
+        role = _EXPERT.sub(".experts.{e}.", rest)
+        return self._table[f"layers.{{i}}.{role}"].format(i=index, e=expert and expert[1])
 
     def tensor(self, canonical: str) -> str:
         """``layers.3.attn.q.weight`` to ``model.layers.3.self_attn.q_proj.weight``."""

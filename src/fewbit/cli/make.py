@@ -172,6 +172,7 @@ def _show_report(report: Report, output: Path) -> None:
             ("KL divergence", f"{report.kl:.5f} nats on {verified.tokens} held-out tokens"),
             ("bits per weight", f"{verified.bits_per_weight:.3f} in the quantized linears"),
             ("calibration", report.calibration),
+            *_experts(report),
             ("time", stages),
             (
                 "peak memory",
@@ -185,6 +186,20 @@ def _show_report(report: Report, output: Path) -> None:
             ("written", f"{output}, {size(verified.weight_bytes)} of tensors"),
         ]
     )
+
+
+def _experts(report: Report) -> list[tuple[str, str]]:
+    """How many tokens the experts of a mixture saw."""
+    if not report.experts:
+        return []
+    from fewbit.compress.calibrate import FLOOR
+
+    seen = sorted(report.experts.values())
+    said = f"{len(seen)} saw {seen[0]:,} to {seen[-1]:,} tokens each"
+    if report.scarce:
+        some = ", ".join(report.scarce[:3]) + (", ..." if len(report.scarce) > 3 else "")
+        said += f"; {len(report.scarce)} saw fewer than {FLOOR}, too few for statistics of their own: {some}"
+    return [("experts", said)]
 
 
 def _sample(checkpoint: Checkpoint, device: torch.device, tokens: int | None) -> str | None:

@@ -17,7 +17,10 @@ from fewbit.model import DecoderLayer, KVCodec
 from fewbit.numerics.format import ALL
 from fewbit.numerics.quantspec import KVSpec
 from fewbit.ops.device import release_memory
-from fewbit.spec.decoder import LinearShape
+from fewbit.spec.decoder import LinearShape, MoE, leaf_of
+
+FLOOR = 32
+"""Tokens that an expert has to see for statistics of its own."""
 
 
 def observe(
@@ -38,18 +41,44 @@ def observe(
         group = shape.shares_input or shape.name
         if group not in shared:
             shared[group] = Stats.empty(shape.in_features, data.device, needs)
-            leaf = shape.name.rpartition(".")[2]
+            leaf = leaf_of(shape.name)
             layer.linears[leaf] = Recorder(plain[leaf], shared[group])
         block.stats[shape.name] = shared[group]
     attend = data.watch(layer, codecs)
     layer.linears = plain
     release_memory()
     _agree(block, data)
+    if isinstance(block.layer.mlp, MoE):
+        _help_experts(block)
     block.k_amax, block.v_amax = attend.k_amax[block.index], attend.v_amax[block.index]
     for name, amax in (("K", block.k_amax), ("V", block.v_amax)):
         data.ranks.largest(amax)
         if not torch.isfinite(amax).all():
             raise CheckpointError(f"{name} of layer {block.index} holds NaN or infinity on the calibration data")
+
+
+def _help_experts(block: Block) -> None:
+    """Count the tokens of each expert, and give those that saw fewer than `FLOOR` something to be rounded by.
+
+    gate and up then count what all experts together saw, which is the input of any; down is rounded by its weights
+    alone, under an input scale that reaches as far as the others'.
+    """
+    for which in (("gate", "up"), ("down",)):
+        of = {m: [n for n in (f"{m}.{w}" for w in which) if n in block.stats] for m in block.mlps}
+        own = {m: block.stats[names[0]] for m, names in of.items() if names}
+        if not own:
+            continue
+        block.tokens |= {m: stats.tokens for m, stats in own.items()}
+        few = [m for m, stats in own.items() if stats.tokens < FLOOR]
+        if not few:
+            continue
+        together = Stats.sum(list(own.values()))
+        if which == ("down",):
+            together = together.blank()
+        for m in few:
+            block.scarce.update(of[m])
+            block.stats |= {name: together.copy() for name in of[m][:1]}
+            block.stats |= dict.fromkeys(of[m], block.stats[of[m][0]])
 
 
 def observe_head(
@@ -91,12 +120,12 @@ def set_reach(
     groups = {}
     for shape in shapes:
         quant = block.quant.get(shape.name)
-        if quant is None or quant.input_scale != "static":
+        if quant is None or quant.input_scale != "static" or shape.name in block.scarce:
             continue
         groups[shape.name] = group = shape.shares_input or shape.name
         if group not in inputs:
             inputs[group] = Histogram(1, data.device)
-            leaf = shape.name.rpartition(".")[2]
+            leaf = leaf_of(shape.name)
             layer.linears[leaf] = Recorder(layer.linears[leaf], inputs[group])
     heads = block.layer.attention.kv_heads
     stored = {"k": kv.k, "v": kv.v} if kv else {}

@@ -76,8 +76,8 @@ def input_groups(block: Block) -> list[InputGroup]:
     groups = [
         InputGroup((f"{p}.attn.q", f"{p}.attn.k", f"{p}.attn.v"), norm="pre_attn"),
         InputGroup((f"{p}.attn.o",), linear=f"{p}.attn.v", heads=a.heads // a.kv_heads, width=a.head_dim),
-        InputGroup((f"{p}.mlp.gate", f"{p}.mlp.up"), norm="pre_mlp"),
-        InputGroup((f"{p}.mlp.down",), linear=f"{p}.mlp.up"),
+        InputGroup(tuple(f"{m}.{which}" for m in block.mlps for which in ("gate", "up")), norm="pre_mlp"),
+        *(InputGroup((f"{m}.down",), linear=f"{m}.up") for m in block.mlps),
     ]
     return [group for group in groups if any(name in block.quant for name in group.consumers)]
 
@@ -135,6 +135,8 @@ def fold(block: Block, group: InputGroup, scale: Tensor) -> None:
         after = (before / scale).to(block.dtype).float()
         block.norms[group.norm] = after.to(block.norms[group.norm].dtype)
         scale = torch.where((before != 0) & (after != 0), before / after, scale)
+        if group.norm == "pre_mlp" and "router" in block.norms:  # reads the same input
+            block.norms["router"] = (block.norms["router"].float() * scale).to(block.norms["router"].dtype)
     else:
         rows = group.rows(scale)
         block.weights[group.linear] = block.weights[group.linear].float() / rows[:, None]

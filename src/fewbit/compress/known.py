@@ -98,7 +98,11 @@ class Known:
 
 
 def known(module: nn.Module) -> Known | None:
-    """What a module is, if it is a decoder of transformers that fewbit can read; else None."""
+    """What a module is, if it is a decoder of transformers that fewbit can read; else None.
+
+    Raises:
+        UnsupportedError: it is a mixture whose experts are no linears of their own, which would be left out.
+    """
     name, config = type(module).__name__, getattr(module, "config", None)
     family = next((f for f in families().values() if name in f.ARCHITECTURES), None)
     if family is None or config is None or not hasattr(config, "to_json_string"):
@@ -116,5 +120,10 @@ def known(module: nn.Module) -> Known | None:
         ]
         fits = all(biased) and all(found.tensor(n).shape == torch.Size(shape) for n, shape in spec.tensors().items())
     except AttributeError:
-        return None
+        if not spec.routers():
+            return None
+        raise UnsupportedError(
+            f"{name} holds all experts of a layer in one tensor, of which nothing could be quantized; save the model "
+            "and compress its directory: fewbit compress DIR"
+        ) from None
     return found if fits and {type(linear) for linear in linears} <= {nn.Linear, FakeLinear} else None

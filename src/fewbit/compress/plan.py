@@ -49,6 +49,8 @@ class Report:
         device_bytes: largest memory taken from the GPU; 0 on a CPU.
         calibration: which data were used, in words.
         resumed_after: layers that an earlier run had finished.
+        experts: tokens that each expert saw, by canonical name; empty without a mixture or statistics.
+        scarce: experts that saw too few for statistics of their own (see `fewbit.compress.calibrate.FLOOR`).
         verified: what the finished files were found to hold.
     """
 
@@ -61,6 +63,8 @@ class Report:
     device_bytes: int = 0
     calibration: str = "none needed"
     resumed_after: int = 0
+    experts: dict[str, int] = field(default_factory=dict)
+    scarce: list[str] = field(default_factory=list)
     verified: Verified | None = None
 
 

@@ -43,7 +43,7 @@ from fewbit.numerics.reference import amax_scale, input_scale
 from fewbit.ops.device import device_peak_bytes, forget_peak, peak_bytes, release_memory
 from fewbit.ops.linear import LinearWeights
 from fewbit.ops.linear.dense import Dense
-from fewbit.spec.decoder import LinearShape
+from fewbit.spec.decoder import LinearShape, leaf_of
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how much is done, and of how much."""
@@ -159,8 +159,9 @@ class _Run:
 
     def _progress(self, done: int) -> dict[str, Any]:
         """What a later run must know to go on after `done` layers."""
-        weight, output = self.report.weight_error, self.report.output_error
-        return {"done": done, "weight_error": list(weight.items()), "output_error": list(output.items())}
+        weight, output, experts = self.report.weight_error, self.report.output_error, self.report.experts
+        pairs: dict[str, Mapping[Any, Any]] = {"weight_error": weight, "output_error": output, "experts": experts}
+        return {"done": done, "scarce": self.report.scarce, **{name: list(d.items()) for name, d in pairs.items()}}
 
     def _go_on(self, data: Stream, exact: Stream, rounded: Stream) -> int:
         """Bring the streams to where an unfinished run stopped; how many layers it finished."""
@@ -169,6 +170,7 @@ class _Run:
         done: int = found["done"]
         self.report.resumed_after = done
         self.report.weight_error, self.report.output_error = dict(found["weight_error"]), dict(found["output_error"])
+        self.report.experts, self.report.scarce = dict(found["experts"]), found["scarce"]
         partial = Loader(open_checkpoint(self.writer.folder), self.device)
         for index in range(done):
             self.progress("compress", index, len(self.checkpoint.spec.layers))
@@ -191,6 +193,8 @@ class _Run:
             exact.through(layer, plain)
             if data:
                 observe(block, shapes, layer, data, plain, self.needs)
+                self.report.experts |= block.tokens
+                self.report.scarce += sorted({name.rpartition(".")[0] for name in block.scarce})
         layer.linears.clear()  # techniques make others of the weights: no layer of the old ones is held beside them
         with self._stage("quantize"):
             for technique in self.block_techniques:
@@ -208,7 +212,7 @@ class _Run:
                 del again
         outers = outers_of(shapes, block)
         for shape in shapes:
-            layer.linears[shape.name.rpartition(".")[2]] = self._linear(shape, block, outers.get(shape.name))
+            layer.linears[leaf_of(shape.name)] = self._linear(shape, block, outers.get(shape.name))
             del block.weights[shape.name]  # from here on only its quantized form is held
             release_memory()
         for name, weight in self._norm_names(index).items():
@@ -257,7 +261,7 @@ class _Run:
         linears = {}
         for name, weight in block.weights.items():
             weights = LinearWeights(QuantSpec(), weight, block.biases.get(name))
-            linears[name.rpartition(".")[2]] = Linear(Dense(), weights, self.loader.dtype)
+            linears[leaf_of(name)] = Linear(Dense(), weights, self.loader.dtype)
         return DecoderLayer(block.index, block.layer, linears, block.norms)
 
     def _kv_scales(self, block: Block) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from fewbit.model.rope import Rotary
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.numerics.reference import input_scale, quantize
 from fewbit.ops.linear import LinearWeights
-from fewbit.spec.decoder import LinearShape, by_input
+from fewbit.spec.decoder import LinearShape, by_input, leaf_of
 
 _PIECE = 256  # tokens whose logits are held at a time
 _SEED = 0
@@ -108,7 +108,7 @@ class _Model:
         """The largest magnitudes of the inputs of a layer's linears, by their last names."""
         plain, found = dict(layer.linears), {}
         for shape in self.spec.layer_linears(layer.index):
-            leaf = shape.name.rpartition(".")[2]
+            leaf = leaf_of(shape.name)
             found[leaf] = Stats.empty(shape.in_features, self.device)
             layer.linears[leaf] = Recorder(plain[leaf], found[leaf])
         stream.watch(layer, self.codecs)
@@ -134,7 +134,7 @@ class _Model:
                     continue
                 q = quantize(weight, quant.weight, outer=outers.get(shape.name))
                 bits += q.bits
-                leaf = shape.name.rpartition(".")[2]
+                leaf = leaf_of(shape.name)
                 scale = input_scale(stats[leaf].amax.max(), quant.input) if quant.calibrated and quant.input else None
                 served = LinearWeights(quant, q, weights[shape.name].bias, scale)
                 linears[leaf] = Linear(self.loader.choose_for(quant, shape).kernel, served, self.loader.dtype)

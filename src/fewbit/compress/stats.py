@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -57,6 +58,30 @@ class Stats:
             some = x[:: max(1, len(x) // _FROM_EACH)][: min(_FROM_EACH, SAMPLE - len(self.sample))].float()
             self.sample = torch.cat([self.sample, some])
 
+    @classmethod
+    def sum(cls, parts: Sequence[Stats]) -> Stats:
+        """Of all tokens that several counted."""
+        hessians = [s.hessian for s in parts if s.hessian is not None]
+        samples = [s.sample for s in parts if s.sample is not None]
+        return cls(
+            sum(s.tokens for s in parts),
+            torch.stack([s.amax for s in parts]).amax(0),
+            torch.stack([s.total for s in parts]).sum(0),
+            functools.reduce(torch.add, hessians) if hessians else None,
+            torch.cat(samples)[:SAMPLE] if samples else None,
+        )
+
+    def copy(self) -> Stats:
+        """One that can be changed."""
+        parts = (None if t is None else t.clone() for t in (self.amax, self.total, self.hessian, self.sample))
+        return Stats(self.tokens, *parts)  # type: ignore[arg-type]
+
+    def blank(self) -> Stats:
+        """As if nothing were known but how far the inputs reach: every channel counts the same."""
+        amax = torch.full_like(self.amax, float(self.amax.max()))
+        hessian = None if self.hessian is None else torch.eye(len(amax), device=amax.device)
+        return Stats(1, amax, torch.zeros_like(self.total), hessian, None if self.sample is None else self.sample[:0])
+
     def scaled(self, scale: Tensor) -> None:
         """Follow an input whose channels are divided by `scale` [in]."""
         self.amax /= scale
@@ -97,12 +122,14 @@ class Block:
         layer: its shape.
         quant: QuantSpec by canonical linear, of those that will be quantized.
         weights: float weights [out, in] by canonical linear.
-        norms: norm weights by last name (``pre_attn``, ``pre_mlp``, ...).
+        norms: norm weights by last name (``pre_attn``, ``pre_mlp``, ...), and the ``router`` of a mixture.
         dtype: what norms, biases and unquantized weights are stored in.
         biases: biases [out] by canonical linear, of those that have one.
         stats: statistics by canonical linear; empty where no technique needs any. Linears that read one input share
             one object.
         k_amax, v_amax: float32 [kv_heads * head_dim], the largest magnitudes of K and V; None: not calibrated.
+        tokens: how many each expert saw, by its canonical name.
+        scarce: linears of experts that saw too few, whose statistics are not their own.
         reach: how far scales reach, by canonical linear and by ``k`` and ``v`` (a number a head); what is not in it
             reaches to the largest magnitude.
     """
@@ -118,6 +145,13 @@ class Block:
     k_amax: Tensor | None = None
     v_amax: Tensor | None = None
     reach: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    scarce: set[str] = field(default_factory=set)
+
+    @property
+    def mlps(self) -> list[str]:
+        """Canonical names of the layer's MLPs: one, or one for each expert."""
+        return list(self.layer.mlps(self.index))
 
 
 class Recorder:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fewbit.model import rope
 from fewbit.model.attend import Attend, KVCodec
-from fewbit.spec.decoder import DecoderSpec, Layer, Norm
+from fewbit.ops.linear.dense import same_alone
+from fewbit.spec.decoder import MLP, DecoderSpec, Layer, Norm
 
 LinearOp = Callable[[Tensor], Tensor]
 """[T, in] to [T, out]: a kernel with its weights, or whatever a compressor puts in its place."""
@@ -60,8 +61,9 @@ class DecoderLayer:
     Args:
         index: its place in the model.
         layer: its shape.
-        linears: the linears by their last name: q, k, v, o, gate, up, down.
-        norms: norm weights by name: pre_attn, pre_mlp, and q_norm, k_norm where the layer has them.
+        linears: the linears by their name in the layer: q, k, v, o, gate, up, down, or experts.0.gate and so on.
+        norms: norm weights by name: pre_attn, pre_mlp, and q_norm, k_norm where the layer has them; of a mixture also
+            the router [experts, d], which no format rounds either.
     """
 
     def __init__(self, index: int, layer: Layer, linears: Mapping[str, LinearOp], norms: Mapping[str, Tensor]) -> None:
@@ -85,9 +87,25 @@ class DecoderLayer:
         return self.linears["o"](attend(self.index, q, k, v, a).flatten(-2))
 
     def mlp(self, x: Tensor) -> Tensor:
-        """Gated MLP over a normalized [T, d]."""
-        act = ACTIVATIONS[self.layer.mlp.act]
-        return self.linears["down"](act(self.linears["gate"](x)) * self.linears["up"](x))
+        """Gated MLP, or the mixture of them, over a normalized [T, d]."""
+        m = self.layer.mlp
+        if isinstance(m, MLP):
+            return self._gated(x, "")
+        scores = same_alone(x, self.norms["router"]).float().softmax(-1)  # [T, experts]
+        best, chosen = scores.topk(m.top_k, -1)  # [T, k]
+        if m.renormalize:
+            best = best / best.sum(-1, keepdim=True)
+        out = torch.zeros_like(x)
+        for expert in range(m.experts):  # one after another: a token's sum is the same whoever else is there
+            rows, place = torch.where(chosen == expert)
+            if len(rows):
+                y = self._gated(x[rows], f"experts.{expert}.")
+                out.index_add_(0, rows, y * best[rows, place, None].to(y.dtype))
+        return out
+
+    def _gated(self, x: Tensor, prefix: str) -> Tensor:
+        gate, up, down = (self.linears[f"{prefix}{name}"] for name in ("gate", "up", "down"))
+        return down(ACTIVATIONS[self.layer.mlp.act](gate(x)) * up(x))
 
 
 class Decoder:

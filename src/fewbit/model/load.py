@@ -17,7 +17,7 @@ from fewbit.ops.device import DeviceInfo, arithmetic_dtype, device_info
 from fewbit.ops.linear import Choice, LinearKernel, LinearProblem, LinearWeights, choose
 from fewbit.ops.linear.dense import Dense
 from fewbit.ops.linear.gpu import GpuKernel, GpuLinear
-from fewbit.spec.decoder import Layer, LinearShape
+from fewbit.spec.decoder import Layer, LinearShape, MoE, leaf_of
 
 
 class Linear:
@@ -118,6 +118,8 @@ class Loader:
 
     def _layer_why_not(self, index: int, layer: Layer) -> str | None:
         a, kv = layer.attention, self.checkpoint.kv.get(index)
+        if isinstance(layer.mlp, MoE):
+            return "it is a mixture of experts"
         if layer.mlp.act != "silu":
             return f"the activation is {layer.mlp.act}, the kernels know silu"
         if layer.mlp.width % 8:
@@ -182,15 +184,17 @@ class Loader:
     def layer(self, index: int, look: Look = _nothing) -> DecoderLayer:
         """One layer with its kernels; see `linear`."""
         shapes = self.checkpoint.spec.layer_linears(index)
-        linears = {shape.name.rpartition(".")[2]: self.linear(shape, look) for shape in shapes}
+        linears = {leaf_of(shape.name): self.linear(shape, look) for shape in shapes}
         return DecoderLayer(index, self.checkpoint.spec.layers[index], linears, self.norms(index))
 
     def norms(self, index: int) -> dict[str, Tensor]:
-        """The norm weights of one layer, by their last name."""
+        """The norm weights of one layer, and its router if it has one, by their last name."""
         prefix = f"layers.{index}"
         names = [f"{prefix}.pre_attn", f"{prefix}.pre_mlp"]
         if self.checkpoint.spec.layers[index].attention.qk_norm:
             names += [f"{prefix}.attn.q_norm", f"{prefix}.attn.k_norm"]
+        if isinstance(self.checkpoint.spec.layers[index].mlp, MoE):
+            names.append(f"{prefix}.mlp.router")
         return {name.rpartition(".")[2]: self.norm(name) for name in names}
 
     def head(self, look: Look = _nothing) -> Linear:

@@ -78,24 +78,59 @@ class MLP:
 
 
 @dataclass(frozen=True)
+class MoE:
+    """A mixture of experts: each token goes through the `top_k` MLPs to which a router gives the highest scores.
+
+    The router's logits become scores by a softmax over all experts; the results are added, weighted by them.
+    """
+
+    experts: int
+    top_k: int
+    expert: MLP
+    renormalize: bool = True  # the chosen scores are divided by their sum
+
+    @property
+    def width(self) -> int:
+        """Of one expert."""
+        return self.expert.width
+
+    @property
+    def act(self) -> str:
+        """Of every expert."""
+        return self.expert.act
+
+
+@dataclass(frozen=True)
 class Layer:
     """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
 
     attention: Attention
-    mlp: MLP
+    mlp: MLP | MoE
     pre_attn: Norm
     pre_mlp: Norm
+
+    def mlps(self, index: int) -> dict[str, MLP]:
+        """Its MLPs as layer `index` by canonical name: ``layers.3.mlp``, or one for each expert."""
+        name = f"layers.{index}.mlp"
+        if isinstance(self.mlp, MLP):
+            return {name: self.mlp}
+        return {f"{name}.experts.{e}": self.mlp.expert for e in range(self.mlp.experts)}
 
 
 @dataclass(frozen=True)
 class LinearShape:
     """One linear layer: rows out, columns in, whether a bias is added, and who reads the same input."""
 
-    name: str  # canonical: layers.3.attn.q, layers.3.mlp.down, lm_head
+    name: str  # canonical: layers.3.attn.q, layers.3.mlp.down, layers.3.mlp.experts.7.down, lm_head
     out_features: int
     in_features: int
     bias: bool = False
     shares_input: str = ""  # linears of one name here read one input: layers.3.attn.qkv, layers.3.mlp.gate_up
+
+
+def leaf_of(name: str) -> str:
+    """What a linear of this canonical name is called in its layer: ``q``, ``down``, ``experts.7.down``."""
+    return name.split(".", 3)[-1]
 
 
 def by_input(shapes: Iterable[LinearShape]) -> list[list[LinearShape]]:
@@ -120,17 +155,20 @@ class DecoderSpec:
     def layer_linears(self, index: int) -> tuple[LinearShape, ...]:
         """The linears of layer `index`, in the order in which they run."""
         layer, p = self.layers[index], f"layers.{index}"
-        a, m, h = layer.attention, layer.mlp, self.hidden
-        qkv, gate_up = f"{p}.attn.qkv", f"{p}.mlp.gate_up"
-        return (
+        a, h, qkv = layer.attention, self.hidden, f"{p}.attn.qkv"
+        found = [
             LinearShape(f"{p}.attn.q", a.heads * a.head_dim, h, a.qkv_bias, qkv),
             LinearShape(f"{p}.attn.k", a.kv_heads * a.head_dim, h, a.qkv_bias, qkv),
             LinearShape(f"{p}.attn.v", a.kv_heads * a.head_dim, h, a.qkv_bias, qkv),
             LinearShape(f"{p}.attn.o", h, a.heads * a.head_dim, a.o_bias),
-            LinearShape(f"{p}.mlp.gate", m.width, h, m.bias, gate_up),
-            LinearShape(f"{p}.mlp.up", m.width, h, m.bias, gate_up),
-            LinearShape(f"{p}.mlp.down", h, m.width, m.bias),
-        )
+        ]
+        for name, m in layer.mlps(index).items():
+            found += [
+                LinearShape(f"{name}.gate", m.width, h, m.bias, f"{name}.gate_up"),
+                LinearShape(f"{name}.up", m.width, h, m.bias, f"{name}.gate_up"),
+                LinearShape(f"{name}.down", h, m.width, m.bias),
+            ]
+        return tuple(found)
 
     def linears(self) -> Iterator[LinearShape]:
         """Every linear of the model, layer by layer, ``lm_head`` last."""
@@ -150,7 +188,13 @@ class DecoderSpec:
             shapes[f"{p}.attn.q_norm.weight"] = (layer.attention.head_dim,)
             shapes[f"{p}.attn.k_norm.weight"] = (layer.attention.head_dim,)
         shapes[f"{p}.pre_mlp.weight"] = (self.hidden,)
+        if isinstance(layer.mlp, MoE):
+            shapes[f"{p}.mlp.router.weight"] = (layer.mlp.experts, self.hidden)
         return shapes
+
+    def routers(self) -> list[str]:
+        """Canonical names of the routers: linear in the files' own words, but not for rounding."""
+        return [f"layers.{i}.mlp.router" for i, layer in enumerate(self.layers) if isinstance(layer.mlp, MoE)]
 
     def outer_tensors(self) -> dict[str, tuple[int, ...]]:
         """Canonical name and shape of every tensor that belongs to no layer."""

@@ -275,6 +275,7 @@ def configs(spec: DecoderSpec, quantization: Quantization, names: Names) -> dict
     quant = quantization.quant
     kinds = list(dict.fromkeys(quant.values()))
     dense = [names.module(linear.name) for linear in spec.linears() if linear.name not in quant]
+    dense += map(names.module, spec.routers())
     groups = {}
     for number, kind in enumerate(kinds):
         members = [names.module(name) for name, other in quant.items() if other == kind]

@@ -197,6 +197,7 @@ def configs(spec: DecoderSpec, quantization: Quantization, names: Names) -> dict
         return {}
     kind = next(iter(quantization.quant.values()), None)
     dense = [names.module(linear.name) for linear in spec.linears() if linear.name not in quantization.quant]
+    dense += map(names.module, spec.routers())
     producer = {"name": "fewbit", "version": __version__}
     word = None if kind is None else _algorithm(kind)
     nested: dict[str, Any] = {"quant_algo": word, "kv_cache_quant_algo": "FP8" if quantization.kv else None}

@@ -61,33 +61,34 @@ class Settings:
 
     def _scale(self, block: Block, group: InputGroup, names: list[str]) -> Tensor:
         """The best scales of a group among ``rms(x)^r / mean|w|^(1 - r)``, r from 0 to 1, and no scales at all."""
-        stats = block.stats[names[0]]
-        hessian = _hessian(stats)
-        x = group.tie((hessian.diagonal() / max(stats.tokens, 1)).sqrt())
+        seen = list({id(s): s for s in (block.stats[name] for name in names)}.values())  # of experts each its own
+        square = torch.stack([_hessian(s).diagonal() for s in seen]).sum(0)
+        x = group.tie((square / max(sum(s.tokens for s in seen), 1)).sqrt())
         weights = {name: block.weights[name] for name in names}
         w = group.tie(torch.stack([_mean_column(v) for v in weights.values()]).mean(0))
         alive = (x > 0) & (w > 0)
         best = torch.ones_like(x)
         if not alive.any():
             return best
-        least = self._error(block, weights, best, hessian)
+        least = self._error(block, weights, best)
         for step in range(self.steps + 1):
             r = step / self.steps
             scale = x.pow(r) / w.pow(1 - r)
             scale = torch.where(alive, scale / (scale[alive].amax() * scale[alive].amin()).sqrt(), 1.0)
             scale = scale.clamp(1e-4, 1e4)
-            error = self._error(block, weights, scale, hessian)
+            error = self._error(block, weights, scale)
             if error < least:
                 best, least = scale, error
         return best
 
-    def _error(self, block: Block, weights: dict[str, Tensor], scale: Tensor, hessian: Tensor) -> float:
+    def _error(self, block: Block, weights: dict[str, Tensor], scale: Tensor) -> float:
         """The output error of a group's linears, rounded under a scale."""
         outers = shared_outers(weights, block.quant, scale)
         total = torch.zeros((), dtype=torch.float64, device=scale.device)
         for name, w in weights.items():
             fmt = block.quant[name].weight
             assert fmt is not None
+            hessian = _hessian(block.stats[name])
             for piece in (part.float() for part in _pieces(w, fmt)):
                 off = quantize(piece * scale, fmt, outer=outers.get(name)).dequantize().div_(scale).sub_(piece)
                 with rough_products():

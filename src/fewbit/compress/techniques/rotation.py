@@ -20,6 +20,7 @@ from fewbit.checkpoint import Checkpoint
 from fewbit.checkpoint.checkpoint import Tensors
 from fewbit.compress.techniques import Needs
 from fewbit.errors import RecipeError
+from fewbit.spec.decoder import MoE
 
 
 @dataclass(frozen=True)
@@ -74,16 +75,21 @@ class Settings:
         for i, layer in enumerate(spec.layers):
             p, a = f"layers.{i}", layer.attention
             turn = _within(orthogonal(a.head_dim, self.seed + 1), self.heads)
-            readers = {f"{p}.pre_attn": ("attn.q", "attn.k"), f"{p}.pre_mlp": ("mlp.gate", "mlp.up")}
-            for before, leaves in readers.items():
-                for leaf in leaves:
-                    add(f"{p}.{leaf}.weight", lambda w, n=before: reads(w, n))  # type: ignore[misc]
+            mlps = list(layer.mlps(i))
+            readers = {f"{p}.pre_attn": [f"{p}.attn.q", f"{p}.attn.k"]}
+            readers[f"{p}.pre_mlp"] = [f"{m}.{which}" for m in mlps for which in ("gate", "up")]
+            if isinstance(layer.mlp, MoE):
+                readers[f"{p}.pre_mlp"].append(f"{p}.mlp.router")
+            for before, names in readers.items():
+                for name in names:
+                    add(f"{name}.weight", lambda w, n=before: reads(w, n))  # type: ignore[misc]
                 add(f"{before}.weight", torch.ones_like)
             add(f"{p}.attn.v.weight", lambda w, n=f"{p}.pre_attn", t=turn: t(reads(w, n), 0))  # type: ignore[misc]
             add(f"{p}.attn.o.weight", lambda w, t=turn: writes(t(w, 1)))  # type: ignore[misc]
-            add(f"{p}.mlp.down.weight", writes)
+            for m in mlps:
+                add(f"{m}.down.weight", writes)
             turned: dict[str, Any] = {f"{p}.attn.v.bias": lambda b, t=turn: t(b, 0)}
-            turned |= {f"{p}.attn.o.bias": writes, f"{p}.mlp.down.bias": writes}
+            turned |= dict.fromkeys([f"{p}.attn.o.bias", *(f"{m}.down.bias" for m in mlps)], writes)
             for name in spec.layer_tensors(i):
                 if name not in made:  # biases, and norms of q and k, which see no rotation
                     add(name, turned.get(name, lambda t: t))

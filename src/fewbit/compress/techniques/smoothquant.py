@@ -57,7 +57,7 @@ class Settings:
             names = [name for name in quantized(group, block) if block.quant[name].input is not None]
             if not names or (self.inputs == "norms" and group.linear):
                 continue
-            inputs = group.tie(block.stats[names[0]].amax)
+            inputs = group.tie(torch.stack([block.stats[name].amax for name in names]).amax(0))
             weights = group.tie(torch.stack([block.weights[name].abs().amax(0).float() for name in names]).amax(0))
             scales = [_scale(inputs, weights, alpha) for alpha in (_GRID if self.alpha == "auto" else (self.alpha,))]
             if len(scales) > 1:

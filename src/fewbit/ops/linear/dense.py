@@ -47,19 +47,18 @@ class Dense:
         """See `LinearKernel.run`."""
         w = prepared.weights
         assert isinstance(w.weight, Tensor)
-        if x.device.type == "cpu":
-            return _same_alone(w.round_input(x), w.weight, w.bias)
-        return F.linear(w.round_input(x), w.weight, w.bias)
+        return same_alone(w.round_input(x), w.weight, w.bias)
 
 
-def _same_alone(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def same_alone(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear`` whose rows do not depend, to the last bit, on how many others there are.
 
-    The library has other code for a handful of rows (for each of its threads), which adds in another order. Filling up
-    few rows to a multiple of four a thread keeps it on one path: an answer is then the same alone and in a batch.
+    On a CPU the library has other code for a handful of rows (for each of its threads), which adds in another order.
+    Filling up few rows to a multiple of four a thread keeps it on one path: an answer is then the same alone and in a
+    batch.
     """
     rows, threads = x.shape[0], torch.get_num_threads()
-    if x.ndim == 2 and rows < 16 * threads and (more := -rows % (4 * threads)):
+    if x.device.type == "cpu" and x.ndim == 2 and rows < 16 * threads and (more := -rows % (4 * threads)):
         return F.linear(F.pad(x, (0, 0, 0, more)), weight, bias)[:rows]
     return F.linear(x, weight, bias)
 

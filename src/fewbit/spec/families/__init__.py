@@ -1,7 +1,8 @@
 """Families: one file each, found by looking into this folder.
 
 A family's module holds ``ARCHITECTURES`` (names in config.json), ``read`` (config.json to `DecoderSpec`), ``write``
-(the way back), ``NAMES`` (canonical module to the checkpoint's, ``{i}`` for the layer), ``DROPPED`` (patterns of
+(the way back), ``NAMES`` (canonical module to the checkpoint's, ``{i}`` for the layer, ``{e}`` for the
+expert), ``DROPPED`` (patterns of
 tensors it knowingly does not use) and ``TINY`` (a config.json for tests).
 """
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from fewbit.errors import CheckpointError
-from fewbit.spec.decoder import MLP, Attention, DecoderSpec, Layer, Norm
+from fewbit.spec.decoder import MLP, Attention, DecoderSpec, Layer, MoE, Norm
 from fewbit.spec.hfconfig import HFConfig, common_fields
 
 ARCHITECTURES = ("LlamaForCausalLM",)
@@ -59,10 +59,11 @@ def llama_like(
     qkv_bias: bool = False,
     o_bias: bool = False,
     mlp_bias: bool = False,
+    mixture: MoE | None = None,
 ) -> DecoderSpec:
     """A decoder of pre-normed layers with grouped-query attention and a gated MLP.
 
-    `windows` gives the attention window of each layer; empty: none has one.
+    `windows` gives the attention window of each layer; empty: none has one. `mixture`: in place of the MLP.
     """
     heads, hidden, count = c.need("num_attention_heads"), c.need("hidden_size"), c.need("num_hidden_layers")
     kv_heads = c.optional("num_key_value_heads") or heads
@@ -81,7 +82,7 @@ def llama_like(
         qkv_bias=qkv_bias,
         o_bias=o_bias,
     )
-    mlp = MLP(c.need("intermediate_size"), c.activation(), mlp_bias)
+    mlp = mixture or MLP(c.need("intermediate_size"), c.activation(), mlp_bias)
     layers = tuple(Layer(replace(attention, window=window), mlp, norm, norm) for window in windows or (None,) * count)
     context = c.optional("max_position_embeddings") or 2048
     return DecoderSpec(c.need("vocab_size"), hidden, layers, norm, c.flag("tie_word_embeddings"), context)
@@ -96,5 +97,5 @@ def read(config: HFConfig) -> DecoderSpec:
 def write(spec: DecoderSpec) -> dict[str, Any]:
     """Spec to config.json."""
     first = spec.layers[0]
-    own = {"attention_bias": first.attention.qkv_bias, "mlp_bias": first.mlp.bias}
+    own = {"attention_bias": first.attention.qkv_bias, "mlp_bias": isinstance(first.mlp, MLP) and first.mlp.bias}
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **common_fields(spec), **own}
