@@ -390,6 +390,5 @@ def summary(decided: Mapping[str, QuantSpec], spec: DecoderSpec) -> list[tuple[s
 
 
 def group_name(linear: str) -> str:
-    """``layers.3.attn.q`` to ``layers.*.attn.q``."""
-    first, *rest = linear.split(".")
-    return ".".join([first, "*", *rest[1:]]) if rest else linear
+    """``layers.3.attn.q`` to ``layers.*.attn.q``, ``layers.3.mlp.experts.7.up`` to ``layers.*.mlp.experts.*.up``."""
+    return ".".join("*" if part.isdigit() else part for part in linear.split("."))

@@ -95,6 +95,7 @@ def test_the_first_rule_that_matches_decides():
     groups = dict(summary(decided, SPEC))
     assert groups["layers.*.mlp.down"] in ("fp8_row weights", "as it was")
     assert group_name("layers.13.attn.q") == "layers.*.attn.q"
+    assert group_name("layers.3.mlp.experts.12.up") == "layers.*.mlp.experts.*.up"
     assert group_name("lm_head") == "lm_head"
 
 
