@@ -142,7 +142,9 @@ def _show_decision(decision: Decision) -> None:
     layers: dict[str, dict[str, list[str]]] = {}
     for linear, candidate in decision.candidate.items():
         _, layer, role = linear.split(".", 2)
-        layers.setdefault(layer, {}).setdefault(candidate, []).append(role.rpartition(".")[2])
+        roles = layers.setdefault(layer, {}).setdefault(candidate, [])
+        if (last := role.rpartition(".")[2]) not in roles:  # of every expert
+            roles.append(last)
     speed = "" if decision.tokens_per_s is None else f", {decision.tokens_per_s:.1f} tokens/s"
     note(f"auto: {decision.bits:.3f} bits a weight, {decision.loss:.5f} nats of KL divergence{speed} to be expected")
     for layer, chosen in layers.items():

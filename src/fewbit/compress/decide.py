@@ -21,7 +21,7 @@ from fewbit.compress.steptimes import StepTimes, groups_of
 from fewbit.compress.techniques.auto import Settings, cheapest
 from fewbit.errors import CheckpointError, RecipeError, UnsupportedError
 from fewbit.numerics.quantspec import QuantSpec
-from fewbit.spec.decoder import DecoderSpec
+from fewbit.spec.decoder import DecoderSpec, role_of
 
 UNCHANGED = "none"
 """The candidate that leaves a linear as it was."""
@@ -113,7 +113,7 @@ def _timed(units: Sequence[Unit], times: StepTimes, layers: int) -> tuple[list[U
     """The units with the time of each option beyond the fastest, and a step's seconds with the fastest of all."""
     seconds, found = times.seconds(layers), []
     for unit in units:
-        more = [times.of(unit.names[0].split(".", 2)[2], o.candidate) for o in unit.options]
+        more = [times.of(role_of(unit.names[0]), o.candidate) for o in unit.options]
         options = (replace(o, time=round((m - min(more)) * 1e9)) for o, m in zip(unit.options, more, strict=True))
         found.append(replace(unit, options=tuple(options)))
         seconds += min(more)
@@ -139,8 +139,8 @@ def patterns(candidate: Mapping[str, str]) -> list[tuple[str, str]]:
     """The shortest plain rules that say the same, first match first: exceptions by name, then a role's usual choice."""
     roles: dict[str, dict[str, str]] = {}
     for linear, name in candidate.items():
-        _, _, role = linear.split(".", 2)  # layers.3.attn.q
-        roles.setdefault(role, {})[linear] = name
+        role = role_of(linear)
+        roles.setdefault(role, {})[f"layers.{linear.split('.')[1]}.{role}"] = name
     exceptions, usual = [], []
     for role, chosen in roles.items():
         common = Counter(chosen.values()).most_common(1)[0][0]

@@ -1,7 +1,7 @@
 """What quantizing a group of linears costs the model: measured one by one, or estimated in one backward pass.
 
 The model is held in float on the device. A group are the linears that read one input: who joins q, k and v wants them
-alike.
+alike. Experts are not told apart: a group holds those of all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fewbit.model.rope import Rotary
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.numerics.reference import input_scale, quantize
 from fewbit.ops.linear import LinearWeights
-from fewbit.spec.decoder import LinearShape, by_input, leaf_of
+from fewbit.spec.decoder import LinearShape, by_input, by_role, leaf_of
 
 _PIECE = 256  # tokens whose logits are held at a time
 _SEED = 0
@@ -33,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Unit:
-    """Linears that read one input, and what each candidate would cost them."""
+    """Linears that read one input (of experts all), and what each candidate would cost them."""
 
     names: tuple[str, ...]
     options: tuple[Option, ...]
@@ -87,7 +87,7 @@ class _Model:
         with torch.inference_mode():
             walk = self._stream()
             for index, layer in enumerate(self.layers):
-                for shapes in by_input(self.spec.layer_linears(index)):
+                for shapes in by_role(self.spec.layer_linears(index)):
                     self.progress("measure", index, len(self.layers))
                     options = []
                     for name, (linears, bits) in self._choices(shapes, stats[index]).items():
@@ -124,7 +124,9 @@ class _Model:
         found = {}
         for name, decided in self.candidates.items():
             quants = {shape.name: decided[shape.name] for shape in shapes if shape.name in decided}
-            outers = shared_outers(floats, quants)
+            outers: dict[str, Tensor] = {}
+            for group in by_input(shapes):
+                outers |= shared_outers({shape.name: floats[shape.name] for shape in group}, quants)
             linears: dict[str, LinearOp] = {}
             bits = 0
             for shape in shapes:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fewbit.errors import RecipeError, UnsupportedError
 from fewbit.numerics.quantspec import KVSpec
-from fewbit.spec.decoder import DecoderSpec, by_input
+from fewbit.spec.decoder import DecoderSpec, by_role, role_of
 
 SCHEMA = 1
 
@@ -106,6 +106,19 @@ def shape_of(spec: DecoderSpec) -> dict[str, int]:
 
 
 def groups_of(spec: DecoderSpec) -> list[tuple[str, ...]]:
-    """The linears of a layer that read one input, by role: ``attn.q``, ``attn.k``, ``attn.v`` and so on."""
-    groups = by_input(spec.layer_linears(0))
-    return [tuple(shape.name.split(".", 2)[2] for shape in group) for group in groups]
+    """The roles of a layer's linears in groups that read one input: ``attn.q``, ``attn.k``, ``attn.v`` and so on.
+
+    Raises:
+        UnsupportedError: layers have other linears than the first, whose time says nothing of theirs.
+    """
+    found = {
+        tuple(
+            tuple(dict.fromkeys(role_of(shape.name) for shape in group)) for group in by_role(spec.layer_linears(index))
+        )
+        for index in range(len(spec.layers))
+    }
+    if len(found) > 1:
+        raise UnsupportedError(
+            "step times are of models whose layers are alike; some of this one have experts, some not"
+        )
+    return list(found.pop())

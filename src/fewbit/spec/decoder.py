@@ -141,6 +141,19 @@ def by_input(shapes: Iterable[LinearShape]) -> list[list[LinearShape]]:
     return list(groups.values())
 
 
+def role_of(name: str) -> str:
+    """What linears do in their layer, whichever expert they belong to: ``attn.q``, ``mlp.experts.*.down``."""
+    return ".".join("*" if part.isdigit() else part for part in name.split(".")[2:])
+
+
+def by_role(shapes: Iterable[LinearShape]) -> list[list[LinearShape]]:
+    """The linears of a layer in groups that read one input, those of all experts together."""
+    groups: dict[str, list[LinearShape]] = {}
+    for group in by_input(shapes):
+        groups.setdefault(role_of(group[0].name), []).extend(group)
+    return list(groups.values())
+
+
 @dataclass(frozen=True)
 class DecoderSpec:
     """A whole decoder. Layers are a tuple: alternating windows or uneven widths are just another spec."""

@@ -23,6 +23,7 @@ from fewbit.errors import RecipeError, UnsupportedError
 from fewbit.measure import steptimes
 from fewbit.measure.dummy import dummy_checkpoint, shape_named
 from fewbit.measure.quality import evaluate
+from fewbit.spec.decoder import role_of
 from helpers import ids, make_model, same_tensors
 
 CPU = torch.device("cpu")
@@ -219,7 +220,7 @@ def test_a_speed_is_reached_and_no_faster_choice_loses_less(source, tmp_path):
     assert found.tokens_per_s >= wanted
     assert f"# Made by auto: int4, int8_wo, none at {wanted:g} tokens/s, by kl: " in found.recipe.text
     assert found.recipe.resolve(checkpoint.spec).keys() == {n for n, c in found.candidate.items() if c != "none"}
-    seconds = [[StepTimes.read(path).of(u.names[0].split(".", 2)[2], o.candidate) for o in u.options]
+    seconds = [[StepTimes.read(path).of(role_of(u.names[0]), o.candidate) for o in u.options]
                for u in found.units]  # fmt: skip
     least = min(
         sum(u.options[i].loss for u, i in zip(found.units, choice, strict=True))
@@ -303,3 +304,17 @@ def test_a_step_is_timed():
     config = shape_named("llama3.2-1b") | {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 64, "head_dim": 16}
     config |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     assert steptimes._step(config, AS_IT_WAS, CPU, 2, 3, 8) > 0
+
+
+def test_experts_are_decided_together(tmp_path):
+    checkpoint = open_checkpoint(make_model(tmp_path / "m", "qwen3_moe", mlp_only_layers=[1]))
+    found = decide(checkpoint, parse_recipe("own", AUTO.replace("BITS", "8.5")), CPU)
+    roles = [{role_of(name) for name in unit.names} for unit in found.units]
+    assert roles[2:4] == [{"mlp.experts.*.gate", "mlp.experts.*.up"}, {"mlp.experts.*.down"}]
+    assert len(found.units[2].names) == 12
+    resolved = found.recipe.resolve(checkpoint.spec)
+    assert {name for name, chosen in found.candidate.items() if chosen != "none"} == resolved.keys()
+    assert all(len(rule.match.split(".")) < 7 for rule in found.recipe.rules)
+    with pytest.raises(UnsupportedError, match="step times are of models whose layers are alike"):
+        groups_of(checkpoint.spec)
+    assert not any("experts." in rule.match and "experts.*" not in rule.match for rule in found.recipe.rules)
