@@ -103,6 +103,7 @@ class CheckpointWriter:
         self.names, self.config, self.files = Names(family, spec), dict(config), files
         check_target(target, force)
         self.dense_dtypes = dtypes
+        self._linears = {linear.name: linear for linear in spec.linears()}
         self.folder = target.absolute().parent / f".{target.name}.unfinished"
         self.recorded: dict[str, Any] | None = None
         self._finished = False
@@ -213,7 +214,7 @@ class CheckpointWriter:
         assert isinstance(tensor, QTensor), name
         for suffix, part in self.fmt.packing(quant).pack(tensor).items():
             self._shards.write(f"{module}.{suffix}", part)
-        linear = next(linear for linear in self.spec.linears() if linear.name == owner)
+        linear = self._linears[owner]
         if self.fmt.prescale(linear, quant) and not quant.prescale:
             ones = torch.ones(linear.in_features, dtype=self.dense_dtypes["embed.weight"])
             self._shards.write(f"{module}.pre_quant_scale", ones)

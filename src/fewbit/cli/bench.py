@@ -145,6 +145,8 @@ def step(
     if len(set(names)) < 2:
         raise RequestError(f"--candidates {candidates}: expected two or more, by commas; for example none,fp8")
     where = device_of(device)
+    if not output.absolute().parent.is_dir():
+        raise RequestError(f"--output {output}: there is no folder {output.absolute().parent}")
     found = measure(
         _shape(config), names, where, kv=kv, batch=batch, context=context, layers=layers, tell=note
     )  # fmt: skip

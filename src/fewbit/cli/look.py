@@ -65,7 +65,10 @@ def inspect(
 def plan(
     model: ModelArgument,
     recipe: Annotated[str | None, typer.Option("--recipe", help="As this recipe would make it.")] = None,
-    kv: Annotated[str | None, typer.Option("--kv", help="K/V cache format: fp8 or int8.")] = None,
+    kv: Annotated[
+        str | None,
+        typer.Option("--kv", help="K/V cache format: fp8, int8, int4, or fp8_head and so on."),
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time.")] = 1,
     context: Annotated[int | None, typer.Option("--context", min=1, help="Tokens of each [default: the most]")] = None,
     json: JsonOption = False,

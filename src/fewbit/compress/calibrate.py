@@ -72,13 +72,11 @@ def _help_experts(block: Block) -> None:
         few = [m for m, stats in own.items() if stats.tokens < FLOOR]
         if not few:
             continue
-        together = Stats.sum(list(own.values()))
-        if which == ("down",):
-            together = together.blank()
+        together = None if which == ("down",) else Stats.sum(list(own.values()))
+        reach = max(float(stats.amax.max()) for stats in own.values())
         for m in few:
             block.scarce.update(of[m])
-            block.stats |= {name: together.copy() for name in of[m][:1]}
-            block.stats |= dict.fromkeys(of[m], block.stats[of[m][0]])
+            block.stats |= dict.fromkeys(of[m], own[m].blank(reach) if together is None else together.copy())
 
 
 def observe_head(

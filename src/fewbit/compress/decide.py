@@ -90,7 +90,7 @@ def decide(
         units, fastest = _timed(units, times, len(checkpoint.spec.layers))
         budget = int((times.batch / auto.tokens_per_s - fastest) * 1e9)
         if budget < 0:
-            most = f"{times.batch / fastest:.1f}"
+            most = f"{math.floor(times.batch / fastest * 10) / 10:.1f}"  # so much can be asked for
             raise UnsupportedError(
                 f"auto: even the fastest candidates make {most} tokens/s of {times.batch} sequences, not "
                 f"{auto.tokens_per_s:g}"

@@ -31,6 +31,7 @@ class Disk:
             for count, name in ((1, "reader"), (1, "writer"), (_HANDS, "hand"))
         )
         self._writes: list[Future[None]] = []
+        self._before: list[Future[None]] = []
         self._failed = False  # after a write that failed none is done: the last notes that all before it were
 
     def read(self, call: Callable[..., T], *args: Any) -> Callable[[], T]:
@@ -57,6 +58,12 @@ class Disk:
             write.result()
             self._writes.remove(write)
         self._writes.append(self._writer.submit(self._try, call, *args))
+
+    def catch_up(self) -> None:
+        """Wait for what was asked for before the last call: a slow disk holds the loop up before memory is full."""
+        for write in self._before:
+            write.result()
+        self._before = list(self._writes)
 
     def wait(self) -> None:
         """Until everything is written. Raises what went wrong."""

@@ -136,7 +136,7 @@ def fold(block: Block, group: InputGroup, scale: Tensor) -> None:
         block.norms[group.norm] = after.to(block.norms[group.norm].dtype)
         scale = torch.where((before != 0) & (after != 0), before / after, scale)
         if group.norm == "pre_mlp" and "router" in block.norms:  # reads the same input
-            block.norms["router"] = (block.norms["router"].float() * scale).to(block.norms["router"].dtype)
+            block.norms["router"] = block.norms["router"] * scale  # float32: rounded when it is stored
     else:
         rows = group.rows(scale)
         block.weights[group.linear] = block.weights[group.linear].float() / rows[:, None]

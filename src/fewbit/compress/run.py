@@ -123,6 +123,7 @@ class _Run:
                 self.progress("compress", index, len(spec.layers))
                 assert coming is not None
                 block = coming()
+                disk.catch_up()
                 coming = disk.read(self._read, index + 1) if index + 1 < len(spec.layers) else None
                 self._block(block, data, exact, rounded)
                 del block
@@ -161,7 +162,11 @@ class _Run:
         """What a later run must know to go on after `done` layers."""
         weight, output, experts = self.report.weight_error, self.report.output_error, self.report.experts
         pairs: dict[str, Mapping[Any, Any]] = {"weight_error": weight, "output_error": output, "experts": experts}
-        return {"done": done, "scarce": self.report.scarce, **{name: list(d.items()) for name, d in pairs.items()}}
+        return {
+            "done": done,
+            "scarce": list(self.report.scarce),
+            **{name: list(d.items()) for name, d in pairs.items()},
+        }
 
     def _go_on(self, data: Stream, exact: Stream, rounded: Stream) -> int:
         """Bring the streams to where an unfinished run stopped; how many layers it finished."""
@@ -170,7 +175,7 @@ class _Run:
         done: int = found["done"]
         self.report.resumed_after = done
         self.report.weight_error, self.report.output_error = dict(found["weight_error"]), dict(found["output_error"])
-        self.report.experts, self.report.scarce = dict(found["experts"]), found["scarce"]
+        self.report.experts, self.report.scarce = dict(found.get("experts", ())), list(found.get("scarce", ()))
         partial = Loader(open_checkpoint(self.writer.folder), self.device)
         for index in range(done):
             self.progress("compress", index, len(self.checkpoint.spec.layers))

@@ -21,8 +21,9 @@ from fewbit.model import DecoderLayer, DenseAttend, KVCodec, Linear, Loader
 from fewbit.model.decoder import LinearOp, rms_norm
 from fewbit.model.rope import Rotary
 from fewbit.numerics.quantspec import QuantSpec
-from fewbit.numerics.reference import input_scale, quantize
+from fewbit.numerics.reference import input_scale
 from fewbit.ops.linear import LinearWeights
+from fewbit.ops.rounding import quantize
 from fewbit.spec.decoder import LinearShape, by_input, by_role, leaf_of
 
 _PIECE = 256  # tokens whose logits are held at a time
@@ -83,6 +84,7 @@ class _Model:
                 walk.through(layer, self.codecs)
             exact = walk.states()
         gradients = self._gradients() if score == "gradient" else []
+        tokens = sum(map(len, self.windows))
         found: list[Unit] = []
         with torch.inference_mode():
             walk = self._stream()
@@ -95,7 +97,8 @@ class _Model:
                         if linears and score == "kl":
                             loss = self._divergence(index, layer, linears, walk, exact)
                         elif linears:
-                            loss = sum(_estimate(gradients, f"layers.{index}.{n}", op) for n, op in linears.items())
+                            names = {n: f"layers.{index}.{n}" for n in linears}
+                            loss = sum(_estimate(gradients, names[n], op, tokens) for n, op in linears.items())
                         options.append(Option(name, bits, loss))
                     found.append(Unit(tuple(shape.name for shape in shapes), tuple(options)))
                 walk.through(layer, self.codecs)
@@ -192,11 +195,14 @@ def _watched(op: LinearOp, name: str, seen: dict[str, tuple[Tensor, Tensor]]) ->
     return run
 
 
-def _estimate(gradients: Sequence[Mapping[str, tuple[Tensor, Tensor, Tensor]]], name: str, linear: LinearOp) -> float:
-    """``E[(g · Δy)²] / 2`` over all tokens, for one linear; `name` as in `_Model._gradients`."""
-    total, tokens = 0.0, 0
+def _estimate(
+    gradients: Sequence[Mapping[str, tuple[Tensor, Tensor, Tensor]]], name: str, linear: LinearOp, tokens: int
+) -> float:
+    """``E[(g · Δy)²] / 2`` over all `tokens`, for one linear; `name` as in `_Model._gradients`."""
+    total = 0.0
     for window in gradients:
+        if name not in window:  # an expert to which no token went
+            continue
         x, y, g = window[name]
         total += ((linear(x) - y).float() * g.float()).sum(-1).double().square().sum().item()
-        tokens += len(x)
     return total / 2 / tokens

@@ -68,7 +68,7 @@ class Stats:
             torch.stack([s.amax for s in parts]).amax(0),
             torch.stack([s.total for s in parts]).sum(0),
             functools.reduce(torch.add, hessians) if hessians else None,
-            torch.cat(samples)[:SAMPLE] if samples else None,
+            torch.cat([s[: -(-SAMPLE // len(samples))] for s in samples])[:SAMPLE] if samples else None,
         )
 
     def copy(self) -> Stats:
@@ -76,9 +76,9 @@ class Stats:
         parts = (None if t is None else t.clone() for t in (self.amax, self.total, self.hessian, self.sample))
         return Stats(self.tokens, *parts)  # type: ignore[arg-type]
 
-    def blank(self) -> Stats:
+    def blank(self, reach: float) -> Stats:
         """As if nothing were known but how far the inputs reach: every channel counts the same."""
-        amax = torch.full_like(self.amax, float(self.amax.max()))
+        amax = torch.full_like(self.amax, reach)
         hessian = None if self.hessian is None else torch.eye(len(amax), device=amax.device)
         return Stats(1, amax, torch.zeros_like(self.total), hessian, None if self.sample is None else self.sample[:0])
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from fewbit.errors import RecipeError, UnsupportedError
 from fewbit.numerics.quantspec import KVSpec
-from fewbit.spec.decoder import DecoderSpec, by_role, role_of
+from fewbit.spec.decoder import DecoderSpec, MoE, by_role, role_of
 
 SCHEMA = 1
 
@@ -66,6 +66,7 @@ class StepTimes:
         Raises:
             UnsupportedError: it is of another shape, or of K and V in another format.
         """
+        groups_of(spec)
         if (mine := shape_of(spec)) != self.shape:
             differ = ", ".join(f"{n} {self.shape.get(n)}, the model has {v}" for n, v in mine.items()
                                if self.shape.get(n) != v)  # fmt: skip
@@ -89,7 +90,10 @@ class StepTimes:
             raw: Any = json.loads(path.read_text("utf8"))
             if raw.pop("schema") != SCHEMA:
                 raise ValueError(f"of schema {SCHEMA} is expected")
-            return cls(**raw)
+            made = cls(**raw)
+            if not all(isinstance(d, dict) for d in (made.shape, made.more, *made.more.values())):
+                raise ValueError("'shape' and 'more' are expected to be objects")
+            return made
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise RecipeError(
                 f"auto: {path} is no table of step times ({error}); make one with fewbit bench step"
@@ -99,9 +103,11 @@ class StepTimes:
 def shape_of(spec: DecoderSpec) -> dict[str, int]:
     """The sizes on which a step's time depends, but for the number of layers."""
     first = spec.layers[0]
+    m = first.mlp
+    mixture = {"experts": m.experts, "top_k": m.top_k} if isinstance(m, MoE) else {"experts": 1, "top_k": 1}
     return {
         "hidden": spec.hidden, "width": first.mlp.width, "heads": first.attention.heads,
-        "kv_heads": first.attention.kv_heads, "head_dim": first.attention.head_dim, "vocab": spec.vocab,
+        "kv_heads": first.attention.kv_heads, "head_dim": first.attention.head_dim, "vocab": spec.vocab, **mixture,
     }  # fmt: skip
 
 

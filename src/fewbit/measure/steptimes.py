@@ -17,8 +17,9 @@ from fewbit.compress.decide import UNCHANGED
 from fewbit.compress.recipe import AS_IT_WAS, Recipe, Rule, read_recipe
 from fewbit.compress.steptimes import StepTimes, groups_of, shape_of
 from fewbit.engine.attend import token_bytes
-from fewbit.engine.config import EngineOptions, resolve
+from fewbit.engine.config import STEP_TOKENS, EngineOptions, resolve
 from fewbit.engine.engine import Engine
+from fewbit.engine.gpu import SIZES
 from fewbit.engine.runner import free_bytes
 from fewbit.engine.types import GenerateRequest, SamplingParams
 from fewbit.errors import RecipeError, UnsupportedError
@@ -29,6 +30,7 @@ from fewbit.ops.device import device_info
 
 Tell = Callable[[str], None]
 _WARM, _TIMED = 4, 32  # steps
+_BLOCK = 64  # tokens: what a GPU's kernels have
 
 
 def measure(
@@ -61,8 +63,16 @@ def measure(
         UnsupportedError: a candidate runs another way than the first, so that times do not add up.
     """
     spec = dummy_checkpoint(config, AS_IT_WAS, device).spec
-    if context + _WARM + _TIMED + 8 > spec.context:
-        raise UnsupportedError(f"a context of {context} tokens leaves no room in the model's {spec.context}")
+    if context + _WARM + _TIMED + _prefill_steps(device, batch, context) > spec.context:
+        raise UnsupportedError(
+            f"{batch} sequences of {context} tokens and the steps to be timed exceed the model's {spec.context}"
+        )
+    if device.type == "cuda" and batch > SIZES[-1]:
+        raise UnsupportedError(f"batch {batch}: the largest recorded step holds {SIZES[-1]} sequences")
+    if device.type == "cuda" and spec.routers():
+        raise UnsupportedError("a mixture of experts runs kernel by kernel on a GPU: no group has a time of its own")
+    if len(set(candidates)) < len(candidates):
+        raise RecipeError(f"candidates {', '.join(candidates)}: each is named once")
     if len(spec.layers) < 2:
         raise UnsupportedError("a model of one layer has no time of a layer; give a shape of two or more")
     layers = min(layers, len(spec.layers) // 2)
@@ -106,10 +116,15 @@ def _quant(candidate: str) -> QuantSpec:
     """The numerics of a candidate."""
     if candidate == UNCHANGED:
         return QuantSpec()
-    rules = read_recipe(candidate).rules
-    if len(rules) != 1:
-        raise RecipeError(f"candidate {candidate} is not one rule; name a plain recipe")
-    return rules[0].quant
+    chosen = read_recipe(candidate)
+    if len(chosen.rules) != 1 or chosen.techniques:
+        raise RecipeError(f"candidate {candidate} is not one rule without techniques; name the plain recipe")
+    return chosen.rules[0].quant
+
+
+def _prefill_steps(device: torch.device, batch: int, context: int) -> int:
+    """Steps until all sequences have begun, and a few more."""
+    return -(-batch * context // STEP_TOKENS[device.type]) + batch + 8
 
 
 def _step(
@@ -121,10 +136,10 @@ def _step(
     if device.type == "cuda" and (reason := loader.fused_why_not()):
         raise UnsupportedError(f"a candidate keeps the model from the fused step ({reason}); leave it out")
     decoder = loader.decoder() if device.type != "cuda" else loader.fused()
-    longest = context + _WARM + _TIMED + 8
+    longest = context + _WARM + _TIMED + _prefill_steps(device, batch, context)
     options = EngineOptions(
-        device=str(device), max_batch=batch, max_model_len=longest, prefix_cache=False,
-        num_blocks=batch * (-(-longest // 16) + 1) + 1,
+        device=str(device), max_batch=batch, max_model_len=longest, prefix_cache=False, block_size=_BLOCK,
+        num_blocks=batch * (-(-longest // _BLOCK) + 1) + 1,
     )  # fmt: skip
     stored = token_bytes(decoder.spec, decoder.codecs)
     engine = Engine(decoder, resolve(options, spec=decoder.spec, token_bytes=stored, free_bytes=free_bytes(device)))
@@ -138,6 +153,8 @@ def _step(
         started |= {event.id for event in engine.step()}
     for _ in range(_WARM):
         engine.step()
+    if len(engine.scheduler.running) < batch:
+        raise UnsupportedError(f"{batch} sequences of {context} tokens do not run at the same time here; ask for fewer")
     if device.type == "cuda":
         from fewbit.measure.offline import seconds
 

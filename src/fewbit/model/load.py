@@ -102,6 +102,8 @@ class Loader:
             return "needs an NVIDIA GPU"
         if self.backend != "auto":
             return f"every linear was asked to run on '{self.backend}'"
+        if self.checkpoint.spec.routers():
+            return "it is a mixture of experts"
         for shape in self.checkpoint.spec.linears():
             kernel = self.choose(shape).kernel
             if self.checkpoint.quant.get(shape.name, QuantSpec()).lowrank:
@@ -118,8 +120,6 @@ class Loader:
 
     def _layer_why_not(self, index: int, layer: Layer) -> str | None:
         a, kv = layer.attention, self.checkpoint.kv.get(index)
-        if isinstance(layer.mlp, MoE):
-            return "it is a mixture of experts"
         if layer.mlp.act != "silu":
             return f"the activation is {layer.mlp.act}, the kernels know silu"
         if layer.mlp.width % 8:

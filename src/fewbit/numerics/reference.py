@@ -257,8 +257,8 @@ def fake_quantize(x: Tensor, fmt: Format, *, scale: Tensor | None = None, outer:
     alone = fmt.block[0] == 1 and (outer is not None or not fmt.outer) if scale is None else scale.numel() == 1
     if alone and flat.device.type == "cpu" and len(flat) > rows:
         # tokens know nothing of each other, and on a CPU a piece that fits a cache is faster
-        pieces = [fake_quantize(piece, fmt, scale=scale, outer=outer) for piece in flat.split(rows)]
-        return torch.cat(pieces).view_as(x)
+        done = [fake_quantize(piece, fmt, scale=scale, outer=outer) for piece in flat.split(rows)]
+        return torch.cat(done).view_as(x)
     zero = None
     if scale is None:
         scale, outer, zero = choose_scale(flat, fmt, outer)

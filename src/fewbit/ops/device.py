@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import os
 import resource
 import sys
@@ -201,6 +202,12 @@ def shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return HOPPER_SHARED
     return _LARGE_SHARED.get(torch.cuda.get_device_capability(device), 99 << 10)
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether the package is installed that compiles our kernels."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def gpu_count() -> int:

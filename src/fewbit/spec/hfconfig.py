@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fewbit.errors import CheckpointError, UnsupportedError
-from fewbit.spec.decoder import DecoderSpec, LinearScaling, Llama3Scaling, Rope, YarnScaling
+from fewbit.spec.decoder import DecoderSpec, LinearScaling, Llama3Scaling, MoE, Rope, YarnScaling
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 """Names in `config.json` to ours."""
@@ -127,6 +127,8 @@ def common_fields(spec: DecoderSpec) -> dict[str, Any]:
     if any(layer != first for layer in spec.layers):
         raise UnsupportedError("layers that differ cannot be written to a config.json of this family")
     a, m = first.attention, first.mlp
+    if isinstance(m, MoE):
+        raise UnsupportedError("a mixture of experts cannot be written to a config.json of this family")
     act = next(name for name, ours in ACTIVATIONS.items() if ours == m.act)
     return {
         "vocab_size": spec.vocab,

@@ -7,7 +7,7 @@ written in the dtype of the format.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -325,11 +325,11 @@ def _format(args: Mapping[str, Any], where: str) -> Format:
     raise UnsupportedError(f"{where}: compressed-tensors arguments {dict(args)} are not supported")
 
 
-def _targets(pattern: str, module: str) -> bool:
-    """Whether a target or ignore pattern means this linear."""
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
-    return pattern in ("Linear", module)
+def _matcher(targets: Sequence[str]) -> Callable[[str], bool]:
+    """Whether target or ignore patterns mean a linear, by its name: of a mixture there are thousands of both."""
+    exact = {pattern for pattern in targets if not pattern.startswith("re:")}
+    patterns = [re.compile(pattern[3:]) for pattern in targets if pattern.startswith("re:")]
+    return lambda module: "Linear" in exact or module in exact or any(p.match(module) for p in patterns)
 
 
 def _group_spec(group: Mapping[str, Any], where: str) -> QuantSpec:
@@ -357,15 +357,16 @@ def read(files: ModelFiles, spec: DecoderSpec, names: Names) -> Quantization:
     if (config.get("transform_config") or {}).get("config_groups"):
         raise UnsupportedError("compressed-tensors: transforms are not supported")
     groups = [(g.get("targets", []), _group_spec(g, name)) for name, g in config.get("config_groups", {}).items()]
-    ignore = config.get("ignore") or []
+    ignored = _matcher(config.get("ignore") or [])
+    # a full name says more than a class
+    kinds = [(_matcher(targets), kind) for targets, kind in sorted(groups, key=lambda g: "Linear" in g[0])]
     quant: dict[str, QuantSpec] = {}
     for linear in spec.linears():
         module = names.module(linear.name)
-        if any(_targets(p, module) for p in ignore) or (linear.name == "lm_head" and spec.tied):
+        if ignored(module) or (linear.name == "lm_head" and spec.tied):
             continue
-        # a full name says more than a class
-        for targets, kind in sorted(groups, key=lambda g: "Linear" in g[0]):
-            if any(_targets(p, module) for p in targets):
+        for targeted, kind in kinds:
+            if targeted(module):
                 quant[linear.name] = _as_stored(kind, files, module)
                 break
     scheme = config.get("kv_cache_scheme")

@@ -161,13 +161,12 @@ def why_not(spec: DecoderSpec, quantization: Quantization) -> str | None:
     """See `FileFormat.why_not`."""
     other = "use --export compressed-tensors, which can"
     kinds = set(quantization.quant.values())
+    out = {linear.name: linear.out_features for linear in spec.linears()}
     for name, quant in quantization.quant.items():
         if _algorithm(quant) is None:
             return f"{name}: Model Optimizer's layout has no word for {quant}; {other}"
-        if quant.weight is not None and quant.weight.element == INT4:
-            rows = next(linear.out_features for linear in spec.linears() if linear.name == name)
-            if rows % 2:
-                return f"{name}: this layout packs INT4 along the rows and {rows} is odd; {other}"
+        if quant.weight is not None and quant.weight.element == INT4 and out[name] % 2:
+            return f"{name}: this layout packs INT4 along the rows and {out[name]} is odd; {other}"
     if len({replace(kind, prescale=False) for kind in kinds}) > 1:
         return f"one format for all layers is written in this layout, not {len(kinds)}; {other}"
     for kv in quantization.kv.values():

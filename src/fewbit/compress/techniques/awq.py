@@ -83,7 +83,10 @@ class Settings:
 
     def _error(self, block: Block, weights: dict[str, Tensor], scale: Tensor) -> float:
         """The output error of a group's linears, rounded under a scale."""
-        outers = shared_outers(weights, block.quant, scale)
+        outers: dict[str, Tensor] = {}
+        for owner in {name.rpartition(".")[0] for name in weights}:  # of experts each its own
+            some = {name: w for name, w in weights.items() if name.startswith(f"{owner}.")}
+            outers |= shared_outers(some, block.quant, scale)
         total = torch.zeros((), dtype=torch.float64, device=scale.device)
         for name, w in weights.items():
             fmt = block.quant[name].weight

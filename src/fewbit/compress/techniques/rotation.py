@@ -9,6 +9,7 @@ one on the D channels of a head goes into the rows of v and the columns of o. Wh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -50,7 +51,7 @@ class Settings:
         """
         spec = replace(checkpoint.spec, tied=False)
         source, made = checkpoint.tensors, Tensors()
-        q = orthogonal(spec.hidden, self.seed)
+        on = functools.cache(orthogonal(spec.hidden, self.seed).to)  # the matrix, once a device
 
         def add(name: str, turn: Callable[[Tensor], Tensor], given: str = "") -> None:
             """Tensor `name` is what `turn` makes of `given` (or of itself), float64."""
@@ -65,11 +66,11 @@ class Settings:
         def reads(w: Tensor, norm: str = "") -> Tensor:
             """Weight of a linear that reads the stream, and takes in the norm before it."""
             w = w * source.dense(f"{norm}.weight", w.device).double() if norm else w
-            return w @ q.to(w.device)
+            return w @ on(w.device)
 
         def writes(w: Tensor) -> Tensor:
             """Weight or bias of a linear that adds to the stream."""
-            return q.T.to(w.device) @ w
+            return on(w.device).T @ w
 
         add("embed.weight", reads)
         for i, layer in enumerate(spec.layers):

@@ -18,8 +18,9 @@ from fewbit.compress.fold import fold, input_groups, quantized
 from fewbit.compress.stats import Block
 from fewbit.compress.techniques import Needs
 from fewbit.errors import RecipeError
-from fewbit.numerics.reference import input_scale, quantize
+from fewbit.numerics.reference import input_scale
 from fewbit.ops.linear.problem import round_input
+from fewbit.ops.rounding import quantize
 
 _GRID = tuple(step / 10 for step in range(11))
 
@@ -60,10 +61,17 @@ class Settings:
             inputs = group.tie(torch.stack([block.stats[name].amax for name in names]).amax(0))
             weights = group.tie(torch.stack([block.weights[name].abs().amax(0).float() for name in names]).amax(0))
             scales = [_scale(inputs, weights, alpha) for alpha in (_GRID if self.alpha == "auto" else (self.alpha,))]
+            if len(scales) > 1 and not any(_seen(block, name) for name in names):
+                continue  # nothing to judge by
             if len(scales) > 1:
                 scales.append(torch.ones_like(inputs))  # an input without outliers is best left alone
                 scales.sort(key=lambda scale: sum(_output_error(block, name, scale) for name in names))
             fold(block, group, scales[0])
+
+
+def _seen(block: Block, name: str) -> bool:
+    sample = block.stats[name].sample
+    return sample is not None and len(sample) > 0
 
 
 def _scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:

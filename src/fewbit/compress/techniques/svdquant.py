@@ -19,7 +19,8 @@ from fewbit.compress.techniques import LayerTechnique, Needs
 from fewbit.errors import RecipeError, UnsupportedError
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.quantspec import QuantSpec
-from fewbit.numerics.reference import choose_scale, quantize
+from fewbit.numerics.reference import quantize
+from fewbit.ops.rounding import choose_scale
 
 _DAMPING = 0.01  # of H's mean diagonal: directions that the data did not show count a little
 _EXTRA, _POWERS = 8, 4  # of the randomized singular value decomposition

@@ -6,8 +6,6 @@ decode step wants it (`triton_epilogue`). `many`: a library product, for prompts
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fewbit.numerics.format import ALL
-from fewbit.ops.device import gpu_name, shared_memory
+from fewbit.ops.device import gpu_name, has_triton, shared_memory
 from fewbit.ops.linear.problem import LinearProblem, LinearWeights
 from fewbit.ops.linear.tiles import Tile, key, tile
 
@@ -250,7 +248,7 @@ class GpuKernel(ABC):
             return "needs an NVIDIA GPU"
         if problem.device.capability < (8, 0):
             return f"needs compute capability 8.0, this GPU has {version(problem.device.capability)}"
-        if not _has_triton():
+        if not has_triton():
             return "the package triton is not installed"
         if problem.dtype != torch.bfloat16:
             return f"computes in bfloat16, the model in {str(problem.dtype).removeprefix('torch.')}"
@@ -328,8 +326,3 @@ def _bias(pieces: Sequence[LinearWeights], gated: bool, device: torch.device) ->
 def version(capability: tuple[int, int]) -> str:
     """A compute capability in words."""
     return f"{capability[0]}.{capability[1]}"
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

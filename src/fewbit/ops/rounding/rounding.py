@@ -9,6 +9,7 @@ from fewbit.numerics import reference
 from fewbit.numerics.element import Element
 from fewbit.numerics.format import Format
 from fewbit.numerics.qtensor import QTensor, cat
+from fewbit.ops.device import current, has_triton
 
 _ROWS = 32  # of a program
 
@@ -17,7 +18,7 @@ def choose_scale(
     x: Tensor, fmt: Format, outer: Tensor | None = None, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`numerics.reference.choose_scale` of a matrix. A GPU's sums of errors may decide near ties the other way."""
-    if not (x.is_cuda and searched(fmt)):
+    if not (on_gpu(x) and searched(fmt)):
         return reference.choose_scale(x, fmt, outer, importance)
     scale, zero = search(x, fmt, importance)
     return scale, None, zero
@@ -25,7 +26,7 @@ def choose_scale(
 
 def quantize(weight: Tensor, fmt: Format, *, outer: Tensor | None = None) -> QTensor:
     """`numerics.reference.quantize` of a matrix [out, in] under scales that are chosen."""
-    if not (weight.is_cuda and searched(fmt)):
+    if not (on_gpu(weight) and searched(fmt)):
         return reference.quantize(weight, fmt, outer=outer)
     reference.check_fits(fmt, weight.shape)
     done = []
@@ -33,6 +34,11 @@ def quantize(weight: Tensor, fmt: Format, *, outer: Tensor | None = None) -> QTe
         scale, _, zero = choose_scale(piece.float(), fmt)
         done.append(reference.quantize(piece, fmt, scale=scale, zero=zero))
     return cat(done)
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether kernels can take it."""
+    return x.is_cuda and has_triton()
 
 
 def searched(fmt: Format) -> bool:
@@ -54,11 +60,13 @@ def search(x: Tensor, fmt: Format, importance: Tensor | None = None) -> tuple[Te
     tried = torch.stack([factors, half / factors]).float().to(x.device)
     weights = x if importance is None else importance.float().contiguous()
     assert isinstance(fmt.scale, torch.dtype)
-    kernel[(-(-scale.numel() // _ROWS),)](
-        x, weights, tried, scale, scale if zero is None else zero, scale.numel(), groups[1], tried.shape[1],
-        float(torch.finfo(fmt.scale).tiny), SIZE=fmt.block[1], ROWS=_ROWS, LOW=fmt.element.min, HIGH=fmt.element.max,
-        ZERO=zero is not None, WEIGHTED=importance is not None, BF16=fmt.scale == torch.bfloat16, num_warps=4,
-    )  # fmt: skip
+    with current(x.device):
+        kernel[(-(-scale.numel() // _ROWS),)](
+            x, weights, tried, scale, scale if zero is None else zero, scale.numel(), groups[1], tried.shape[1],
+            float(torch.finfo(fmt.scale).tiny), SIZE=fmt.block[1], ROWS=_ROWS, LOW=fmt.element.min,
+            HIGH=fmt.element.max, ZERO=zero is not None, WEIGHTED=importance is not None,
+            BF16=fmt.scale == torch.bfloat16, num_warps=4,
+        )  # fmt: skip
     return scale.to(fmt.scale), zero
 
 
@@ -77,7 +85,7 @@ def round_columns(
     Returns:
         Codes uint8 [out, n], and the errors in units of the factor's diagonal, float32 [out, n].
     """
-    if w.is_cuda:
+    if on_gpu(w):
         return round_columns_by_kernel(w, upper, scale, zero, element)
     w = w.clone()
     codes, errors = torch.empty(w.shape, dtype=torch.uint8, device=w.device), torch.empty_like(w)
@@ -101,9 +109,10 @@ def round_columns_by_kernel(
     value, error = (torch.empty(width, rows, device=w.device) for _ in range(2))
     mantissa, least = (0, 0) if element.integer else element.digits
     by_column = scale.t().contiguous()
-    kernel[(-(-rows // _ROWS),)](
-        w.contiguous(), upper.contiguous(), by_column, by_column if zero is None else zero.t().contiguous(), value,
-        error, rows, width, ROWS=_ROWS, WIDTH=max(1 << (width - 1).bit_length(), 16), ZERO=zero is not None,
-        INTEGER=element.integer, LOW=element.min, HIGH=element.max, MANTISSA=mantissa, LEAST=least, num_warps=4,
-    )  # fmt: skip
+    with current(w.device):
+        kernel[(-(-rows // _ROWS),)](
+            w.contiguous(), upper.contiguous(), by_column, by_column if zero is None else zero.t().contiguous(), value,
+            error, rows, width, ROWS=_ROWS, WIDTH=max(1 << (width - 1).bit_length(), 16), ZERO=zero is not None,
+            INTEGER=element.integer, LOW=element.min, HIGH=element.max, MANTISSA=mantissa, LEAST=least, num_warps=4,
+        )  # fmt: skip
     return element.encode(value.t()), error.t()

@@ -82,6 +82,8 @@ def llama_like(
         qkv_bias=qkv_bias,
         o_bias=o_bias,
     )
+    if mixture and mixture.top_k > mixture.experts:
+        raise CheckpointError(f"config.json: {mixture.top_k} experts a token, but there are {mixture.experts}")
     mlp = mixture or MLP(c.need("intermediate_size"), c.activation(), mlp_bias)
     layers = tuple(Layer(replace(attention, window=window), mlp, norm, norm) for window in windows or (None,) * count)
     context = c.optional("max_position_embeddings") or 2048

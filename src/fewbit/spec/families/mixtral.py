@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fewbit.errors import UnsupportedError
@@ -49,9 +50,10 @@ def write(spec: DecoderSpec) -> dict[str, Any]:
     first = spec.layers[0]
     if not isinstance(first.mlp, MoE) or not first.mlp.renormalize:
         raise UnsupportedError("a Mixtral has experts whose chosen scores add up to one")
+    plain = replace(spec, layers=tuple(replace(x, mlp=first.mlp.expert) if x == first else x for x in spec.layers))
     own = {
         "sliding_window": first.attention.window,
         "num_local_experts": first.mlp.experts,
         "num_experts_per_tok": first.mlp.top_k,
     }
-    return {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", **common_fields(spec), **own}
+    return {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", **common_fields(plain), **own}
