@@ -304,6 +304,7 @@ def test_a_step_is_timed():
     config = shape_named("llama3.2-1b") | {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 64, "head_dim": 16}
     config |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     assert steptimes._step(config, AS_IT_WAS, CPU, 2, 3, 8) > 0
+    assert steptimes._step(config, AS_IT_WAS, CPU, 2, 12, 100) > 0  # more prompts than a step takes
 
 
 def test_experts_are_decided_together(tmp_path):
@@ -318,3 +319,13 @@ def test_experts_are_decided_together(tmp_path):
     with pytest.raises(UnsupportedError, match="step times are of models whose layers are alike"):
         groups_of(checkpoint.spec)
     assert not any("experts." in rule.match and "experts.*" not in rule.match for rule in found.recipe.rules)
+
+
+def test_gradients_of_experts_that_saw_nothing(tmp_path):
+    checkpoint = open_checkpoint(make_model(tmp_path / "m", "qwen3_moe", num_experts=16, num_hidden_layers=1))
+    text = AUTO.replace("BITS", "8.5").replace("windows: 3", "windows: 3, score: gradient").replace("32", "6")
+    found = decide(checkpoint, parse_recipe("own", text), CPU)
+    experts = [unit for unit in found.units if "experts" in unit.names[0]]
+    assert len(experts) == 2
+    by_name = {o.candidate: o.loss for o in experts[0].options}
+    assert by_name["none"] == 0 < by_name["int8_wo"] < by_name["int4"]
