@@ -495,7 +495,7 @@ WRONG = [
     (f"{COMPRESS} {{format.yaml}}", "format: rules[0]: weight: unknown numeric format 'int44'; did you mean"),
     (f"{COMPRESS} {{idle.yaml}}", "rules[1] 'layer.*' matches no layer"),
     (f"{COMPRESS} {{not.yaml}}", "recipe not is not YAML: "),
-    (f"{COMPRESS} fp8 --kv int4", "--kv: K and V format 'int4' is unknown; known: fp8, int8"),
+    (f"{COMPRESS} fp8 --kv int2", "--kv: K and V format 'int2' is unknown; known: fp8, int8"),
     (f"{COMPRESS} fp8 --export gguf", "unknown checkpoint format 'gguf'; known: compressed-tensors, hf"),
     (f"{COMPRESS} int8 --export hf", "layers.0.attn.q: Model Optimizer's layout has no word for int8_row weights"),
     (f"{COMPRESS} mxfp4 --export hf", "use --export compressed-tensors, which can"),
