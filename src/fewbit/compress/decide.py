@@ -17,7 +17,7 @@ from fewbit.compress.data import windows_of
 from fewbit.compress.plan import prepared
 from fewbit.compress.recipe import Recipe, parse_recipe, read_recipe
 from fewbit.compress.sensitivity import Progress, Unit, sensitivities
-from fewbit.compress.steptimes import StepTimes, groups_of
+from fewbit.compress.steptimes import StepTimes
 from fewbit.compress.techniques.auto import Settings, cheapest
 from fewbit.errors import CheckpointError, RecipeError, UnsupportedError
 from fewbit.numerics.quantspec import QuantSpec
@@ -66,10 +66,7 @@ def decide(
     checkpoint = prepared(checkpoint, recipe)
     times = StepTimes.read(Path(auto.times)) if auto.times else None
     if times is not None:
-        times.check(checkpoint.spec, recipe.kv)
-        for group in groups_of(checkpoint.spec):
-            for name in auto.candidates:
-                times.of(group[0], name)
+        times.check(checkpoint.spec, recipe.kv, auto.candidates)
     candidates = {name: _numerics(name, checkpoint.spec) for name in auto.candidates}
     calibration = replace(recipe.calibration, samples=auto.windows)
     windows, _ = windows_of(checkpoint, calibration)
@@ -124,10 +121,19 @@ def _numerics(name: str, spec: DecoderSpec) -> dict[str, QuantSpec]:
     """What a candidate means for each linear."""
     if name == UNCHANGED:
         return {}
+    return {linear: quant for linear, quant in plain_recipe(name).resolve(spec).items() if linear != "lm_head"}
+
+
+def plain_recipe(name: str) -> Recipe:
+    """The recipe of a candidate.
+
+    Raises:
+        RecipeError: it says more than one rule.
+    """
     chosen = read_recipe(name)
     if len(chosen.rules) != 1 or chosen.techniques:
         raise RecipeError(f"auto: candidate {name} is not one rule without techniques; name the plain recipe")
-    return {linear: quant for linear, quant in chosen.resolve(spec).items() if linear != "lm_head"}
+    return chosen
 
 
 def _weights(spec: DecoderSpec, units: Sequence[Unit]) -> int:

@@ -31,7 +31,7 @@ from fewbit.errors import RecipeError, UnsupportedError, nearest_name
 from fewbit.numerics.format import ALL, FORMATS, Format, format_named
 from fewbit.numerics.quantspec import InputScale, KVSpec, QuantSpec
 from fewbit.numerics.reference import check_fits
-from fewbit.spec.decoder import DecoderSpec, LinearShape
+from fewbit.spec.decoder import DecoderSpec, LinearShape, role_of
 
 KV_FORMATS = {"fp8": FORMATS["fp8"], "int8": FORMATS["int8"], "int4": FORMATS["int4_tensor"]}
 KV_FORMATS |= {f"{name}_head": FORMATS[f"{name}_row"] for name in KV_FORMATS}
@@ -391,4 +391,4 @@ def summary(decided: Mapping[str, QuantSpec], spec: DecoderSpec) -> list[tuple[s
 
 def group_name(linear: str) -> str:
     """``layers.3.attn.q`` to ``layers.*.attn.q``, ``layers.3.mlp.experts.7.up`` to ``layers.*.mlp.experts.*.up``."""
-    return ".".join("*" if part.isdigit() else part for part in linear.split("."))
+    return f"layers.*.{role_of(linear)}" if linear.startswith("layers.") else linear

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,14 @@ class StepTimes:
             )
         return known[candidate]
 
-    def check(self, spec: DecoderSpec, kv: KVSpec | None) -> None:
-        """Raise unless the table is of this model.
+    def check(self, spec: DecoderSpec, kv: KVSpec | None, candidates: Sequence[str]) -> None:
+        """Raise unless the table is of this model and holds the candidates.
 
         Raises:
             UnsupportedError: it is of another shape, or of K and V in another format.
+            RecipeError: a candidate is missing.
         """
-        groups_of(spec)
+        groups = groups_of(spec)
         if (mine := shape_of(spec)) != self.shape:
             differ = ", ".join(f"{n} {self.shape.get(n)}, the model has {v}" for n, v in mine.items()
                                if self.shape.get(n) != v)  # fmt: skip
@@ -74,6 +75,10 @@ class StepTimes:
         asked, measured = (str(word or "the model's own dtype") for word in (kv, self.kv))
         if asked != measured:
             raise UnsupportedError(f"auto: the step times were measured with K and V in {measured}, not {asked}")
+
+        for group in groups:
+            for name in candidates:
+                self.of(group[0], name)
 
     def write(self, path: Path) -> None:
         """Write the table as JSON."""

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from fewbit.compress.decide import UNCHANGED
-from fewbit.compress.recipe import AS_IT_WAS, Recipe, Rule, read_recipe
+from fewbit.compress.decide import UNCHANGED, plain_recipe
+from fewbit.compress.recipe import AS_IT_WAS, Recipe, Rule
 from fewbit.compress.steptimes import StepTimes, groups_of, shape_of
 from fewbit.engine.attend import token_bytes
 from fewbit.engine.config import STEP_TOKENS, EngineOptions, resolve
@@ -114,12 +114,7 @@ def measure(
 
 def _quant(candidate: str) -> QuantSpec:
     """The numerics of a candidate."""
-    if candidate == UNCHANGED:
-        return QuantSpec()
-    chosen = read_recipe(candidate)
-    if len(chosen.rules) != 1 or chosen.techniques:
-        raise RecipeError(f"candidate {candidate} is not one rule without techniques; name the plain recipe")
-    return chosen.rules[0].quant
+    return QuantSpec() if candidate == UNCHANGED else plain_recipe(candidate).rules[0].quant
 
 
 def _prefill_steps(device: torch.device, batch: int, context: int) -> int:

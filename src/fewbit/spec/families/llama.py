@@ -51,6 +51,13 @@ TINY = {
 }
 
 
+def mixture_of(experts: int, top_k: int, expert: MLP, renormalize: bool = True) -> MoE:
+    """A mixture that can be: no token goes to more experts than there are."""
+    if top_k > experts:
+        raise CheckpointError(f"config.json: {top_k} experts a token, but there are {experts}")
+    return MoE(experts, top_k, expert, renormalize)
+
+
 def llama_like(
     c: HFConfig,
     *,
@@ -82,8 +89,6 @@ def llama_like(
         qkv_bias=qkv_bias,
         o_bias=o_bias,
     )
-    if mixture and mixture.top_k > mixture.experts:
-        raise CheckpointError(f"config.json: {mixture.top_k} experts a token, but there are {mixture.experts}")
     mlp = mixture or MLP(c.need("intermediate_size"), c.activation(), mlp_bias)
     layers = tuple(Layer(replace(attention, window=window), mlp, norm, norm) for window in windows or (None,) * count)
     context = c.optional("max_position_embeddings") or 2048

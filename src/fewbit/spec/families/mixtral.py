@@ -40,7 +40,7 @@ def read(config: HFConfig) -> DecoderSpec:
     """config.json to spec."""
     c = config.over(DEFAULTS)
     expert = MLP(c.need("intermediate_size"), c.activation())
-    mixture = MoE(c.need("num_local_experts"), c.need("num_experts_per_tok"), expert)
+    mixture = llama.mixture_of(c.need("num_local_experts"), c.need("num_experts_per_tok"), expert)
     windows = (c.optional("sliding_window"),) * c.need("num_hidden_layers")
     return llama.llama_like(c, windows=windows, mixture=mixture)
 

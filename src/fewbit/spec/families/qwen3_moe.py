@@ -42,9 +42,7 @@ def read(config: HFConfig) -> DecoderSpec:
     bias, count = c.flag("attention_bias"), c.need("num_hidden_layers")
     expert = MLP(c.need("moe_intermediate_size"), c.activation())
     experts = c.optional("num_local_experts") or c.need("num_experts")  # transformers 5 writes the first
-    mixture = MoE(experts, c.need("num_experts_per_tok"), expert, c.flag("norm_topk_prob"))
-    if mixture.top_k > experts:
-        raise CheckpointError(f"config.json: {mixture.top_k} experts a token, but there are {experts}")
+    mixture = llama.mixture_of(experts, c.need("num_experts_per_tok"), expert, c.flag("norm_topk_prob"))
     window = c.optional("sliding_window") if c.flag("use_sliding_window") else None
     plain = llama.llama_like(c, windows=(window,) * count, qk_norm=True, qkv_bias=bias, o_bias=bias)
     dense, step = c.raw.get("mlp_only_layers") or [], c.need("decoder_sparse_step")
