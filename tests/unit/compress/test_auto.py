@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fewbit.checkpoint import open_checkpoint
@@ -46,7 +46,11 @@ def problems(draw):
     return made, draw(st.integers(least, most + 1))
 
 
+LAST_BITS = [[Option("0", 1, loss), Option("1", 2, 0.0)] for loss in (1.0, 1.2260786989235275, 6.0)]
+
+
 @given(problems())
+@example((LAST_BITS, 6))
 @settings(max_examples=300, deadline=None)
 def test_no_choice_within_the_budget_is_better(problem):
     units, budget = problem

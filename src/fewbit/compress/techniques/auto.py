@@ -101,13 +101,15 @@ def cheapest(units: Sequence[Sequence[Option]], budget: int) -> list[int]:
     if least > budget:
         raise UnsupportedError(f"the smallest candidates take {least}, the budget is {budget}")
     bounds = [_relaxed(units[i:]) for i in range(len(units) + 1)]
-    known = _greedy(units, budget)
+    # sums of the same losses in other orders differ in their last bits: to keep too much is only slower
+    largest = sum(max(o.loss for o in unit) for unit in units)
+    known = _greedy(units, budget) * (1 + 1e-9) + 1e-12 * largest
     bits, loss = np.zeros(1, np.int64), np.zeros(1)
     steps: list[tuple[np.ndarray, np.ndarray]] = []  # of each sum: where it came from, and by which option
     for i, unit in enumerate(units):
         all_bits = (bits[:, None] + np.array([o.cost for o in unit])).ravel()
         all_loss = (loss[:, None] + np.array([o.loss for o in unit])).ravel()
-        possible = all_loss + bounds[i + 1](budget - all_bits) <= known * (1 + 1e-9) + 1e-15
+        possible = all_loss + bounds[i + 1](budget - all_bits) <= known
         order = np.flatnonzero(possible)
         order = order[np.lexsort((all_loss[order], all_bits[order]))]
         best = np.minimum.accumulate(np.append(np.inf, all_loss[order]))[:-1]
