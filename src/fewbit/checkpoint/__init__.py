@@ -3,6 +3,7 @@
 from fewbit.checkpoint.checkpoint import Checkpoint, Tensors, open_checkpoint
 from fewbit.checkpoint.formats import format_named, formats
 from fewbit.checkpoint.locate import locate
+from fewbit.checkpoint.sources import text_folder
 from fewbit.checkpoint.writer import CheckpointWriter, check_target
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "formats",
     "locate",
     "open_checkpoint",
+    "text_folder",
 ]

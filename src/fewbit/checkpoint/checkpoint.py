@@ -11,16 +11,18 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from fewbit.checkpoint.files import CPU, DTYPES, ModelFiles
-from fewbit.checkpoint.formats import FileFormat, format_of
+from fewbit.checkpoint.files import CPU, DTYPES, Files
+from fewbit.checkpoint.formats import FileFormat, Reader, format_of
 from fewbit.checkpoint.layout import Packing, Quantization, Stored
 from fewbit.checkpoint.names import Names
+from fewbit.checkpoint.sources import open_files
 from fewbit.errors import CheckpointError
 from fewbit.numerics.format import ALL
 from fewbit.numerics.qtensor import QTensor
@@ -49,7 +51,9 @@ class Checkpoint:
     """A model on disk, in our words.
 
     Attributes:
-        path: its directory.
+        path: its directory, or its file.
+        folder: where the tokenizer and the other files beside the weights lie: the directory, or what looks like one.
+        sources: the files on disk that hold the weights.
         format: the name of the format it is in.
         family: the family its architecture belongs to.
         spec: the decoder.
@@ -62,6 +66,8 @@ class Checkpoint:
     """
 
     path: Path
+    folder: Traversable
+    sources: tuple[Path, ...]
     format: str
     family: Family
     spec: DecoderSpec
@@ -70,7 +76,7 @@ class Checkpoint:
     quant: Mapping[str, QuantSpec]
     kv: Mapping[int, KVSpec]
     tensors: Tensors
-    files: Mapping[str, Path] = field(default_factory=dict)
+    files: Mapping[str, Traversable] = field(default_factory=dict)
 
 
 Load = Callable[[torch.device], "Tensor | QTensor"]
@@ -126,7 +132,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         CheckpointError: something is missing, extra, misshapen or damaged; the message names it.
         UnsupportedError: an architecture or a quantization that fewbit does not know.
     """
-    files = ModelFiles(Path(path))
+    files = open_files(Path(path))
     family = family_of(files.config)
     with _understood("config.json"):
         spec = family.read(HFConfig(files.config))
@@ -138,9 +144,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     with _understood(f"the quantization in {files.path}, which calls itself {fmt.NAME},"):
         quantization = fmt.read(files, spec, names)
     tensors = _Opener(files, spec, names, fmt, quantization).tensors()
-    carried = {name: files.path / name for name in CARRIED if (files.path / name).is_file()}
+    carried = {name: files.folder / name for name in CARRIED if (files.folder / name).is_file()}
     return Checkpoint(
         path=files.path,
+        folder=files.folder,
+        sources=files.sources,
         format=fmt.NAME,
         family=family,
         spec=spec,
@@ -162,20 +170,22 @@ def _understood(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what} is not put together as it should be: {type(error).__name__}: {error}") from error
 
 
-def stored_linear(fmt: FileFormat, linear: LinearShape, quant: QuantSpec) -> tuple[Packing, dict[str, Stored]]:
-    """How a quantized linear lies in a file of this format, without what goes with its input."""
+def stored_linear(
+    packing: Callable[[QuantSpec], Packing], linear: LinearShape, quant: QuantSpec
+) -> tuple[Packing, dict[str, Stored]]:
+    """How a quantized linear lies in a file, without what goes with its input."""
     assert quant.weight is not None
-    packing = fmt.packing(quant)
-    return packing, packing.stored(quant.weight, (linear.out_features, linear.in_features))
+    layout = packing(quant)
+    return layout, layout.stored(quant.weight, (linear.out_features, linear.in_features))
 
 
 class _Opener:
     """Matches the tensors a model needs with those a directory has."""
 
-    def __init__(
-        self, files: ModelFiles, spec: DecoderSpec, names: Names, fmt: FileFormat, quantization: Quantization
-    ) -> None:
-        self.files, self.spec, self.names, self.fmt, self.quantization = files, spec, names, fmt, quantization
+    def __init__(self, files: Files, spec: DecoderSpec, names: Names, fmt: Reader, quantization: Quantization) -> None:
+        self.files, self.spec, self.names, self.quantization = files, spec, names, quantization
+        self.fmt = cast("FileFormat", fmt)  # one that is only read has no calibrated inputs and no K and V to ask for
+        self.packing = quantization.packing or fmt.packing
         self.found = Tensors()
         self.used: set[str] = set()
 
@@ -209,7 +219,7 @@ class _Opener:
 
     def _quantized(self, linear: LinearShape, quant: QuantSpec) -> None:
         module = self.names.module(linear.name)
-        packing, stored = stored_linear(self.fmt, linear, quant)
+        packing, stored = stored_linear(self.packing, linear, quant)
         for suffix, want in stored.items():
             self._take(f"{module}.{suffix}", want.shape, want.dtype)
         weight, shape = quant.weight, (linear.out_features, linear.in_features)
@@ -273,7 +283,7 @@ def _both_float_scales(a: torch.dtype, b: torch.dtype) -> bool:
     return a in floats and b in floats
 
 
-def _dtype(files: ModelFiles, tensors: Tensors) -> torch.dtype:
+def _dtype(files: Files, tensors: Tensors) -> torch.dtype:
     """The dtype config.json names, else that of the embedding."""
     named = files.config.get("dtype") or files.config.get("torch_dtype")
     for dtype in (torch.float32, torch.float16, torch.bfloat16):

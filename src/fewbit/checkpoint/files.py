@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, read one at a time.
+"""A model on disk as a Hugging Face directory: what every source shows itself as, and the directory itself.
 
 Nothing is mapped into memory: a tensor is read into a buffer of its own and is gone when its last user lets go, so
 walking through a model costs the memory of what is held, not of the whole file.
@@ -10,13 +10,15 @@ import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors
 import torch
 from torch import Tensor
 
+from fewbit.checkpoint.layout import Stored
 from fewbit.errors import CheckpointError
 
 CPU = torch.device("cpu")
@@ -40,20 +42,53 @@ DTYPES = {
 """Names in a safetensors header to torch dtypes."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where one tensor lies: bytes `start` to `stop` of `file`."""
+class Files(Protocol):
+    """A model on disk that presents itself as if it were a Hugging Face directory.
 
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    stop: int
+    Families, names and formats know nothing of the source: one of another kind says its config in the words of
+    ``config.json``, and its tensors by the names and shapes that its architecture has there.
+    """
 
     @property
-    def nbytes(self) -> int:
-        """Bytes on disk."""
-        return self.stop - self.start
+    def path(self) -> Path:
+        """What the user gave: a directory or a file."""
+        ...
+
+    @property
+    def folder(self) -> Traversable:
+        """Tokenizer, generation config, chat template: a directory, or what looks like one."""
+        ...
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """The files on disk that hold the weights."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json."""
+        ...
+
+    @property
+    def entries(self) -> Mapping[str, Stored]:
+        """The tensors by name, known without reading one."""
+        ...
+
+    def read(self, name: str, device: torch.device = ...) -> Tensor:
+        """One tensor as its entry says, in memory of its own on a device.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one tensor lies: from byte `start` of `file`."""
+
+    file: Path
+    start: int
 
 
 class ModelFiles:
@@ -64,20 +99,23 @@ class ModelFiles:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path: Path = path
+        self.folder: Traversable = path
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a directory; expected a Hugging Face model directory")
         self.config = read_json(path / "config.json")
-        self.entries: dict[str, Entry] = {}
-        for file, promised in self._shards().items():
-            found = _entries(file)
+        self.entries: dict[str, Stored] = {}
+        self.places: dict[str, Place] = {}
+        shards = self._shards()
+        self.sources: tuple[Path, ...] = tuple(shards)
+        for file, promised in shards.items():
+            found, places = _header(file)
             if missing := sorted(promised - found.keys()):
                 raise CheckpointError(f"{file.name} lacks tensor '{missing[0]}' that {INDEX} promises")
             if twice := sorted(found.keys() & self.entries.keys()):
-                raise CheckpointError(
-                    f"tensor '{twice[0]}' is in {file.name} and in {self.entries[twice[0]].file.name}"
-                )
+                raise CheckpointError(f"tensor '{twice[0]}' is in {file.name} and in {self.places[twice[0]].file.name}")
             self.entries |= found
+            self.places |= places
 
     def _shards(self) -> dict[Path, set[str]]:
         """Every safetensors file of the model, with the tensors that the index promises in it."""
@@ -116,19 +154,28 @@ class ModelFiles:
         Raises:
             CheckpointError: the file ends early.
         """
-        entry = self.entries[name]
-        made = torch.empty(entry.nbytes, dtype=torch.uint8, device=device)
-        with entry.file.open("rb") as file:
-            file.seek(entry.start)
-            for part in made.split(STAGE_BYTES):
-                # to a GPU through pinned memory: several times as fast
-                here = part if device.type == "cpu" else torch.empty_like(part, device="cpu", pin_memory=True)
-                raw: Any = here.numpy()
-                if file.readinto(raw) != len(part):
-                    raise CheckpointError(f"{entry.file.name} ends inside tensor '{name}': the file is truncated")
-                if here is not part:
-                    part.copy_(here)
-        return made.view(entry.dtype).view(entry.shape)
+        place, stored = self.places[name], self.entries[name]
+        return read_tensor(place.file, place.start, stored, name, device)
+
+
+def read_tensor(path: Path, start: int, stored: Stored, name: str, device: torch.device = CPU) -> Tensor:
+    """The tensor that lies from byte `start` of a file, in memory of its own on a device.
+
+    Raises:
+        CheckpointError: the file ends early.
+    """
+    made = torch.empty(stored.nbytes, dtype=torch.uint8, device=device)
+    with path.open("rb") as file:
+        file.seek(start)
+        for part in made.split(STAGE_BYTES):
+            # to a GPU through pinned memory: several times as fast
+            here = part if device.type == "cpu" else torch.empty_like(part, device="cpu", pin_memory=True)
+            raw: Any = here.numpy()
+            if file.readinto(raw) != len(part):
+                raise CheckpointError(f"{path.name} ends inside tensor '{name}': the file is truncated")
+            if here is not part:
+                part.copy_(here)
+    return made.view(stored.dtype).view(stored.shape)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -148,7 +195,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _entries(file: Path) -> dict[str, Entry]:
+def _header(file: Path) -> tuple[dict[str, Stored], dict[str, Place]]:
     """The header of a safetensors file. The library checks that offsets fit the file and each other."""
     try:
         with safetensors.safe_open(file, framework="pt"):
@@ -158,7 +205,7 @@ def _entries(file: Path) -> dict[str, Entry]:
             header: Mapping[str, Any] = json.loads(stream.read(length))
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{file.name} is damaged or truncated ({error}); copy or download it again") from None
-    entries = {}
+    entries, places = {}, {}
     for name, facts in header.items():
         if name == "__metadata__":
             continue
@@ -166,6 +213,6 @@ def _entries(file: Path) -> dict[str, Entry]:
             raise CheckpointError(
                 f"{file.name}: tensor '{name}' has dtype {facts['dtype']}, which fewbit does not read"
             )
-        start, stop = (8 + length + offset for offset in facts["data_offsets"])
-        entries[name] = Entry(file, DTYPES[facts["dtype"]], tuple(facts["shape"]), start, stop)
-    return entries
+        entries[name] = Stored(DTYPES[facts["dtype"]], tuple(facts["shape"]))
+        places[name] = Place(file, 8 + length + facts["data_offsets"][0])
+    return entries, places

@@ -6,6 +6,7 @@ known before any weight is read (so a writer can plan a file and a reader can ch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -25,6 +26,11 @@ class Stored:
 
     dtype: torch.dtype
     shape: Shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,12 @@ class Quantization:
     Attributes:
         quant: QuantSpec by canonical linear; a linear not named is dense.
         kv: KVSpec by layer.
+        packing: how weights lie in these files, where the format has several ways and the numerics do not tell which.
     """
 
     quant: Mapping[str, QuantSpec]
     kv: Mapping[int, KVSpec]
+    packing: Callable[[QuantSpec], Packing] | None = None
 
 
 def scale_grid(fmt: Format, shape: Shape) -> Shape:

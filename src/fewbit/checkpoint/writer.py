@@ -15,6 +15,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -94,7 +95,7 @@ class CheckpointWriter:
         quantization: Quantization,
         dtypes: Mapping[str, torch.dtype],
         config: Mapping[str, Any],
-        files: Mapping[str, Path],
+        files: Mapping[str, Traversable],
         meta: Mapping[str, str],
         key: str = "",
         force: bool = False,
@@ -151,7 +152,7 @@ class CheckpointWriter:
     def _write_files(self) -> None:
         """All but the weights, so that the folder can be opened from now on."""
         for name, path in self.files.items():
-            shutil.copyfile(path, self.folder / name)
+            (self.folder / name).write_bytes(path.read_bytes())
         config = {k: v for k, v in self.config.items() if k != "quantization_config"}
         config["tie_word_embeddings"] = self.spec.tied
         for name, value in self.fmt.configs(self.spec, self.quantization, self.names).items():
@@ -171,7 +172,7 @@ class CheckpointWriter:
                 yield self.names.tensor(name), Stored(self.dense_dtypes[name], shape)
                 continue
             module = self.names.module(linear.name)
-            for suffix, stored in stored_linear(self.fmt, linear, quant)[1].items():
+            for suffix, stored in stored_linear(self.fmt.packing, linear, quant)[1].items():
                 yield f"{module}.{suffix}", stored
             if quant.calibrated:
                 form = self.fmt.input_scale(quant)
@@ -290,7 +291,7 @@ class Shards:
             offset = 0
             offsets = {}
             for tensor, stored in group.items():
-                size = _nbytes(stored)
+                size = stored.nbytes
                 header[tensor] = {
                     "dtype": _HEADER_NAMES[stored.dtype],
                     "shape": list(stored.shape),
@@ -308,7 +309,10 @@ class Shards:
             for tensor, start in offsets.items():
                 self._places[tensor] = file, 8 + len(text) + start, group[tensor]
         if len(groups) > 1:
-            index = {"metadata": {"total_size": sum(map(_nbytes, plan.values()))}, "weight_map": weight_map}
+            index = {
+                "metadata": {"total_size": sum(stored.nbytes for stored in plan.values())},
+                "weight_map": weight_map,
+            }
             _write_json(folder / INDEX, index)
 
     @property
@@ -354,20 +358,13 @@ def _cut(plan: Mapping[str, Stored]) -> list[dict[str, Stored]]:
     groups: list[dict[str, Stored]] = [{}]
     room = SHARD_BYTES
     for name, stored in plan.items():
-        size = _nbytes(stored)
+        size = stored.nbytes
         if size > room and groups[-1]:
             groups.append({})
             room = SHARD_BYTES
         groups[-1][name] = stored
         room -= size
     return groups
-
-
-def _nbytes(stored: Stored) -> int:
-    count = 1
-    for size in stored.shape:
-        count *= size
-    return count * stored.dtype.itemsize
 
 
 def _write_json(path: Path, value: Any) -> None:

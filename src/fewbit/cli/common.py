@@ -191,4 +191,4 @@ def read_windows(path: Path, model: Checkpoint, length: int, count: int | None) 
     from fewbit.text.tokenizer import Tokenizer
     from fewbit.text.windows import read_documents, windows
 
-    return windows(read_documents(path), Tokenizer.load(model.path), length, count)
+    return windows(read_documents(path), Tokenizer.load(model.folder), length, count)

@@ -216,7 +216,7 @@ def _sample(checkpoint: Checkpoint, device: torch.device, tokens: int | None) ->
     if tokens is None and checkpoint.spec.parameters * 4 > SAMPLE_LIMIT:
         note("  no sample: it would need the whole model in memory; ask for one with --sample-tokens")
         return None
-    tokenizer = Tokenizer.load(checkpoint.path)
+    tokenizer = Tokenizer.load(checkpoint.folder)
     prompt = tuple(tokenizer.encode("Once upon a time"))
     options = EngineOptions(
         device=str(device), num_blocks=16, max_batch=1, max_model_len=min(200, checkpoint.spec.context)

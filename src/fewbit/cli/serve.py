@@ -52,7 +52,7 @@ def run(
     verbose: VerboseOption = False,
 ) -> None:
     """Answer a prompt, or chat. The text goes to stdout as it is made."""
-    from fewbit.checkpoint import locate
+    from fewbit.checkpoint import locate, text_folder
     from fewbit.engine.config import EngineOptions
     from fewbit.engine.engine import open_engine
     from fewbit.engine.types import SamplingParams
@@ -65,7 +65,7 @@ def run(
     path = locate(model)
     options = EngineOptions(str(device_of(device)), backend, max_batch=1, max_model_len=max_model_len)
     engine = open_engine(path, options, progress=note if settings.verbose else None)
-    tokenizer = Tokenizer.load(path)
+    tokenizer = Tokenizer.load(text_folder(path))
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=settings.seed)
     talk = _Talk(engine, tokenizer, params, tuple(stop or ()), raw or tokenizer.chat_template is None)
     if prompt is None:

@@ -61,7 +61,7 @@ def windows_of(checkpoint: Checkpoint, calibration: Calibration | None) -> tuple
     """
     tokenizer = None
     if "tokenizer.json" in checkpoint.files or (calibration and not _begin_with_ids(calibration)):
-        tokenizer = Tokenizer.load(checkpoint.path)
+        tokenizer = Tokenizer.load(checkpoint.folder)
     vocab = checkpoint.spec.vocab
     held_out, found = check_windows(tokenizer, vocab), []
     if calibration:

@@ -45,7 +45,9 @@ def writer_of(
 def _key(checkpoint: Checkpoint, planned: Plan, device: torch.device, meta: Mapping[str, str]) -> str:
     """A hash of all that the result depends on."""
     path, p = checkpoint.path, planned
-    files = [*sorted(path.glob("*.safetensors")), *checkpoint.files.values()]  # weights; tokenizer, chat template
+    files = [*sorted(checkpoint.sources)]
+    # tokenizer, chat template; one that is no file follows from the weights' file
+    files += [file for file in checkpoint.files.values() if isinstance(file, Path)]
     weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     numerics = [f"{name} {quant}" for name, quant in p.quant.items()], [str(kv) for kv in p.kv.values()]
     what = [

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from importlib.resources.abc import Traversable
 from typing import Any
 
 from fewbit.errors import CheckpointError
 
 
-def eos_token_ids(config: Mapping[str, Any], generation_config: Path | None) -> tuple[int, ...]:
+def eos_token_ids(config: Mapping[str, Any], generation_config: Traversable | None) -> tuple[int, ...]:
     """End-of-sequence ids: of generation_config.json, which knows a chat model's end of turn, else of config.json.
 
     Raises:

@@ -110,7 +110,8 @@ def dummy_checkpoint(
         for which in "kv":
             add(f"layers.{index}.attn.{which}_scale", lambda g: torch.tensor(0.03, device=g.device))
     return Checkpoint(
-        Path("dummy"), "random weights", family, spec, dict(config), torch.bfloat16, quant, kv, tensors
+        Path("dummy"), Path("dummy"), (),
+        "random weights", family, spec, dict(config), torch.bfloat16, quant, kv, tensors
     )  # fmt: skip
 
 

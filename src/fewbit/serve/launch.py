@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+from fewbit.checkpoint import text_folder
 from fewbit.engine.config import EngineOptions
 from fewbit.engine.spawn import EngineProcess, spawn
 from fewbit.serve.app import create_app
@@ -39,7 +40,7 @@ def serve_model(
         FewbitError: the model cannot be opened or the address is taken; nothing is left running.
         KeyboardInterrupt: it was stopped with Ctrl-C.
     """
-    tokenizer = Tokenizer.load(model)
+    tokenizer = Tokenizer.load(text_folder(model))
     listener = bind(host, port)  # before the weights are read: a port that is taken should not cost a minute
     try:
         with spawn(model, options, progress=progress, drain_s=drain_s) as engine:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
+from importlib.resources.abc import Traversable
 from typing import Any
 
 from fewbit.errors import CheckpointError
@@ -24,7 +24,7 @@ class TokenizerSettings:
     template: str | None
 
 
-def read_settings(model_dir: Path) -> TokenizerSettings:
+def read_settings(model_dir: Traversable) -> TokenizerSettings:
     """Read tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json and the chat template.
 
     Args:
@@ -59,7 +59,7 @@ def read_settings(model_dir: Path) -> TokenizerSettings:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Traversable) -> dict[str, Any]:
     """The JSON object in `path`, or {} where there is no such file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -84,7 +84,7 @@ def _ids(value: Any) -> list[int]:
     return [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0]
 
 
-def _template(model_dir: Path, config: dict[str, Any]) -> str | None:
+def _template(model_dir: Traversable, config: dict[str, Any]) -> str | None:
     """chat_template.jinja wins over tokenizer_config.json; of several named templates `default` is taken."""
     file = model_dir / "chat_template.jinja"
     if file.is_file():

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from pathlib import Path
+from importlib.resources.abc import Traversable
 from typing import Any
 
 import tokenizers
@@ -49,33 +49,34 @@ class Tokenizer:
         self._byte_level = '"ByteLevel"' in json.dumps(layout.get("decoder"))
 
     @classmethod
-    def load(cls, model_dir: Path) -> Tokenizer:
+    def load(cls, model_dir: Traversable) -> Tokenizer:
         """Open the tokenizer of a model directory.
 
         Args:
-            model_dir: A directory with a tokenizer.json; the JSON files beside it are read where they exist.
+            model_dir: A directory, or what looks like one, with a tokenizer.json; the JSON files beside it are read
+                where they exist.
 
         Raises:
             CheckpointError: tokenizer.json is missing or broken, or a file beside it is.
         """
-        file = Path(model_dir) / "tokenizer.json"
+        file = model_dir / "tokenizer.json"
         if not file.is_file():
             others = [
-                n for n in ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json") if (file.parent / n).exists()
+                n for n in ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json") if (model_dir / n).is_file()
             ]
             found = (
                 f"it holds {others[0]}, which fewbit does not read" if others else "no other tokenizer file is there"
             )
             raise CheckpointError(
-                f"{file.parent}: no tokenizer.json ({found}). Convert it once with transformers: "
+                f"{model_dir}: no tokenizer.json ({found}). Convert it once with transformers: "
                 f"AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
             )
         layout = read_json(file)
         try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
+            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         except Exception as e:  # the library raises a plain Exception
             raise CheckpointError(f"{file}: not a tokenizer that the tokenizers library can open ({e})") from e
-        return cls(backend, read_settings(file.parent), layout)
+        return cls(backend, read_settings(model_dir), layout)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens spelled out in the text count as such.

@@ -307,7 +307,7 @@ def test_a_code_that_was_written_wrong_is_found(source, tmp_path, monkeypatch):
 def open_entry(checkpoint, source: str):
     from fewbit.checkpoint.files import ModelFiles
 
-    return ModelFiles(checkpoint.path).entries[source]
+    return ModelFiles(checkpoint.path).places[source]
 
 
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])

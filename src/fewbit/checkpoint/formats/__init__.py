@@ -12,7 +12,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
-from fewbit.checkpoint.files import ModelFiles
+from fewbit.checkpoint.files import Files
 from fewbit.checkpoint.layout import InputScale, Packing, Quantization
 from fewbit.checkpoint.names import Names
 from fewbit.errors import UnsupportedError, nearest_name
@@ -20,26 +20,29 @@ from fewbit.numerics.quantspec import KVSpec, QuantSpec
 from fewbit.spec.decoder import DecoderSpec, LinearShape
 
 
-class FileFormat(Protocol):
-    """What a module of this folder offers."""
+class Reader(Protocol):
+    """What every module of this folder offers."""
 
     NAME: str  # as ``--export`` and ``inspect`` write it
-    KV_SCALES: tuple[str, str]  # canonical-module-relative names of the scales of K and V
 
-    def detect(self, files: ModelFiles) -> bool:
+    def detect(self, files: Files) -> bool:
         """Whether this directory is in this format."""
         ...
 
-    def read(self, files: ModelFiles, spec: DecoderSpec, names: Names) -> Quantization:
+    def read(self, files: Files, spec: DecoderSpec, names: Names) -> Quantization:
         """What the config says."""
-        ...
-
-    def why_not(self, spec: DecoderSpec, quantization: Quantization) -> str | None:
-        """None: can say all of it; else what it cannot, with the layer's name, and who can."""
         ...
 
     def packing(self, quant: QuantSpec) -> Packing:
         """How the weight of a linear is laid out."""
+        ...
+
+
+class FileFormat(Reader, Protocol):
+    """What a module offers whose format is also written."""
+
+    def why_not(self, spec: DecoderSpec, quantization: Quantization) -> str | None:
+        """None: can say all of it; else what it cannot, with the layer's name, and who can."""
         ...
 
     def input_scale(self, quant: QuantSpec) -> InputScale:
@@ -64,10 +67,16 @@ class FileFormat(Protocol):
 
 
 @functools.cache
-def formats() -> dict[str, FileFormat]:
+def readers() -> dict[str, Reader]:
     """Every format by its name."""
     modules = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
-    return {module.NAME: cast("FileFormat", module) for module in modules}
+    return {module.NAME: cast("Reader", module) for module in modules}
+
+
+@functools.cache
+def formats() -> dict[str, FileFormat]:
+    """Every format that is also written, by its name."""
+    return {name: cast("FileFormat", module) for name, module in readers().items() if hasattr(module, "configs")}
 
 
 def format_named(name: str) -> FileFormat:
@@ -76,22 +85,24 @@ def format_named(name: str) -> FileFormat:
     Raises:
         UnsupportedError: no such format.
     """
+    if name in readers() and name not in formats():
+        raise UnsupportedError(f"checkpoint format '{name}' is only read; known: {', '.join(formats())}")
     if name not in formats():
         raise UnsupportedError(f"unknown checkpoint format '{name}'; {nearest_name(name, formats())}")
     return formats()[name]
 
 
-def format_of(files: ModelFiles) -> FileFormat:
+def format_of(files: Files) -> Reader:
     """The format a directory is in.
 
     Raises:
         UnsupportedError: none that we read.
     """
-    for fmt in formats().values():
+    for fmt in readers().values():
         if fmt.detect(files):
             return fmt
     method: Mapping[str, Any] = files.config.get("quantization_config") or {}
     raise UnsupportedError(
         f"{files.path} is quantized as '{method.get('quant_method')}', which fewbit does not read; "
-        f"known: {', '.join(formats())}, or an unquantized model"
+        f"known: {', '.join(readers())}, or an unquantized model"
     )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.checkpoint.files import ModelFiles
+from fewbit.checkpoint.files import Files
 from fewbit.checkpoint.layout import InputScale, Packing, Quantization, Shape, Stored, scale_grid
 from fewbit.checkpoint.names import Names
 from fewbit.errors import CheckpointError, UnsupportedError
@@ -32,7 +32,7 @@ CAST = {INT8: torch.int8, E4M3: torch.float8_e4m3fn}
 VERSION = "0.20.0"
 
 
-def detect(files: ModelFiles) -> bool:
+def detect(files: Files) -> bool:
     """By config.json alone."""
     return (files.config.get("quantization_config") or {}).get("quant_method") in ("compressed-tensors", OWN)
 
@@ -349,7 +349,7 @@ def _group_spec(group: Mapping[str, Any], where: str) -> QuantSpec:
     return QuantSpec(weight, _format(inputs, where), scale, lowrank=rank)  # type: ignore[arg-type]
 
 
-def read(files: ModelFiles, spec: DecoderSpec, names: Names) -> Quantization:
+def read(files: Files, spec: DecoderSpec, names: Names) -> Quantization:
     """See `FileFormat.read`."""
     config = files.config["quantization_config"]
     if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
@@ -379,7 +379,7 @@ def read(files: ModelFiles, spec: DecoderSpec, names: Names) -> Quantization:
     return Quantization(quant, kv)
 
 
-def _as_stored(kind: QuantSpec, files: ModelFiles, module: str) -> QuantSpec:
+def _as_stored(kind: QuantSpec, files: Files, module: str) -> QuantSpec:
     """The spec with the float dtype in which this linear's scales really are."""
     assert kind.weight is not None
     entry = files.entries.get(f"{module}.weight_scale")

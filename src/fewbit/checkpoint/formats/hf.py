@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.checkpoint.files import DTYPES, ModelFiles, read_json
+from fewbit.checkpoint.files import DTYPES, Files, read_json
 from fewbit.checkpoint.layout import InputScale, Packing, Quantization, Shape, Stored, scale_grid
 from fewbit.checkpoint.names import Names
 from fewbit.errors import CheckpointError, UnsupportedError
@@ -45,7 +45,7 @@ PRESCALED = (".attn.o", ".mlp.down")
 """Linears of W4A16_AWQ whose ``pre_quant_scale`` TensorRT-LLM insists on finding, ones if need be."""
 
 
-def detect(files: ModelFiles) -> bool:
+def detect(files: Files) -> bool:
     """Unquantized, or by either of the two files."""
     method = (files.config.get("quantization_config") or {}).get("quant_method")
     return method == "modelopt" or (method is None and not files.config.get("quantization_config"))
@@ -225,7 +225,7 @@ def _excluded(module: str, patterns: list[str]) -> bool:
     return any(fnmatch.fnmatchcase(module, p) or module.startswith(f"{p}.") for p in patterns)
 
 
-def _words(files: ModelFiles) -> dict[str, Any]:
+def _words(files: Files) -> dict[str, Any]:
     """The quantization as the nested file says it, from whichever of the two files is there."""
     flat = files.config.get("quantization_config") or {}
     if (files.path / CONFIG).exists():
@@ -250,7 +250,7 @@ def _words(files: ModelFiles) -> dict[str, Any]:
     }
 
 
-def read(files: ModelFiles, spec: DecoderSpec, names: Names) -> Quantization:
+def read(files: Files, spec: DecoderSpec, names: Names) -> Quantization:
     """See `FileFormat.read`."""
     if not files.config.get("quantization_config") and not (files.path / CONFIG).exists():
         return Quantization({}, {})

@@ -1,0 +1,26 @@
+"""Which kind of source lies at a path: a Hugging Face directory, or what presents itself as one."""
+
+from __future__ import annotations
+
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from fewbit.checkpoint.files import Files, ModelFiles
+
+
+def open_files(path: Path) -> Files:
+    """The model at a path, by what lies there. Headers only.
+
+    Raises:
+        CheckpointError: nothing that can be opened.
+    """
+    return ModelFiles(path)
+
+
+def text_folder(path: Path) -> Traversable:
+    """Where the tokenizer of the model at a path lies: the directory itself, or what looks like one.
+
+    Raises:
+        CheckpointError: a source that is no directory and cannot be opened.
+    """
+    return path
