@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from fewbit.errors import RecipeError, nearest_name
-from fewbit.numerics.element import E2M1, E4M3, E5M2, E8M0, INT4, INT8, Element
+from fewbit.numerics.element import E2M1, E4M3, E5M2, E8M0, INT4, INT8, Element, integer
 
 ALL = -1
 """A block that spans its whole axis."""
@@ -26,6 +26,8 @@ class Format:
             computes the same product.
         outer: whether one more float32 scale multiplies the whole tensor (NVFP4).
         zero: ``"int"``: W = (code - zero) * scale, with the zero in the range of the element.
+        act_order: whether a table says which block of its row each column belongs to (GPTQ's act-order), in place of
+            the order of the columns.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Format:
     scale: Element | torch.dtype = torch.float32
     outer: bool = False
     zero: Literal["int"] | None = None
+    act_order: bool = False
 
     @property
     def grouped(self) -> bool:
@@ -59,6 +62,7 @@ def _formats() -> dict[str, Format]:
         Format("fp8", E4M3, (ALL, ALL)),
         Format("fp8_row", E4M3, (1, ALL)),
         Format("fp8_block", E4M3, (128, 128)),
+        Format("fp8_g128", E4M3, (1, 128)),
         Format("fp8_e5m2", E5M2, (ALL, ALL)),
         Format("fp8_e5m2_row", E5M2, (1, ALL)),
         Format("fp8_e5m2_block", E5M2, (128, 128)),
@@ -85,3 +89,17 @@ def format_named(name: str) -> Format:
     if name not in FORMATS:
         raise RecipeError(f"unknown numeric format '{name}'; {nearest_name(name, FORMATS)}")
     return FORMATS[name]
+
+
+def integer_format(bits: int, block: tuple[int, int], *, asym: bool = False, act_order: bool = False) -> Format:
+    """Integers of `bits` (2 to 8) bits, as files of other tools have them too: named like those of `FORMATS`.
+
+    Scales of groups are bfloat16, others float32; a file whose scales are stored otherwise says so.
+    """
+    width = {(ALL, ALL): "tensor", (1, ALL): "row"}.get(block, f"g{block[1]}")
+    name = "int8" if (bits, width) == (8, "tensor") else f"int{bits}_{width}"
+    name += "_asym" * asym + "_act_order" * act_order
+    if name in FORMATS:
+        return FORMATS[name]
+    scale = torch.float32 if block[1] == ALL else torch.bfloat16
+    return Format(name, integer(bits), block, scale, zero="int" if asym else None, act_order=act_order)

@@ -1,8 +1,8 @@
 """Bit packing: several small codes to a byte or a 32-bit word.
 
 Two orders are in use. *Nibbles*: byte b of an axis holds element 2b in bits 0-3 and 2b+1 in bits 4-7; codes 1, 2, 3, 4
-become the bytes 0x21, 0x43. *Words*: a 32-bit word holds 32 / bits codes, the first one lowest; the 4-bit codes 1..8
-become 0x87654321.
+become the bytes 0x21, 0x43. *Words*: codes one after the other, the first one lowest, in 32-bit words; the 4-bit codes
+1..8 become 0x87654321. Codes of 3, 5, 6 or 7 bits leave no gap: some lie across two words.
 """
 
 from __future__ import annotations
@@ -26,21 +26,31 @@ def unpack_nibbles(packed: Tensor, dim: int = -1) -> Tensor:
 
 
 def pack_words(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
-    """Uint8 codes of `bits` (2, 4 or 8) bits to int32 words along `dim`; the last word is filled up with zeros."""
+    """Uint8 codes of `bits` (2 to 8) bits to int32 words along `dim`; the last word is filled up with zeros."""
     codes = codes.movedim(dim, -1)
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % (32 // bits)))
+    words = -(-codes.shape[-1] * bits // 32)
+    if 8 % bits:
+        single = (codes[..., None] >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1
+        codes, bits = single.flatten(-2), 1
+    codes = torch.nn.functional.pad(codes, (0, words * 32 // bits - codes.shape[-1]))
     while bits < 8:
         low, high = codes.unflatten(-1, (-1, 2)).unbind(-1)
         codes = low | (high << bits)
         bits *= 2
     # four bytes are a word as they lie: every machine that torch runs on has the lowest byte first
-    return codes.contiguous().view(torch.int32).movedim(-1, dim).contiguous()
+    packed = codes.flatten().view(torch.int32).view(*codes.shape[:-1], words)
+    return packed.movedim(-1, dim).contiguous()
 
 
 def unpack_words(packed: Tensor, bits: int, size: int, dim: int = -1) -> Tensor:
     """The inverse of `pack_words`; `size` is the number of codes along `dim`."""
-    codes, width = packed.movedim(dim, -1).contiguous().view(torch.uint8), 8
-    while width > bits:
+    packed = packed.movedim(dim, -1)
+    codes, width = packed.flatten().view(torch.uint8).view(*packed.shape[:-1], -1), 8
+    least = 1 if 8 % bits else bits
+    while width > least:
         width //= 2
         codes = torch.stack((codes & ((1 << width) - 1), codes >> width), -1).flatten(-2)
+    if least < bits:
+        places = torch.arange(bits, dtype=torch.uint8, device=codes.device)
+        codes = (codes[..., : size * bits].unflatten(-1, (-1, bits)) << places).sum(-1, dtype=torch.uint8)
     return codes[..., :size].movedim(-1, dim).contiguous()

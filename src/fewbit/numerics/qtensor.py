@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class QTensor:
         scale: [R, C] as stored: raw uint8 codes if the format's scale is an element set, else a float dtype.
         outer: float32 [] or None.
         zero: int8 [R, C] or None.
+        group_of: int32 [in] or None: with act-order, the column of `scale` and `zero` that each column goes with.
     """
 
     format: Format
@@ -30,6 +31,7 @@ class QTensor:
     scale: Tensor
     outer: Tensor | None = None
     zero: Tensor | None = None
+    group_of: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -38,12 +40,14 @@ class QTensor:
 
     @property
     def bits(self) -> int:
-        """Bits of codes, scales and zeros together, packed: what the tensor costs on disk."""
+        """Bits of codes, scales, zeros and their table together, packed: what the tensor costs on disk."""
         total = self.codes.numel() * self.format.element.bits + self.scale.numel() * self.format.scale_bits
         if self.outer is not None:
             total += self.outer.numel() * 32
         if self.zero is not None:
             total += self.zero.numel() * self.format.element.bits
+        if self.group_of is not None:
+            total += self.group_of.numel() * 32
         return total
 
     def scales(self) -> Tensor:
@@ -68,8 +72,8 @@ class QTensor:
         """The same in float32, at once."""
         value = self.format.element.decode(self.codes)
         if self.zero is not None:
-            value -= spread(self.zero.float(), self.format, self.shape)
-        value *= spread(self.scales(), self.format, self.shape)
+            value -= spread(self.zero.float(), self.format, self.shape, self.group_of)
+        value *= spread(self.scales(), self.format, self.shape, self.group_of)
         return value
 
     def to(self, device: torch.device | str) -> QTensor:
@@ -78,7 +82,7 @@ class QTensor:
 
     def parts(self) -> dict[str, Tensor]:
         """The tensors it is made of, by field name."""
-        named = {"codes": self.codes, "scale": self.scale, "outer": self.outer, "zero": self.zero}
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "format"}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def _with(self, parts: Mapping[str, Tensor]) -> QTensor:
@@ -95,7 +99,9 @@ class QTensor:
         block = self.format.block[dim]
         size = self.codes.shape[dim]
         parts = {"codes": self.codes.narrow(dim, start, stop - start)}
-        if block != ALL:
+        if self.group_of is not None and dim == -1:
+            parts["group_of"] = self.group_of.narrow(0, start, stop - start)  # into the whole row's scales, as before
+        elif block != ALL:
             if start % block or (stop % block and stop != size):
                 raise ValueError(f"cut {start}:{stop} of axis {dim} goes through a block of {block} ({self.format})")
             first, last = start // block, -(-stop // block)
@@ -115,9 +121,15 @@ class QTensor:
         )
 
 
-def uncoded(fmt: Format, scale: Tensor, outer: Tensor | None = None, zero: Tensor | None = None) -> QTensor:
+def uncoded(
+    fmt: Format,
+    scale: Tensor,
+    outer: Tensor | None = None,
+    zero: Tensor | None = None,
+    group_of: Tensor | None = None,
+) -> QTensor:
     """A tensor of which only the scales are known yet: what to round with."""
-    return QTensor(fmt, torch.empty(0, dtype=torch.uint8), scale, outer, zero)
+    return QTensor(fmt, torch.empty(0, dtype=torch.uint8), scale, outer, zero, group_of)
 
 
 def cat(pieces: Sequence[QTensor]) -> QTensor:
@@ -137,7 +149,7 @@ def cat(pieces: Sequence[QTensor]) -> QTensor:
     joined = {"codes": torch.cat([p.codes for p in pieces], -2)}
     for name in first.parts().keys() - {"codes"}:
         tensors = [p.parts()[name] for p in pieces]
-        if name == "outer" or rows == ALL:
+        if name in ("outer", "group_of") or rows == ALL:
             if not all(torch.equal(t, tensors[0]) for t in tensors):
                 raise ValueError(f"cannot join: the {name} of the whole tensor differs ({first.format})")
             joined[name] = tensors[0]
@@ -152,8 +164,10 @@ def block_size(fmt: Format, shape: Sequence[int]) -> tuple[int, int]:
     return rows, cols
 
 
-def spread(blockwise: Tensor, fmt: Format, shape: Sequence[int]) -> Tensor:
+def spread(blockwise: Tensor, fmt: Format, shape: Sequence[int], group_of: Tensor | None = None) -> Tensor:
     """One value a block, [..., R, C], broadcastable to the shape of the tensor; the last blocks may be ragged."""
+    if group_of is not None:
+        return blockwise[..., group_of]
     rows, cols = block_size(fmt, shape)
     if rows not in (1, shape[-2]):
         blockwise = blockwise.repeat_interleave(rows, -2)[..., : shape[-2], :]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -75,11 +76,11 @@ def _quantize(x: Tensor, fmt: Format, outer: Tensor | None) -> QTensor:
 def round_to(x: Tensor, like: QTensor) -> QTensor:
     """Round float32 `x` with the format and scales of `like`, whose codes are not looked at."""
     fmt = like.format
-    ratio = x / spread(like.scales(), fmt, x.shape)
+    ratio = x / spread(like.scales(), fmt, x.shape, like.group_of)
     if like.zero is not None:
         # the zero is added before rounding as the compressed-tensors library does
-        ratio = ratio + spread(like.zero.float(), fmt, x.shape)
-    return QTensor(fmt, fmt.element.encode(ratio), like.scale, like.outer, like.zero)
+        ratio = ratio + spread(like.zero.float(), fmt, x.shape, like.group_of)
+    return replace(like, codes=fmt.element.encode(ratio))
 
 
 def check_fits(fmt: Format, shape: torch.Size | tuple[int, ...]) -> None:

@@ -32,7 +32,7 @@ def test_nibbles_of_rows_put_the_even_row_low():
     assert pack_nibbles(codes, -1).tolist() == [[0x21], [0x43]]
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("dim", [-1, 0])
 @pytest.mark.parametrize("size", [1, 7, 8, 16, 33])
 def test_words_come_back_also_where_the_last_is_not_full(bits, dim, size):
@@ -43,7 +43,7 @@ def test_words_come_back_also_where_the_last_is_not_full(bits, dim, size):
     assert torch.equal(unpack_words(packed, bits, size, dim), codes)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("dim", [0, 1])
 def test_words_are_those_of_compressed_tensors(bits, dim):
     codes = codes_of(bits, 24, 40)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fewbit.numerics.format import FORMATS
-from fewbit.numerics.qtensor import cat
-from fewbit.numerics.reference import quantize
+from fewbit.numerics.format import ALL, FORMATS, integer_format
+from fewbit.numerics.qtensor import QTensor, cat
+from fewbit.numerics.reference import quantize, round_to
 
 
 def gauss(*shape, seed=0):
@@ -116,3 +116,38 @@ def test_axes_before_the_last_two_are_a_batch(name):
     outer = None if not fmt.outer else torch.tensor(2.0**-8)
     batch = quantize(x, fmt, outer=outer)
     assert torch.equal(batch.dequantize(), torch.stack([quantize(m, fmt, outer=outer).dequantize() for m in x]))
+
+
+@pytest.mark.parametrize(("bits", "asym"), [(2, True), (3, False), (4, True), (8, False)])
+def test_act_order_takes_the_scale_of_each_column_from_a_table(bits, asym):
+    random = torch.Generator().manual_seed(bits)
+    fmt = integer_format(bits, (1, 32), asym=asym, act_order=True)
+    codes = torch.randint(0, 2**bits, (24, 96), generator=random).to(torch.uint8)
+    scale = torch.rand(24, 3, generator=random).to(torch.bfloat16) + 0.1
+    zero = torch.randint(-2, 2, (24, 3), generator=random).to(torch.int8) if asym else None
+    group_of = torch.arange(96, dtype=torch.int32)[torch.randperm(96, generator=random)] % 3
+    q = QTensor(fmt, codes, scale, zero=zero, group_of=group_of)
+    signed = codes.double() - 2**bits * (codes >= 2 ** (bits - 1))
+    expected = torch.empty(24, 96, dtype=torch.float64)
+    for column, group in enumerate(group_of.tolist()):
+        shift = 0 if zero is None else zero[:, group].double()
+        expected[:, column] = (signed[:, column] - shift) * scale[:, group].double()
+    w = q.dequantize()
+    assert torch.equal(w, expected.float())
+    assert torch.equal(q.slice(-1, 5, 50).dequantize(), w[:, 5:50])  # a cut through what would be a group
+    assert torch.equal(q.slice(-2, 3, 9).dequantize(), w[3:9])
+    assert round_to(w, q).equal(q)
+    assert cat([q.slice(-2, 0, 7), q.slice(-2, 7, 24)]).equal(q)
+    other = QTensor(fmt, codes, scale, zero=zero, group_of=group_of.flip(0))
+    with pytest.raises(ValueError, match="group_of of the whole tensor differs"):
+        cat([q, other])
+    assert q.bits == 24 * 96 * bits + 24 * 3 * (16 + bits * asym) + 96 * 32
+
+
+def test_integers_of_other_widths_are_named_like_the_rest():
+    assert integer_format(4, (1, 128)) is FORMATS["int4_g128"]
+    assert integer_format(8, (ALL, ALL)) is FORMATS["int8"]
+    assert integer_format(8, (1, ALL)) is FORMATS["int8_row"]
+    assert str(integer_format(3, (1, 64), asym=True)) == "int3_g64_asym"
+    assert str(integer_format(4, (1, 128), act_order=True)) == "int4_g128_act_order"
+    assert integer_format(5, (1, ALL)).scale == torch.float32

@@ -254,6 +254,8 @@ class GpuKernel(ABC):
             return f"computes in bfloat16, the model in {str(problem.dtype).removeprefix('torch.')}"
         if problem.quant.prescale:
             return "cannot multiply inputs by a stored vector"
+        if problem.quant.weight and problem.quant.weight.act_order:
+            return "needs groups in the order of their columns"
         return self.declines(problem)
 
     @abstractmethod
