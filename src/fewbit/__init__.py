@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fewbit.version import __version__
 
 if TYPE_CHECKING:
-    from fewbit.checkpoint import Checkpoint, open_checkpoint
+    from fewbit.checkpoint import Checkpoint, export, open_checkpoint
     from fewbit.compress import Recipe, read_recipe
     from fewbit.compress.fake import quantizers
     from fewbit.compress.module import quantize
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Checkpoint": "fewbit.checkpoint",
+    "export": "fewbit.checkpoint",
     "open_checkpoint": "fewbit.checkpoint",
     "Recipe": "fewbit.compress",
     "read_recipe": "fewbit.compress",
@@ -44,6 +45,7 @@ __all__ = [
     "Recipe",
     "__version__",
     "demo_model",
+    "export",
     "open_checkpoint",
     "quantize",
     "quantizers",

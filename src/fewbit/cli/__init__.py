@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from fewbit.cli import bench, demo, look, make, serve
+from fewbit.cli import bench, convert, demo, look, make, serve
 from fewbit.cli.common import settings
 from fewbit.errors import FewbitError
 from fewbit.version import __version__
@@ -30,6 +30,7 @@ for command in (
     look.inspect,
     look.plan,
     make.compress,
+    convert.export,
     serve.run,
     serve.serve,
     make.evaluate,
