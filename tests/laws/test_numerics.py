@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fewbit.numerics.element import E2M1, E4M3, E5M2, ELEMENTS, INT4, INT8
+from fewbit.numerics.element import E2M1, E4M3, E5M2, ELEMENTS, INT4, INT8, NF4
 from fewbit.numerics.format import ALL, FORMATS
 from fewbit.numerics.pack import pack_nibbles, pack_words, unpack_nibbles, unpack_words
 from fewbit.numerics.qtensor import cat
@@ -125,9 +125,10 @@ def test_rounding_keeps_order_and_sign(element, numbers):
     y = element.decode(element.encode(x))
     assert (y.diff() >= 0).all()
     assert (y.abs() <= element.max + (element.integer)).all()
-    flipped = element.decode(element.encode(-x))
-    inside = x.abs() <= element.max
-    assert torch.equal(flipped[inside], -y[inside])
+    if element != NF4:  # which has other numbers below zero than above
+        flipped = element.decode(element.encode(-x))
+        inside = x.abs() <= element.max
+        assert torch.equal(flipped[inside], -y[inside])
 
 
 @given(st.lists(st.integers(-112, 112), min_size=1, max_size=40))

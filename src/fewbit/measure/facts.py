@@ -169,8 +169,7 @@ def file_bits(quant: QuantSpec, numbers: int, columns: int, dtype: torch.dtype) 
     rows, cols = (
         size if size > 0 else full for size, full in zip(fmt.block, (numbers // columns, columns), strict=True)
     )
-    zero = fmt.element.bits if fmt.zero else 0
-    return fmt.element.bits + (fmt.scale_bits + zero) / (rows * cols)
+    return fmt.element.bits + (fmt.scale_bits + fmt.zero_bits) / (rows * cols)
 
 
 @dataclass(frozen=True)

@@ -73,20 +73,25 @@ class Element:
             return rounded if self.bits == 8 else rounded.bitwise_and_((1 << self.bits) - 1)
         if self.native is not None and self.native != torch.float8_e8m0fnu:
             return x.clamp(self.min, self.max).to(self.native).view(torch.uint8)
-        magnitude = x if self.min > 0 else x.abs()
+        magnitude = x if self._ascending else x.abs()
         code = torch.zeros_like(x, dtype=torch.uint8)
         for below, middle in enumerate(self._middles):
             # codes count up with the value, so the even neighbour of a tie is known by its place
             code += magnitude >= middle if below % 2 else magnitude > middle
-        if self.min < 0:
+        if not self._ascending:
             code |= torch.signbit(x).to(torch.uint8) << (self.bits - 1)
         return code
 
     @functools.cached_property
+    def _ascending(self) -> bool:
+        """Whether codes count up with the value from the lowest on; else their top bit is a sign."""
+        return all(a < b for a, b in itertools.pairwise(v for v in self.values if math.isfinite(v)))
+
+    @functools.cached_property
     def _middles(self) -> tuple[float, ...]:
-        """The points half way between neighbours among the finite values that are not negative."""
-        positive = [v for v in self.values if math.isfinite(v) and math.copysign(1, v) > 0]
-        return tuple((a + b) / 2 for a, b in itertools.pairwise(positive))
+        """The points half way between neighbours among the finite values (of a signed set the positive ones)."""
+        rising = [v for v in self.values if math.isfinite(v) and (self._ascending or math.copysign(1, v) > 0)]
+        return tuple((a + b) / 2 for a, b in itertools.pairwise(rising))
 
 
 @functools.cache
@@ -123,11 +128,22 @@ def minifloat(exponent: int, mantissa: int, special: str | None = None, native: 
     return Element(f"e{exponent}m{mantissa}", 1 + exponent + mantissa, values, native)
 
 
-INT4, INT8 = integer(4), integer(8)
+INT2, INT3, INT4, INT6, INT8 = (integer(bits) for bits in (2, 3, 4, 6, 8))
+UINT4 = Element("uint4", 4, tuple(float(c) for c in range(16)))
 E2M1 = minifloat(2, 1)
 E4M3 = minifloat(4, 3, "nan", torch.float8_e4m3fn)
 E5M2 = minifloat(5, 2, "ieee", torch.float8_e5m2)
 E8M0 = Element(
     "e8m0", 8, tuple([2.0 ** (c - 127) for c in range(255)] + [math.nan]), torch.float8_e8m0fnu
 )  # a power of two, no sign: the scale of the OCP MX formats
-ELEMENTS = {e.name: e for e in (INT4, INT8, E2M1, E4M3, E5M2, E8M0)}
+NF4 = Element(
+    "nf4",
+    4,
+    (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+)  # quantiles of a normal distribution, scaled to [-1, 1] (QLoRA, arXiv 2305.14314, appendix E)
+ELEMENTS = {e.name: e for e in (INT2, INT3, INT4, INT6, INT8, UINT4, NF4, E2M1, E4M3, E5M2, E8M0)}

@@ -25,7 +25,8 @@ class Format:
         scale: what a scale is stored in. It is rounded to this *before* codes are made, so every reader of the file
             computes the same product.
         outer: whether one more float32 scale multiplies the whole tensor (NVFP4).
-        zero: ``"int"``: W = (code - zero) * scale, with the zero in the range of the element.
+        zero: ``"int"``: W = (code - zero) * scale, with the zero in the range of the element; ``"float"``:
+            W = code * scale + zero, with a float32 zero.
         act_order: whether a table says which block of its row each column belongs to (GPTQ's act-order), in place of
             the order of the columns.
     """
@@ -35,7 +36,7 @@ class Format:
     block: tuple[int, int]
     scale: Element | torch.dtype = torch.float32
     outer: bool = False
-    zero: Literal["int"] | None = None
+    zero: Literal["int", "float"] | None = None
     act_order: bool = False
 
     @property
@@ -47,6 +48,11 @@ class Format:
     def scale_bits(self) -> int:
         """Bits of one stored scale."""
         return self.scale.bits if isinstance(self.scale, Element) else self.scale.itemsize * 8
+
+    @property
+    def zero_bits(self) -> int:
+        """Bits of one stored zero; 0 where there is none."""
+        return {None: 0, "int": self.element.bits, "float": 32}[self.zero]
 
     def __str__(self) -> str:
         return self.name

@@ -22,7 +22,7 @@ class QTensor:
         codes: uint8 [out, in], one raw bit pattern an element.
         scale: [R, C] as stored: raw uint8 codes if the format's scale is an element set, else a float dtype.
         outer: float32 [] or None.
-        zero: int8 [R, C] or None.
+        zero: int8 [R, C], float32 where the format says so, or None.
         group_of: int32 [in] or None: with act-order, the column of `scale` and `zero` that each column goes with.
     """
 
@@ -45,7 +45,7 @@ class QTensor:
         if self.outer is not None:
             total += self.outer.numel() * 32
         if self.zero is not None:
-            total += self.zero.numel() * self.format.element.bits
+            total += self.zero.numel() * self.format.zero_bits
         if self.group_of is not None:
             total += self.group_of.numel() * 32
         return total
@@ -71,9 +71,11 @@ class QTensor:
     def _dequantize(self) -> Tensor:
         """The same in float32, at once."""
         value = self.format.element.decode(self.codes)
-        if self.zero is not None:
+        if self.zero is not None and self.format.zero == "int":
             value -= spread(self.zero.float(), self.format, self.shape, self.group_of)
         value *= spread(self.scales(), self.format, self.shape, self.group_of)
+        if self.zero is not None and self.format.zero == "float":
+            value += spread(self.zero, self.format, self.shape, self.group_of)
         return value
 
     def to(self, device: torch.device | str) -> QTensor:

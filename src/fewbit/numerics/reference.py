@@ -84,7 +84,9 @@ def round_to(x: Tensor, like: QTensor) -> QTensor:
 
 
 def check_fits(fmt: Format, shape: torch.Size | tuple[int, ...]) -> None:
-    """Raise unless a weight of `shape` can be cut into the blocks of `fmt`. 2-D float blocks may be ragged."""
+    """Raise unless a weight of `shape` can be rounded to `fmt` in whole blocks. 2-D float blocks may be ragged."""
+    if fmt.act_order or fmt.zero == "float":
+        raise UnsupportedError(f"{fmt} is only read: nothing here rounds to it")
     rows, cols = fmt.block
     if cols not in (1, ALL) and rows == 1 and shape[-1] % cols:
         raise UnsupportedError(

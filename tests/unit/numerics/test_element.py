@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from fewbit.numerics.element import E2M1, E4M3, E5M2, E8M0, ELEMENTS, INT4, INT8, Element, minifloat
+from fewbit.numerics.element import E2M1, E4M3, E5M2, E8M0, ELEMENTS, INT3, INT4, INT8, NF4, UINT4, Element, minifloat
 
 NATIVE = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2, E8M0: torch.float8_e8m0fnu}
 
@@ -82,7 +82,7 @@ def test_the_table_rounds_a_dense_sweep_of_all_floats_as_torch_casts(element):
         assert torch.equal(table.encode(x), theirs)
 
 
-@pytest.mark.parametrize("element", [E2M1, INT4, INT8, minifloat(2, 3)], ids=name)
+@pytest.mark.parametrize("element", [E2M1, INT3, INT4, INT8, UINT4, minifloat(2, 3)], ids=name)
 def test_rounds_to_the_nearest_by_brute_force_ties_to_even(element):
     x = awkward(element)
     values = torch.tensor(element.values, dtype=torch.float64)
@@ -93,6 +93,19 @@ def test_rounds_to_the_nearest_by_brute_force_ties_to_even(element):
     tied = (distance == nearest[:, None]).sum(-1) > 1  # also at zero, where both codes are even
     assert (codes[tied] % 2 == 0).all()
     assert (tied & (nearest > 0)).any()
+
+
+def test_nf4_rounds_to_the_nearest_of_its_sixteen():
+    x = torch.linspace(-1.3, 1.3, 1001)
+    distance = (x[:, None] - torch.tensor(NF4.values)).abs()
+    taken = distance.gather(1, NF4.encode(x).long()[:, None])[:, 0]
+    assert (taken <= distance.amin(-1) + 1e-6).all()
+    assert (NF4.min, NF4.max, NF4.values[7]) == (-1, 1, 0)
+
+
+def test_an_unsigned_set_has_nothing_below_zero():
+    assert UINT4.encode(torch.tensor([-3.0, -0.2, 0.4, 15.4, 99.0])).tolist() == [0, 0, 0, 15, 15]
+    assert not UINT4.integer  # which would be two's complement
 
 
 def test_e2m1_is_the_eight_numbers_and_their_negatives():

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from fewbit.numerics.format import ALL, FORMATS, integer_format
+from fewbit.errors import UnsupportedError
+from fewbit.numerics.element import UINT4
+from fewbit.numerics.format import ALL, FORMATS, Format, integer_format
 from fewbit.numerics.qtensor import QTensor, cat
 from fewbit.numerics.reference import quantize, round_to
 
@@ -151,3 +153,22 @@ def test_integers_of_other_widths_are_named_like_the_rest():
     assert str(integer_format(3, (1, 64), asym=True)) == "int3_g64_asym"
     assert str(integer_format(4, (1, 128), act_order=True)) == "int4_g128_act_order"
     assert integer_format(5, (1, ALL)).scale == torch.float32
+
+
+def test_a_zero_that_is_a_float_is_added_after_the_scale():
+    random = torch.Generator().manual_seed(1)
+    fmt = Format("minima", UINT4, (1, 32), zero="float")
+    codes = torch.randint(0, 16, (8, 96), dtype=torch.uint8, generator=random)
+    scale, zero = torch.rand(8, 3, generator=random), -torch.rand(8, 3, generator=random)
+    q = QTensor(fmt, codes, scale, zero=zero)
+    # in float32, the product rounded before the sum
+    expected = codes.float() * scale.repeat_interleave(32, 1) + zero.repeat_interleave(32, 1)
+    assert torch.equal(q.dequantize(), expected)
+    assert torch.equal(q.slice(-1, 32, 96).dequantize(), expected[:, 32:])
+    assert q.bits == 8 * 96 * 4 + 8 * 3 * 64
+
+
+def test_what_is_only_read_is_not_rounded_to():
+    for fmt in (Format("minima", UINT4, (1, 32), zero="float"), integer_format(4, (1, 32), act_order=True)):
+        with pytest.raises(UnsupportedError, match=f"{fmt} is only read"):
+            quantize(gauss(8, 64), fmt)
