@@ -170,13 +170,10 @@ def _understood(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what} is not put together as it should be: {type(error).__name__}: {error}") from error
 
 
-def stored_linear(
-    packing: Callable[[QuantSpec], Packing], linear: LinearShape, quant: QuantSpec
-) -> tuple[Packing, dict[str, Stored]]:
-    """How a quantized linear lies in a file, without what goes with its input."""
+def stored_linear(packing: Packing, linear: LinearShape, quant: QuantSpec) -> dict[str, Stored]:
+    """The tensors of a quantized linear's weight."""
     assert quant.weight is not None
-    layout = packing(quant)
-    return layout, layout.stored(quant.weight, (linear.out_features, linear.in_features))
+    return packing.stored(quant.weight, (linear.out_features, linear.in_features))
 
 
 class _Opener:
@@ -185,7 +182,6 @@ class _Opener:
     def __init__(self, files: Files, spec: DecoderSpec, names: Names, fmt: Reader, quantization: Quantization) -> None:
         self.files, self.spec, self.names, self.quantization = files, spec, names, quantization
         self.fmt = cast("FileFormat", fmt)  # one that is only read has no calibrated inputs and no K and V to ask for
-        self.packing = quantization.packing or fmt.packing
         self.found = Tensors()
         self.used: set[str] = set()
 
@@ -219,7 +215,8 @@ class _Opener:
 
     def _quantized(self, linear: LinearShape, quant: QuantSpec) -> None:
         module = self.names.module(linear.name)
-        packing, stored = stored_linear(self.packing, linear, quant)
+        packing = self.quantization.packings.get(linear.name) or self.fmt.packing(quant)
+        stored = stored_linear(packing, linear, quant)
         for suffix, want in stored.items():
             self._take(f"{module}.{suffix}", want.shape, want.dtype)
         weight, shape = quant.weight, (linear.out_features, linear.in_features)

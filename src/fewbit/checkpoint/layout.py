@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -74,12 +74,12 @@ class Quantization:
     Attributes:
         quant: QuantSpec by canonical linear; a linear not named is dense.
         kv: KVSpec by layer.
-        packing: how weights lie in these files, where the format has several ways and the numerics do not tell which.
+        packings: how the weight of a linear lies, where the numerics alone do not tell; else the format's `packing`.
     """
 
     quant: Mapping[str, QuantSpec]
     kv: Mapping[int, KVSpec]
-    packing: Callable[[QuantSpec], Packing] | None = None
+    packings: Mapping[str, Packing] = field(default_factory=dict)
 
 
 def scale_grid(fmt: Format, shape: Shape) -> Shape:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from fewbit.spec.decoder import DecoderSpec
+from fewbit.checkpoint.files import Files
+from fewbit.spec.decoder import DecoderSpec, LinearShape
 from fewbit.spec.families import Family
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -31,3 +32,18 @@ class Names:
         """``layers.3.attn.q.weight`` to ``model.layers.3.self_attn.q_proj.weight``."""
         module, _, leaf = canonical.rpartition(".")
         return f"{self.module(module)}.{leaf}"
+
+
+def packed_linears(files: Files, spec: DecoderSpec, names: Names, suffix: str) -> list[LinearShape]:
+    """The linears of a quantized model that are stored packed, for formats whose config does not name them.
+
+    One is left dense where its plain weight lies there, and no packed one; where neither does, a packed one is missed.
+    A head is packed only if it says so.
+    """
+    found = []
+    for linear in spec.linears():
+        module = names.module(linear.name)
+        packed, plain = f"{module}.{suffix}" in files.entries, f"{module}.weight" in files.entries
+        if packed or not (plain or linear.name == "lm_head"):
+            found.append(linear)
+    return found

@@ -172,7 +172,7 @@ class CheckpointWriter:
                 yield self.names.tensor(name), Stored(self.dense_dtypes[name], shape)
                 continue
             module = self.names.module(linear.name)
-            for suffix, stored in stored_linear(self.fmt.packing, linear, quant)[1].items():
+            for suffix, stored in stored_linear(self.fmt.packing(quant), linear, quant).items():
                 yield f"{module}.{suffix}", stored
             if quant.calibrated:
                 form = self.fmt.input_scale(quant)

@@ -61,7 +61,9 @@ def compress(
     method: Annotated[
         str | None, typer.Option("--method", help="Range of calibrated scales: max, percentile, mse or entropy.")
     ] = None,
-    export: Annotated[str, typer.Option("--export", help="compressed-tensors or hf.")] = "compressed-tensors",
+    export: Annotated[
+        str, typer.Option("--export", help="compressed-tensors, hf, gptq or awq.")
+    ] = "compressed-tensors",
     sample_tokens: Annotated[
         int | None, typer.Option("--sample-tokens", min=0, help="Length of the sample before and after; 0: none.")
     ] = None,

@@ -53,3 +53,23 @@ def test_words_are_those_of_compressed_tensors(bits, dim):
     assert torch.equal(pack_words(codes, bits, dim), theirs)
     assert torch.equal(unpack_from_int32(theirs, bits, codes.shape, packed_dim=dim), signed)
     assert torch.equal(unpack_words(theirs, bits, codes.shape[dim], dim), codes)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("size", [32, 64, 40])
+def test_three_bits_run_on_over_the_ends_of_words(dim, size):
+    codes = codes_of(3, 5, size) if dim else codes_of(3, size, 5)
+    packed = pack_words(codes, 3, dim)
+    assert packed.shape[dim] == -(-size * 3 // 32)
+    assert torch.equal(unpack_words(packed, 3, size, dim), codes)
+    line = codes.select(1 - dim, 2).tolist()
+    number = sum(code << (3 * place) for place, code in enumerate(line))
+    words = [w % 2**32 for w in packed.select(1 - dim, 2).tolist()]
+    assert sum(word << (32 * place) for place, word in enumerate(words)) == number
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_an_axis_of_one_may_be_strided_as_it_likes(bits):
+    codes = codes_of(bits, 64, 1).t()  # contiguous, though its first stride is 1
+    assert torch.equal(unpack_words(pack_words(codes, bits), bits, 64), codes)
+    assert torch.equal(unpack_words(pack_words(codes.t(), bits, 0).t(), bits, 64), codes)

@@ -31,8 +31,6 @@ class Int4(GpuKernel):
         fmt = problem.quant.weight
         if fmt is None or fmt.element.name != "int4" or fmt.block[0] != 1 or fmt.block[1] not in (32, 64, 128):
             return f"holds INT4 in groups of 32, 64 or 128, not {fmt or 'unquantized weights'}"
-        if fmt.act_order:
-            return "holds groups of neighbouring columns, and here each column names its own (act-order)"
         if fmt.scale != torch.bfloat16:
             return f"its scales are bfloat16, and these {str(fmt.scale).removeprefix('torch.')}"
         if problem.quant.input is not None and (problem.n % 16 or problem.k % 16):
