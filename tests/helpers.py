@@ -13,7 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from fewbit.checkpoint.checkpoint import Checkpoint
 from fewbit.checkpoint.names import Names
+from fewbit.checkpoint.places import Places
 from fewbit.model import Decoder, DenseAttend
+from fewbit.spec.decoder import DecoderSpec
 from fewbit.spec.families import families
 from fewbit.spec.hfconfig import HFConfig
 
@@ -52,20 +54,39 @@ def make_model(
     (path / "config.json").write_text(json.dumps(config))
     spec = kind.read(HFConfig(config))
     names, random = Names(kind, spec), torch.Generator().manual_seed(seed)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, shape in spec.tensors().items():
         noise = torch.randn(shape, generator=random)
-        if name == "embed.weight":
+        if name in ("embed.weight", "positions.weight"):
             value = noise
         elif len(shape) == 2:
             value = noise * gain * shape[1] ** -0.5
         else:
-            value = noise * 0.1 + (0 if name.endswith("bias") else 1)
-        tensors[names.tensor(name)] = value.to(dtype)
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+            value = noise * 0.1 + (0 if name.endswith("bias") or centred(spec, name) else 1)
+        tensors[name] = value.to(dtype)
+    save_file(stored(Places(names, spec, {}), tensors), path / "model.safetensors", metadata={"format": "pt"})
     if with_tokenizer:
         write_tokenizer(path, config["vocab_size"], chat)
     return path
+
+
+def centred(spec: DecoderSpec, name: str) -> bool:
+    """Whether a weight is that of a norm that adds one to it."""
+    return spec.final_norm.plus_one and ("norm" in name or ".pre_" in name or ".post_" in name)
+
+
+def stored(places: Places, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors by canonical name as a family's files hold them."""
+    found: dict[str, torch.Tensor] = {}
+    for name in tensors:
+        place = places.of_tensor(name)
+        if name == place.names[0]:
+            whole = place.join({n: tensors[n] for n in place.names}).contiguous()
+            if place.experts:
+                found.setdefault(place.source, torch.empty(place.shape, dtype=whole.dtype))[place.expert] = whole
+            else:
+                found[place.source] = whole
+    return found
 
 
 def write_tokenizer(path: Path, vocab: int = VOCAB, chat: bool = True) -> None:

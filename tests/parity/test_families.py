@@ -9,6 +9,8 @@ import torch
 import transformers
 
 from fewbit.checkpoint import open_checkpoint
+from fewbit.engine.attend import KVCache, PagedAttend
+from fewbit.engine.batch import Batch, Piece
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.model import load
 from fewbit.spec.families import families
@@ -16,6 +18,8 @@ from fewbit.spec.hfconfig import HFConfig
 from helpers import dense_logits, edit_json, ids, make_model
 
 LENGTH = 40
+NULLS = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+"""Fields whose null is not the same as their absence."""
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -83,23 +87,51 @@ VARIANTS = {
         "window": {"use_sliding_window": True, "sliding_window": 5},
     },
 }
+VARIANTS |= {
+    "gemma": {"tiny": {}, "biases": {"attention_bias": True}, "whole heads": {"num_key_value_heads": 4}},
+    "gemma2": {
+        "tiny": {},
+        "no caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+        "layer types": {"layer_types": ["full_attention", "sliding_attention"]},
+        "window longer than the text": {"sliding_window": 64},
+    },
+    "gemma3": {
+        "tiny": {},
+        "transformers 5": {
+            "rope_scaling": None, "rope_theta": None, "rope_local_base_freq": None, "sliding_window_pattern": None,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+        "cap": {"final_logit_softcapping": 20.0},
+    },
+    "phi3": {
+        "tiny": {},
+        "short factors": {"max_position_embeddings": 64, "original_max_position_embeddings": 64},
+        "plain rope": {"rope_scaling": None, "sliding_window": None},
+        "partial rope": {"rope_scaling": None, "partial_rotary_factor": 0.5},
+        "tied, whole heads": {"tie_word_embeddings": True, "num_key_value_heads": 4},
+    },
+}  # fmt: skip
 CASES = [(family, variant) for family, variants in VARIANTS.items() for variant in variants]
 
 
 def configure(family: str, variant: str) -> dict:
     config = {**families()[family].TINY, **VARIANTS[family][variant]}
-    return {k: v for k, v in config.items() if v is not None or k == "sliding_window"}
+    return {k: v for k, v in config.items() if v is not None or k in NULLS}
 
 
 def save(config: dict, path) -> transformers.PreTrainedModel:
     """A model of transformers with random weights, and its directory as transformers writes it."""
     kind = transformers.AutoConfig.for_model(**config)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(kind, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_config(kind, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim >= 2:
-                p.normal_(std=1.0 if "embed" in name else 1.5 * p.shape[-1] ** -0.5)
+                p.normal_(std=1.0 if any(word in name for word in ("embed", "wte")) else 1.5 * p.shape[-1] ** -0.5)
             else:
                 p.normal_(mean=0.0 if name.endswith("bias") else 1.0, std=0.2)
     model.tie_weights()
@@ -113,8 +145,36 @@ def compare(model, path, vocab: int = 256) -> None:
         theirs = model(torch.tensor(windows)).logits.flatten(0, 1)
     ours = dense_logits(load(open_checkpoint(path)), windows)
     assert ours.shape == theirs.shape
+    assert (paged_logits(load(open_checkpoint(path)), windows) - ours).abs().max() <= 2e-6 * ours.abs().max()
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
     assert theirs.std() > 0.1  # the model says something
+
+
+def paged_logits(decoder, windows: list[list[int]], block: int = 4) -> torch.Tensor:
+    """The same through the engine's cache: windows in chunks of uneven length, side by side, in scattered blocks."""
+    count, each = len(windows), -(-LENGTH // block)
+    cache = KVCache(decoder.spec, decoder.codecs, count * each, block, decoder.device)
+    blocks = [list(range(w, count * each, count)) for w in range(count)]  # of each window every `count`-th
+    found: list[list[torch.Tensor]] = [[] for _ in windows]
+    at = [0] * count
+    for turn in range(LENGTH):
+        sizes = [min((7, 1, 12)[(turn + w) % 3], LENGTH - at[w]) for w in range(count)]
+        pieces = [
+            Piece(str(w), window[at[w] : at[w] + n], at[w], blocks[w][: -(-(at[w] + n) // block)], None)
+            for w, (window, n) in enumerate(zip(windows, sizes, strict=True)) if n
+        ]  # fmt: skip
+        if not pieces:
+            break
+        positions = [p for piece in pieces for p in range(piece.first, piece.end)]
+        slots = [b.blocks[p // block] * block + p % block for b in pieces for p in range(b.first, b.end)]
+        tables = torch.tensor([b for piece in pieces for b in piece.blocks])
+        attend = PagedAttend(cache, Batch(pieces), torch.tensor(slots), tables)
+        tokens = torch.tensor([t for piece in pieces for t in piece.tokens])
+        logits = decoder.logits(decoder.hidden(tokens, torch.tensor(positions), attend))
+        for piece, part in zip(pieces, logits.split([len(p.tokens) for p in pieces]), strict=True):
+            found[int(piece.id)].append(part)
+        at = [a + n for a, n in zip(at, sizes, strict=True)]
+    return torch.cat([torch.cat(parts) for parts in found])
 
 
 def test_every_family_is_tried():
@@ -137,7 +197,7 @@ def test_config_goes_there_and_back(family, variant):
 def test_what_a_family_writes_is_read_by_transformers(family, tmp_path):
     kind = families()[family]
     config = kind.write(kind.read(HFConfig(kind.TINY)))
-    model = save({k: v for k, v in config.items() if v is not None or k == "sliding_window"}, tmp_path)
+    model = save({k: v for k, v in config.items() if v is not None or k in NULLS} | {"pad_token_id": 0}, tmp_path)
     compare(model, tmp_path)
 
 
@@ -153,26 +213,17 @@ def test_tiny_fits_every_numeric_format(family):
 
 
 @pytest.mark.parametrize("family", families())
-def test_an_absent_field_means_what_transformers_takes_it_to_mean(family, tmp_path):
+def test_an_absent_field_means_what_transformers_takes_it_to_mean(family):
     """A config.json that says little: the rest comes from the class of the architecture."""
-    said = ("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    config = {k: families()[family].TINY[k] for k in said} | {
-        "num_attention_heads": 32 if family.startswith("qwen") else 8,
-        "hidden_act": "silu",
-        "use_sliding_window": True,
-        "num_hidden_layers": 30,
-    }
-    full = transformers.AutoConfig.for_model(**config)
-    found = families()[family].read(HFConfig(config))
-    a = found.layers[0].attention
-    assert a.kv_heads == full.num_key_value_heads
-    assert a.head_dim == (getattr(full, "head_dim", None) or 128 // a.heads)
-    assert found.final_norm.eps == full.rms_norm_eps
-    assert a.position.theta == full.rope_parameters["rope_theta"]
-    assert found.tied == full.tie_word_embeddings
-    window = getattr(full, "sliding_window", None)
-    kinds = getattr(full, "layer_types", None) or ["sliding_attention"] * 30
-    assert [x.attention.window for x in found.layers] == [window if k == "sliding_attention" else None for k in kinds]
+    wide = {"hidden_size": 3072, "num_attention_heads": 32, "num_hidden_layers": 30, "intermediate_size": 512}
+    old = {"n_embd": 3072, "n_head": 32, "n_layer": 30, "d_model": 3072, "n_heads": 32, "n_layers": 30}
+    tiny = families()[family].TINY
+    config = {k: (wide | old).get(k, v) for k, v in tiny.items() if k in {**wide, **old, "model_type": 0}}
+    config |= {"vocab_size": 256, "use_sliding_window": True, "architectures": tiny["architectures"]}
+    config |= {k: tiny[k] for k in ("hidden_act", "attn_config") if tiny.get(k) == "silu" or k == "attn_config" in tiny}
+    full = transformers.AutoConfig.for_model(**config).to_dict()
+    kind = families()[family]
+    assert kind.read(HFConfig(config)) == kind.read(HFConfig({**config, **full}))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +237,8 @@ def test_an_absent_field_means_what_transformers_takes_it_to_mean(family, tmp_pa
         ("llama", {"rms_norm_eps": "small"}, "'rms_norm_eps' is 'small', expected a number"),
         ("llama", {"tie_word_embeddings": "yes"}, "expected true or false"),
         ("llama", {"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu' is not supported; known: silu"),
-        ("llama", {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "not supported; known: linear, llama3"),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "not supported; known: linear, llama3"),
+        ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "'short_factor' is None, expected a list of numbers"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "'factor' is None, expected a number"),
         ("llama", {"rope_scaling": {**YARN, "mscale": 1.0}}, "'mscale': 1.0"),
         ("llama", {"partial_rotary_factor": 0.5, "rope_scaling": None}, "partial_rotary_factor other than 1"),

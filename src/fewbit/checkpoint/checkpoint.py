@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from fewbit.checkpoint.files import CPU, DTYPES, Files
 from fewbit.checkpoint.formats import FileFormat, Reader, format_of
 from fewbit.checkpoint.layout import Packing, Quantization, Stored
 from fewbit.checkpoint.names import Names
+from fewbit.checkpoint.places import Places
 from fewbit.checkpoint.sources import open_files
 from fewbit.errors import CheckpointError
 from fewbit.numerics.format import ALL
@@ -182,18 +184,19 @@ class _Opener:
     def __init__(self, files: Files, spec: DecoderSpec, names: Names, fmt: Reader, quantization: Quantization) -> None:
         self.files, self.spec, self.names, self.quantization = files, spec, names, quantization
         self.fmt = cast("FileFormat", fmt)  # one that is only read has no calibrated inputs and no K and V to ask for
+        self.places = Places(names, spec, quantization.quant)
         self.found = Tensors()
         self.used: set[str] = set()
 
     def tensors(self) -> Tensors:
         linears = {f"{linear.name}.weight": linear for linear in self.spec.linears()}
-        for name, shape in self.spec.tensors().items():
+        for name in self.spec.tensors():
             linear = linears.get(name)
             quant = self.quantization.quant.get(linear.name) if linear else None
             if linear and quant:
                 self._quantized(linear, quant)
             else:
-                self._dense(name, self.names.tensor(name), shape)
+                self._placed(name)
         for layer, kv in self.quantization.kv.items():
             heads = self.spec.layers[layer].attention.kv_heads
             for which, source in zip("kv", self.fmt.kv_scale_names(layer, self.names), strict=True):
@@ -207,16 +210,28 @@ class _Opener:
     def _scale(self, source: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         return self.files.read(source, device).float().reshape(shape)
 
+    def _placed(self, name: str) -> None:
+        """A tensor that is not quantized, wherever it lies."""
+        place = self.places.of_tensor(name)
+        dtype = self._float(place.source, place.shape)
+        size = math.prod(self.places.shape(name)) * dtype.itemsize
+        self.found.add(name, lambda device: place.read(self.files, name, device), dtype, size)
+
     def _dense(self, name: str, source: str, shape: tuple[int, ...]) -> None:
+        dtype = self._float(source, shape)
+        self._add(name, lambda device: self.files.read(source, device), [source], dtype)
+
+    def _float(self, source: str, shape: tuple[int, ...]) -> torch.dtype:
         entry = self._take(source, shape)
         if not entry.is_floating_point or entry.itemsize < 2:
             raise CheckpointError(f"tensor '{source}' is {entry}, though the config does not call it quantized")
-        self._add(name, lambda device: self.files.read(source, device), [source], entry)
+        return entry
 
     def _quantized(self, linear: LinearShape, quant: QuantSpec) -> None:
-        module = self.names.module(linear.name)
+        place, whole = self.places.of_linear(linear.name), self.places.whole(linear.name)
+        module = place.source
         packing = self.quantization.packings.get(linear.name) or self.fmt.packing(quant)
-        stored = stored_linear(packing, linear, quant)
+        stored = stored_linear(packing, whole, quant)
         for suffix, want in stored.items():
             self._take(f"{module}.{suffix}", want.shape, want.dtype)
         weight, shape = quant.weight, (linear.out_features, linear.in_features)
@@ -224,12 +239,16 @@ class _Opener:
 
         def load(device: torch.device) -> QTensor:
             try:
-                return packing.unpack({s: self.files.read(f"{module}.{s}", device) for s in stored}, weight, shape)
+                parts = {s: self.files.read(f"{module}.{s}", device) for s in stored}
+                q = packing.unpack(parts, weight, (whole.out_features, whole.in_features))
             except CheckpointError as error:
                 raise CheckpointError(f"{module}: {error}") from None
+            return place.cut_codes(q, linear.name)
 
         counted = [f"{module}.{s}" for s in stored if s != "weight_shape"]
-        self._add(f"{linear.name}.weight", load, counted)
+        size = sum(self.files.entries[source].nbytes for source in counted)
+        share = size * linear.out_features // whole.out_features
+        self.found.add(f"{linear.name}.weight", load, torch.float32, share)
         if quant.calibrated:
             form = self.fmt.input_scale(quant)
             source = f"{module}.{form.suffix}"

@@ -157,6 +157,19 @@ class ModelFiles:
         place, stored = self.places[name], self.entries[name]
         return read_tensor(place.file, place.start, stored, name, device)
 
+    def read_rows(self, name: str, start: int, stop: int, device: torch.device = CPU) -> Tensor:
+        """Of one tensor, entries `start` to `stop` of its first axis."""
+        place, stored = self.places[name], self.entries[name]
+        rows = Stored(stored.dtype, (stop - start, *stored.shape[1:]))
+        return read_tensor(place.file, place.start + start * stored.nbytes // stored.shape[0], rows, name, device)
+
+
+def read_rows(files: Files, name: str, start: int, stop: int, device: torch.device = CPU) -> Tensor:
+    """Entries `start` to `stop` of the first axis of a tensor; where they can be read alone nothing else is."""
+    if isinstance(files, ModelFiles):
+        return files.read_rows(name, start, stop, device)
+    return files.read(name, device)[start:stop].clone()
+
 
 def read_tensor(path: Path, start: int, stored: Stored, name: str, device: torch.device = CPU) -> Tensor:
     """The tensor that lies from byte `start` of a file, in memory of its own on a device.

@@ -7,6 +7,7 @@ import re
 from fewbit.checkpoint.files import Files
 from fewbit.spec.decoder import DecoderSpec, LinearShape
 from fewbit.spec.families import Family
+from fewbit.spec.part import Part
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
@@ -19,19 +20,46 @@ class Names:
         self.dropped = family.DROPPED + (("lm_head.weight",) if spec.tied else ())
 
     def module(self, canonical: str) -> str:
-        """``layers.3.attn.q`` to ``model.layers.3.self_attn.q_proj``."""
-        first, _, rest = canonical.partition(".")
-        if first != "layers":
-            return self._table[canonical]
-        index, _, rest = rest.partition(".")
-        expert = _EXPERT.search(rest)
-        role = _EXPERT.sub(".experts.{e}.", rest)
-        return self._table[f"layers.{{i}}.{role}"].format(i=index, e=expert and expert[1])
+        """``layers.3.attn.q`` to ``model.layers.3.self_attn.q_proj``, or to the module that it shares with others."""
+        found = self._entry(canonical)
+        if found is None:
+            raise KeyError(canonical)
+        return found.module if isinstance(found, Part) else found
 
     def tensor(self, canonical: str) -> str:
-        """``layers.3.attn.q.weight`` to ``model.layers.3.self_attn.q_proj.weight``."""
+        """``layers.3.attn.q.weight`` to ``model.layers.3.self_attn.q_proj.weight``, while it is not quantized."""
         module, _, leaf = canonical.rpartition(".")
-        return f"{self.module(module)}.{leaf}"
+        own = self._entry(canonical)
+        if own is None:
+            return f"{self.module(module)}.{leaf}"
+        return own.module if isinstance(own, Part) else own
+
+    def part(self, canonical: str) -> Part | None:
+        """What the table says of a linear or a tensor that lies with others or otherwise, for this layer."""
+        found = self._entry(canonical)
+        return found if isinstance(found, Part) else None
+
+    def _entry(self, canonical: str) -> str | Part | None:
+        first, _, rest = canonical.partition(".")
+        if first != "layers":
+            return self._table.get(canonical)
+        index, _, rest = rest.partition(".")
+        expert = _EXPERT.search(f"{rest}.")
+        role = rest.replace(f".experts.{expert[1]}", ".experts.{e}") if expert else rest
+        found = self._table.get(f"layers.{{i}}.{role}")
+        if found is None:
+            return None
+        at = {"i": index, "e": expert and expert[1]}
+        if isinstance(found, str):
+            return found.format(**at)
+        owner = f"layers.{index}"
+        return Part(
+            found.module.format(**at),
+            tuple(f"{owner}.{name.format(**at)}" for name in found.of),
+            found.turns,
+            found.transposed,
+            found.stacked,
+        )
 
 
 def packed_linears(files: Files, spec: DecoderSpec, names: Names, suffix: str) -> list[LinearShape]:

@@ -6,13 +6,11 @@ straight to its place: memory is one tensor, whatever the size of the model.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import logging
 import os
 import shutil
-import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 from importlib.resources.abc import Traversable
@@ -24,20 +22,19 @@ import torch
 from torch import Tensor
 
 from fewbit.checkpoint.checkpoint import stored_linear
-from fewbit.checkpoint.files import DTYPES, INDEX, SINGLE, STAGE_BYTES
 from fewbit.checkpoint.formats import FileFormat
 from fewbit.checkpoint.layout import Quantization, Stored
 from fewbit.checkpoint.names import Names
-from fewbit.errors import CheckpointError, FewbitError
+from fewbit.checkpoint.places import Place, Places
+from fewbit.checkpoint.shards import Shards, write_json
+from fewbit.errors import CheckpointError, FewbitError, UnsupportedError
 from fewbit.numerics.qtensor import QTensor
 from fewbit.spec.decoder import DecoderSpec
 from fewbit.spec.families import Family
 from fewbit.version import __version__
 
-SHARD_BYTES = 5 * 10**9
 UNFINISHED = "unfinished.json"
 """Beside the shards of a folder that is being filled: what is in them already. Gone when all is well."""
-_HEADER_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 log = logging.getLogger(__name__)
 
 
@@ -102,9 +99,13 @@ class CheckpointWriter:
     ) -> None:
         self.target, self.fmt, self.spec, self.quantization, self.key = target, fmt, spec, quantization, key
         self.names, self.config, self.files = Names(family, spec), dict(config), files
+        self.places = Places(self.names, spec, quantization.quant)
+        self.places.check()
         check_target(target, force)
         self.dense_dtypes = dtypes
         self._linears = {linear.name: linear for linear in spec.linears()}
+        self._held: dict[tuple[str, int], dict[str, Tensor | QTensor]] = {}  # parts of a tensor that lacks others
+        self._shared: dict[str, Tensor] = {}  # what several linears bring
         self.folder = target.absolute().parent / f".{target.name}.unfinished"
         self.recorded: dict[str, Any] | None = None
         self._finished = False
@@ -159,20 +160,25 @@ class CheckpointWriter:
             if name == "quantization_config":
                 config[name] = value
             else:
-                _write_json(self.folder / name, value)
-        _write_json(self.folder / "config.json", config)
+                write_json(self.folder / name, value)
+        write_json(self.folder / "config.json", config)
 
     def _plan(self) -> Iterator[tuple[str, Stored]]:
         """Every tensor of the files, in the order of the forward pass."""
         linears = {f"{linear.name}.weight": linear for linear in self.spec.linears()}
-        for name, shape in self.spec.tensors().items():
+        for name in self.spec.tensors():
             linear = linears.get(name)
             quant = self.quantization.quant.get(linear.name) if linear else None
             if not linear or not quant:
-                yield self.names.tensor(name), Stored(self.dense_dtypes[name], shape)
+                place = self.places.of_tensor(name)
+                if name == place.names[0] and place.expert == 0:
+                    yield place.source, Stored(self.dense_dtypes[name], place.shape)
                 continue
-            module = self.names.module(linear.name)
-            for suffix, stored in stored_linear(self.fmt.packing(quant), linear, quant).items():
+            place = self.places.of_linear(linear.name)
+            if linear.name != place.names[0]:
+                continue
+            module, whole = place.source, self.places.whole(linear.name)
+            for suffix, stored in stored_linear(self.fmt.packing(quant), whole, quant).items():
                 yield f"{module}.{suffix}", stored
             if quant.calibrated:
                 form = self.fmt.input_scale(quant)
@@ -200,12 +206,13 @@ class CheckpointWriter:
         quant = self.quantization.quant.get(owner)
         if quant is None or leaf == "bias":
             assert isinstance(tensor, Tensor)
-            return self._shards.write(self.names.tensor(name), tensor)
-        module = self.names.module(owner)
+            return self._place(name, tensor)
+        place = self.places.of_linear(owner)
+        module = place.source
         if leaf == "input_scale":
             form = self.fmt.input_scale(quant)
             assert isinstance(tensor, Tensor)
-            return self._shards.write(f"{module}.{form.suffix}", form.pack(tensor))
+            return self._once(f"{module}.{form.suffix}", form.pack(tensor))
         if leaf == "prescale":
             assert isinstance(tensor, Tensor)
             return self._shards.write(f"{module}.pre_quant_scale", tensor.to(self.dense_dtypes["embed.weight"]))
@@ -213,12 +220,37 @@ class CheckpointWriter:
             assert isinstance(tensor, Tensor)
             return self._shards.write(f"{module}.{leaf}", tensor)
         assert isinstance(tensor, QTensor), name
-        for suffix, part in self.fmt.packing(quant).pack(tensor).items():
+        if (held := self._gather(place, owner, tensor)) is None:
+            return None
+        whole = place.join_codes({n: q for n, q in held.items() if isinstance(q, QTensor)})
+        for suffix, part in self.fmt.packing(quant).pack(whole).items():
             self._shards.write(f"{module}.{suffix}", part)
         linear = self._linears[owner]
         if self.fmt.prescale(linear, quant) and not quant.prescale:
             ones = torch.ones(linear.in_features, dtype=self.dense_dtypes["embed.weight"])
             self._shards.write(f"{module}.pre_quant_scale", ones)
+        return None
+
+    def _place(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor that is not quantized, as soon as all are there that lie in one with it."""
+        place = self.places.of_tensor(name)
+        if (held := self._gather(place, name, tensor)) is not None:
+            whole = place.join({n: t for n, t in held.items() if isinstance(t, Tensor)})
+            self._shards.write(place.source, whole, place.expert, max(place.experts, 1))
+
+    def _gather(self, place: Place, name: str, tensor: Tensor | QTensor) -> dict[str, Tensor | QTensor] | None:
+        """All that lies in one tensor, once it is there."""
+        key = place.source, place.expert
+        held = self._held.setdefault(key, {})
+        held[name] = tensor
+        return self._held.pop(key) if len(held) == len(place.names) else None
+
+    def _once(self, source: str, tensor: Tensor) -> None:
+        """Write what linears that lie in one tensor have together; each brings it."""
+        before = self._shared.setdefault(source, tensor)
+        if not torch.equal(before, tensor):
+            raise UnsupportedError(f"{source}: the linears that lie in one tensor there differ in it")
+        self._shards.write(source, tensor)
 
     def record(self, progress: Mapping[str, Any]) -> None:
         """Make what was added last, and note how far the work is: JSON that `recorded` will hold."""
@@ -274,98 +306,3 @@ class CheckpointWriter:
             else:
                 shutil.rmtree(self.folder)
         os.close(self._lock)
-
-
-class Shards:
-    """Safetensors files whose headers are written before their tensors."""
-
-    def __init__(self, folder: Path, plan: Mapping[str, Stored], metadata: Mapping[str, str]) -> None:
-        self.missing = set(plan)
-        self._places: dict[str, tuple[int, int, Stored]] = {}  # file descriptor, offset
-        self._files: list[int] = []
-        groups = _cut(plan)
-        weight_map: dict[str, str] = {}
-        for number, group in enumerate(groups, 1):
-            name = SINGLE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
-            header: dict[str, Any] = {"__metadata__": dict(metadata)}
-            offset = 0
-            offsets = {}
-            for tensor, stored in group.items():
-                size = stored.nbytes
-                header[tensor] = {
-                    "dtype": _HEADER_NAMES[stored.dtype],
-                    "shape": list(stored.shape),
-                    "data_offsets": [offset, offset + size],
-                }
-                offsets[tensor] = offset
-                offset += size
-                weight_map[tensor] = name
-            text = json.dumps(header).encode()
-            text += b" " * (-len(text) % 8)  # data starts aligned
-            file = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
-            self._files.append(file)
-            os.write(file, struct.pack("<Q", len(text)) + text)
-            os.truncate(file, 8 + len(text) + offset)
-            for tensor, start in offsets.items():
-                self._places[tensor] = file, 8 + len(text) + start, group[tensor]
-        if len(groups) > 1:
-            index = {
-                "metadata": {"total_size": sum(stored.nbytes for stored in plan.values())},
-                "weight_map": weight_map,
-            }
-            _write_json(folder / INDEX, index)
-
-    @property
-    def written(self) -> set[str]:
-        """Names of the tensors that are in their places."""
-        return self._places.keys() - self.missing
-
-    def sync(self) -> None:
-        """Wait until everything is on the disk."""
-        for file in self._files:
-            os.fsync(file)
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Put one tensor in its place."""
-        file, offset, stored = self._places[name]
-        if tensor.dtype != stored.dtype or tuple(tensor.shape) != stored.shape:
-            raise AssertionError(f"{name}: planned {stored}, given {tensor.dtype} {tuple(tensor.shape)}")
-        raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        for part in raw.split(STAGE_BYTES):
-            if part.device.type != "cpu":
-                part = torch.empty_like(part, device="cpu", pin_memory=True).copy_(part)
-            data: Any = memoryview(part.numpy())
-            while data:
-                done = os.pwrite(file, data, offset)
-                data, offset = data[done:], offset + done
-        self.missing.discard(name)
-
-    def finish(self) -> None:
-        """Check that nothing is missing."""
-        if self.missing:
-            raise CheckpointError(f"tensor '{min(self.missing)}' was never written")
-
-    def close(self) -> None:
-        """Let go of the files."""
-        for file in self._files:
-            with contextlib.suppress(OSError):
-                os.close(file)
-        self._files = []
-
-
-def _cut(plan: Mapping[str, Stored]) -> list[dict[str, Stored]]:
-    """The plan in groups of at most `SHARD_BYTES`."""
-    groups: list[dict[str, Stored]] = [{}]
-    room = SHARD_BYTES
-    for name, stored in plan.items():
-        size = stored.nbytes
-        if size > room and groups[-1]:
-            groups.append({})
-            room = SHARD_BYTES
-        groups[-1][name] = stored
-        room -= size
-    return groups
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", "utf8")

@@ -64,7 +64,8 @@ def _help_experts(block: Block) -> None:
     alone, under an input scale that reaches as far as the others'.
     """
     for which in (("gate", "up"), ("down",)):
-        of = {m: [n for n in (f"{m}.{w}" for w in which) if n in block.stats] for m in block.mlps}
+        experts = [m for m in block.mlps if not m.endswith(".shared")]
+        of = {m: [n for n in (f"{m}.{w}" for w in which) if n in block.stats] for m in experts}
         own = {m: block.stats[names[0]] for m, names in of.items() if names}
         if not own:
             continue

@@ -1,9 +1,11 @@
 """Which scales can be moved between a linear and what makes its input, by the spec; and the moving.
 
 A vector s multiplies the columns of all linears that read one input and divides what produces that input: the norm
-before q, k and v or before gate and up; the rows of v before o; the rows of up before down. The function of the block
+before q, k and v or before gate and up (before all of them, where they run beside each other on one input); the rows of
+v before o; the rows of up before down, where there is a gate. The function of the block
 stays the same, but for the rounding of what is stored. Linears of one input also share their outer scale. Where nobody
-knows what makes an input (`Loose`), the input itself is multiplied by the reciprocal: a prescale.
+knows what makes an input (`Loose`), the input itself is multiplied by the reciprocal: a prescale. A linear of a decoder
+whose input nothing can scale (the residual stream itself, an activation that is not linear) is left as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 from fewbit.compress.stats import Block, Stats
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.numerics.reference import outer_scale
-from fewbit.spec.decoder import Layer, LinearShape, by_input
+from fewbit.spec.decoder import MLP, Layer, LinearShape, by_input
 
 
 @dataclass
@@ -72,14 +74,24 @@ def input_groups(block: Block) -> list[InputGroup]:
     """The groups of a block in the order in which they run, those in which a linear will be quantized."""
     if isinstance(block, Loose):
         return [InputGroup((name,)) for name in block.quant]
-    a, p = block.layer.attention, f"layers.{block.index}"
+    layer, a, p = block.layer, block.layer.attention, f"layers.{block.index}"
+    qkv = [f"{p}.attn.{which}" for which in "qkv"]
+    reading = [f"{m}.{which}" for m, mlp in block.mlps.items() for which in ("gate", "up")[0 if mlp.gated else 1 :]]
+    if layer.one_input:
+        qkv, reading = qkv + reading, []
     groups = [
-        InputGroup((f"{p}.attn.q", f"{p}.attn.k", f"{p}.attn.v"), norm="pre_attn"),
+        InputGroup(tuple(qkv), norm="pre_attn" if layer.pre_attn else ""),
         InputGroup((f"{p}.attn.o",), linear=f"{p}.attn.v", heads=a.heads // a.kv_heads, width=a.head_dim),
-        InputGroup(tuple(f"{m}.{which}" for m in block.mlps for which in ("gate", "up")), norm="pre_mlp"),
-        *(InputGroup((f"{m}.down",), linear=f"{m}.up") for m in block.mlps),
+        InputGroup(tuple(reading), norm="pre_mlp" if layer.pre_mlp else ""),
+        *(InputGroup((f"{m}.down",), linear=f"{m}.up" if _linear_in_up(mlp) else "") for m, mlp in block.mlps.items()),
     ]
+    groups = [group for group in groups if group.norm or group.linear]  # nothing absorbs a scale of the others
     return [group for group in groups if any(name in block.quant for name in group.consumers)]
+
+
+def _linear_in_up(mlp: MLP) -> bool:
+    """Whether the input of down doubles if the output of up does."""
+    return mlp.gated and mlp.limit is None
 
 
 def quantized(group: InputGroup, block: Block) -> list[str]:
@@ -131,12 +143,17 @@ def fold(block: Block, group: InputGroup, scale: Tensor) -> None:
         block.prescales[name] = (before / scale).to(block.dtype).float()
         scale = before / block.prescales[name]
     elif group.norm:
-        before = block.norms[group.norm].float()
-        after = (before / scale).to(block.dtype).float()
-        block.norms[group.norm] = after.to(block.norms[group.norm].dtype)
+        plus = 1.0 if block.layer.norms[group.norm].plus_one else 0.0
+        before = block.norms[group.norm].float() + plus
+        stored = (before / scale - plus).to(block.dtype).float()
+        after = stored + plus
+        block.norms[group.norm] = stored.to(block.norms[group.norm].dtype)
         scale = torch.where((before != 0) & (after != 0), before / after, scale)
-        if group.norm == "pre_mlp" and "router" in block.norms:  # reads the same input
-            block.norms["router"] = block.norms["router"] * scale  # float32: rounded when it is stored
+        if (bias := f"{group.norm}.bias") in block.norms:
+            block.norms[bias] = block.norms[bias] / scale
+        if group.norm == "pre_mlp":  # these read the same input
+            for name in {"router", "shared_gate"} & block.norms.keys():
+                block.norms[name] = block.norms[name] * scale  # float32: rounded when it is stored
     else:
         rows = group.rows(scale)
         block.weights[group.linear] = block.weights[group.linear].float() / rows[:, None]

@@ -19,7 +19,7 @@ from fewbit.compress.fake import FakeLinear
 from fewbit.compress.stats import Block, Stats
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.numerics.quantspec import QuantSpec
-from fewbit.spec.decoder import DecoderSpec, by_input
+from fewbit.spec.decoder import DecoderSpec, by_input, key_of
 from fewbit.spec.families import Family, families
 from fewbit.spec.hfconfig import HFConfig
 
@@ -76,12 +76,8 @@ class Known:
                 layer,
                 wanted,
                 weights={name: copies[f"{name}.weight"] for name in linears},
-                norms={
-                    name.split(".")[-2]: copy
-                    for name, copy in copies.items()
-                    if name.removesuffix(".weight") not in linears and not name.endswith(".bias")
-                },
-                dtype=tensors[f"layers.{index}.pre_attn.weight"].dtype,
+                norms={key_of(name): copies[name] for name in self.spec.layer_vectors(index)},
+                dtype=tensors[f"layers.{index}.attn.o.weight"].dtype,
                 biases={name: copies[f"{name}.bias"] for name in linears if f"{name}.bias" in copies},
                 stats={name: stats[source] for name, source in linears.items() if name in wanted},
             )
@@ -93,7 +89,7 @@ class Known:
             if owner in block.weights:
                 new = block.biases[owner] if leaf == "bias" else block.weights[owner]
             else:
-                new = block.norms[owner.rpartition(".")[2]]
+                new = block.norms[key_of(name)]
             self.tensor(name).copy_(new)
 
 

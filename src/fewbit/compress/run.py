@@ -35,7 +35,7 @@ from fewbit.compress.techniques import BlockTechnique, Correction, LayerTechniqu
 from fewbit.compress.verify import verify
 from fewbit.errors import CheckpointError, FewbitError
 from fewbit.model import DecoderLayer, KVCodec, Linear, Loader
-from fewbit.model.decoder import rms_norm
+from fewbit.model.decoder import Embedding, finish_logits
 from fewbit.numerics.format import ALL
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.quantspec import QuantSpec
@@ -43,7 +43,7 @@ from fewbit.numerics.reference import amax_scale, input_scale
 from fewbit.ops.device import device_peak_bytes, forget_peak, peak_bytes, release_memory
 from fewbit.ops.linear import LinearWeights
 from fewbit.ops.linear.dense import Dense
-from fewbit.spec.decoder import LinearShape, leaf_of
+from fewbit.spec.decoder import LinearShape, key_of, leaf_of
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how much is done, and of how much."""
@@ -110,12 +110,14 @@ class _Run:
         )
         if calibration:
             self.report.calibration = in_words(calibration, self.plan.recipe.calibration)
-        spec, embed = self.checkpoint.spec, self._finite("embed.weight", self.loader.embed())
+        spec, embed = self.checkpoint.spec, self._embed()
         data = Stream(self.ranks.share(calibration), embed, self.loader.dtype, self.ranks)
         exact, rounded = Stream(held_out, embed, self.loader.dtype), Stream(held_out, embed, self.loader.dtype)
         with self._writer() as writer, Disk(self.report.seconds, self.device.type != "cpu") as disk:
             self.writer, self.disk = writer, disk
-            self._write("embed.weight", embed)
+            self._write("embed.weight", embed.weight)
+            if embed.table is not None:
+                self._write("positions.weight", embed.table)
             del embed
             done = self._go_on(data, exact, rounded)
             coming = disk.read(self._read, done) if done < len(spec.layers) else None
@@ -206,8 +208,8 @@ class _Run:
                 technique.block(block)
             # what is stored is what later layers must see: a norm that a technique changed is rounded here
             layer.norms = {
-                name: block.norms[name].to(self.checkpoint.tensors.dtype(f"{module}.weight")).to(self.loader.dtype)
-                for name, module in self._norm_names(index).items()
+                key_of(name): block.norms[key_of(name)].to(self.checkpoint.tensors.dtype(name)).to(self.loader.dtype)
+                for name in self.checkpoint.spec.layer_vectors(index)
             }
         if data and self.plan.recipe.calibration.method != "max":
             with self._stage("calibrate"):
@@ -220,8 +222,8 @@ class _Run:
             layer.linears[leaf_of(shape.name)] = self._linear(shape, block, outers.get(shape.name))
             del block.weights[shape.name]  # from here on only its quantized form is held
             release_memory()
-        for name, weight in self._norm_names(index).items():
-            self._write(f"{weight}.weight", layer.norms[name].to(self.checkpoint.tensors.dtype(f"{weight}.weight")))
+        for name in self.checkpoint.spec.layer_vectors(index):
+            self._write(name, layer.norms[key_of(name)].to(self.checkpoint.tensors.dtype(name)))
         scales = self._kv_scales(block)
         self.codecs.append(self._codec(index, scales))
         for which, scale in scales.items():
@@ -233,6 +235,13 @@ class _Run:
         layer.linears.clear()
         release_memory()
 
+    def _embed(self) -> Embedding:
+        embed = self.loader.embed()
+        self._finite("embed.weight", embed.weight)
+        if embed.table is not None:
+            self._finite("positions.weight", embed.table)
+        return embed
+
     def _read(self, index: int) -> Block:
         """The layer in float: one copy of each weight, shared by the forward pass and the techniques."""
         shapes = self.checkpoint.spec.layer_linears(index)
@@ -240,8 +249,8 @@ class _Run:
         quant = {shape.name: self.plan.quant[shape.name] for shape in shapes if shape.name in self.plan.quant}
         floats = {name: cast("Tensor", w.weight) for name, w in weights.items()}
         norms = self.loader.norms(index)
-        for name, module in self._norm_names(index).items():
-            self._finite(f"{module}.weight", norms[name])
+        for name in self.checkpoint.spec.layer_vectors(index):
+            self._finite(name, norms[key_of(name)])
         biases = {name: w.bias for name, w in weights.items() if w.bias is not None}
         layer = self.checkpoint.spec.layers[index]
         return Block(index, layer, quant, floats, norms, self.stored, biases)
@@ -338,35 +347,27 @@ class _Run:
         """The final norm and the head; returns the held-out logits of the quantized model."""
         spec = self.checkpoint.spec
         shape = LinearShape("lm_head", spec.vocab, spec.hidden)
-        final = self._finite("final_norm.weight", self.loader.norm("final_norm"))
-        self._write("final_norm.weight", self.checkpoint.tensors.dense("final_norm.weight"))
+        final, tensors = self.loader.final_norm(), self.checkpoint.tensors
+        for name in ("final_norm.weight", "final_norm.bias")[: 2 if spec.final_norm.bias else 1]:
+            self._write(name, self._finite(name, tensors.dense(name)))
         w = self.loader.weights(shape)
         assert isinstance(w.weight, Tensor)
         self._finite("lm_head.weight", w.weight)
         head = Linear(self.loader.choose_for(QuantSpec(), shape).kernel, w, self.loader.dtype)
-        states = [rms_norm(s.states(), spec.final_norm, final) for s in (exact, rounded)]
+        states = [final(s.states()) for s in (exact, rounded)]
         reference = head(states[0])
         if (quant := self.plan.quant.get("lm_head")) is not None:
             floats = {"lm_head": w.weight.to(self.loader.dtype)}
             block = Block(len(spec.layers), spec.layers[-1], {"lm_head": quant}, floats, {})
             if data and (quant.calibrated or self.needs - {"none"}):
-                observe_head(
-                    block, data, lambda x: rms_norm(x, spec.final_norm, final), self.plan.recipe.calibration, self.needs
-                )
+                observe_head(block, data, final, self.plan.recipe.calibration, self.needs)
             head = self._linear(shape, block, outers_of([shape], block).get("lm_head"))
         elif not spec.tied:
-            self._write("lm_head.weight", w.weight)
-        logits = head(states[1]).float()
-        log_p, log_q = reference.float().log_softmax(-1), logits.log_softmax(-1)
+            self._write("lm_head.weight", tensors.dense("lm_head.weight"))
+        logits = finish_logits(head(states[1]), spec)
+        log_p, log_q = finish_logits(reference, spec).log_softmax(-1), logits.log_softmax(-1)
         self.report.kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
         return logits
-
-    def _norm_names(self, index: int) -> dict[str, str]:
-        """Canonical norm modules of a layer by their last name."""
-        shapes = self.checkpoint.spec.layer_tensors(index)
-        linears = {shape.name for shape in self.checkpoint.spec.layer_linears(index)}
-        modules = {name.rpartition(".")[0] for name in shapes} - linears
-        return {module.rpartition(".")[2]: module for module in modules}
 
     def _write(self, name: str, tensor: Tensor | QTensor) -> None:
         self.disk.write(self.writer.add, name, tensor)

@@ -18,7 +18,7 @@ from fewbit.compress.stats import Recorder, Stats
 from fewbit.compress.stream import Stream
 from fewbit.compress.techniques.auto import Option, Score
 from fewbit.model import DecoderLayer, DenseAttend, KVCodec, Linear, Loader
-from fewbit.model.decoder import LinearOp, rms_norm
+from fewbit.model.decoder import LinearOp, finish_logits
 from fewbit.model.rope import Rotary
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.numerics.reference import input_scale
@@ -74,7 +74,7 @@ class _Model:
         self.codecs = [KVCodec(checkpoint.dtype)] * len(self.spec.layers)
         dense = Loader(checkpoint, device, "dense")  # through which gradients find their way
         self.layers = [dense.layer(index) for index in range(len(self.spec.layers))]
-        self.final_norm, self.head = dense.norm("final_norm"), dense.head()
+        self.final_norm, self.head = dense.final_norm(), dense.head()
 
     def units(self, score: Score) -> list[Unit]:
         with torch.inference_mode():
@@ -161,7 +161,7 @@ class _Model:
         return max(total / len(exact), 0.0)
 
     def _log_probs(self, states: Tensor) -> Tensor:
-        return self.head(rms_norm(states, self.spec.final_norm, self.final_norm)).float().log_softmax(-1)
+        return finish_logits(self.head(self.final_norm(states)), self.spec).log_softmax(-1)
 
     def _gradients(self) -> list[dict[str, tuple[Tensor, Tensor, Tensor]]]:
         """By window: of each linear its input x, output y and the gradient at y, by layer and last name."""
@@ -172,8 +172,9 @@ class _Model:
             self.progress("gradients", number, len(self.windows))
             seen: dict[str, tuple[Tensor, Tensor]] = {}
             ids = torch.tensor(window, device=self.device)
-            states = embed[ids].to(self.loader.dtype).detach().clone().requires_grad_()
-            rotary = Rotary(torch.arange(len(window), device=self.device), states.dtype)
+            positions = torch.arange(len(window), device=self.device)
+            states = embed(ids, positions, self.loader.dtype).detach().clone().requires_grad_()
+            rotary = Rotary(positions, states.dtype)
             for layer in self.layers:
                 watched = {n: _watched(op, f"layers.{layer.index}.{n}", seen) for n, op in layer.linears.items()}
                 seeing = DecoderLayer(layer.index, layer.layer, watched, layer.norms)

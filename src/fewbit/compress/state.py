@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fewbit.checkpoint.files import DTYPES, ModelFiles
 from fewbit.checkpoint.layout import Stored, scale_grid
-from fewbit.checkpoint.writer import Shards
+from fewbit.checkpoint.shards import Shards
 from fewbit.compress.fake import BUFFERS, KINDS, FakeQuant, install, layers, matrix
 from fewbit.errors import CheckpointError, UnsupportedError, nearest_name
 from fewbit.numerics.format import Format, format_named

@@ -12,7 +12,7 @@ from torch import Tensor
 from fewbit.compress.calibrators import Histogram
 from fewbit.model import DenseAttend, KVCodec
 from fewbit.numerics.quantspec import QuantSpec
-from fewbit.spec.decoder import Attention, Layer
+from fewbit.spec.decoder import MLP, Attention, Layer
 
 SAMPLE = 512
 """Most inputs that are kept of a linear."""
@@ -122,7 +122,7 @@ class Block:
         layer: its shape.
         quant: QuantSpec by canonical linear, of those that will be quantized.
         weights: float weights [out, in] by canonical linear.
-        norms: norm weights by last name (``pre_attn``, ``pre_mlp``, ...), and the ``router`` of a mixture.
+        norms: what it has beside linears, by `fewbit.spec.decoder.key_of`: norms, the ``router`` of a mixture.
         dtype: what norms, biases and unquantized weights are stored in.
         biases: biases [out] by canonical linear, of those that have one.
         stats: statistics by canonical linear; empty where no technique needs any. Linears that read one input share
@@ -149,9 +149,9 @@ class Block:
     scarce: set[str] = field(default_factory=set)
 
     @property
-    def mlps(self) -> list[str]:
-        """Canonical names of the layer's MLPs: one, or one for each expert."""
-        return list(self.layer.mlps(self.index))
+    def mlps(self) -> dict[str, MLP]:
+        """The layer's MLPs by canonical name: one, or one for each expert and the shared one."""
+        return self.layer.mlps(self.index)
 
 
 class Recorder:
@@ -180,11 +180,13 @@ class RecordingAttend(DenseAttend):
         self.v_amax: dict[int, Tensor] = {}
         self.histograms: dict[str, Histogram] = {}
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, a: Attention, sinks: Tensor | None = None
+    ) -> Tensor:
         """See `Attend`."""
         for seen, x in ((self.k_amax, k), (self.v_amax, v)):
             amax = x.abs().amax(0).flatten().float()
             seen[layer] = torch.maximum(seen[layer], amax) if layer in seen else amax
         for name, histogram in self.histograms.items():
             histogram.see(k if name == "k" else v)
-        return super().__call__(layer, q, k, v, a)
+        return super().__call__(layer, q, k, v, a, sinks)

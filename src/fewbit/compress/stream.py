@@ -13,6 +13,7 @@ from fewbit.compress.calibrators import Histogram
 from fewbit.compress.ranks import Ranks
 from fewbit.compress.stats import RecordingAttend
 from fewbit.model import DecoderLayer, DenseAttend, KVCodec
+from fewbit.model.decoder import Embedding
 from fewbit.model.rope import Rotary
 from fewbit.ops.device import to_host
 
@@ -26,23 +27,24 @@ class Stream:
 
     Args:
         windows: token ids.
-        embed: the embedding, [vocab, hidden].
+        embed: the embedding.
         dtype: dtype of the states.
         ranks: processes that have other windows.
     """
 
     def __init__(
-        self, windows: Sequence[Sequence[int]], embed: Tensor, dtype: torch.dtype, ranks: Ranks | None = None
+        self, windows: Sequence[Sequence[int]], embed: Embedding, dtype: torch.dtype, ranks: Ranks | None = None
     ) -> None:
-        self.device, self.ranks = embed.device, ranks or Ranks()
+        self.device, self.ranks = embed.weight.device, ranks or Ranks()
         self._pieces: list[tuple[int, Tensor]] = []  # (length of a window, states of some windows of that length)
         count = sum(map(len, windows))
-        self._spills = embed.is_cuda and count * embed.shape[1] * dtype.itemsize >= SPILL_BYTES
+        self._spills = embed.weight.is_cuda and count * embed.weight.shape[1] * dtype.itemsize >= SPILL_BYTES
         for length, same in groupby(windows, len):
             run, step = list(same), max(1, _TOKENS[self.device.type] // length)
             for i in range(0, len(run), step):
-                ids = torch.tensor([t for window in run[i : i + step] for t in window], device=embed.device)
-                self._pieces.append((length, self._kept(embed[ids].to(dtype))))
+                ids = torch.tensor([t for window in run[i : i + step] for t in window], device=self.device)
+                positions = torch.arange(length, device=self.device).repeat(len(ids) // length)
+                self._pieces.append((length, self._kept(embed(ids, positions, dtype))))
 
     def __bool__(self) -> bool:
         return bool(self._pieces)

@@ -12,7 +12,7 @@ from fewbit.checkpoint import Checkpoint
 from fewbit.compress.stream import Stream
 from fewbit.errors import CheckpointError
 from fewbit.model import KVCodec, Loader
-from fewbit.model.decoder import rms_norm
+from fewbit.model.decoder import finish_logits
 from fewbit.numerics.qtensor import QTensor
 from fewbit.ops.device import release_memory
 from fewbit.ops.linear import LinearWeights
@@ -80,7 +80,7 @@ def verify(
         look(f"layers.{index}.attn.v_scale", codec.v_scale)
         stream.through(loader.layer(index, look_at_linear), codecs)
         release_memory()
-    found = loader.head(look_at_linear)(rms_norm(stream.states(), spec.final_norm, loader.norm("final_norm"))).float()
+    found = finish_logits(loader.head(look_at_linear)(loader.final_norm()(stream.states())), spec)
     if not torch.equal(found, logits):
         different = (found != logits).any(-1).sum().item()
         raise CheckpointError(

@@ -85,7 +85,9 @@ class PagedAttend:
             row += count
             at += len(blocks)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, a: Attention, sinks: Tensor | None = None
+    ) -> Tensor:
         """See `fewbit.model.attend.Attend`."""
         codec, cache_k, cache_v = self.cache.codecs[layer], self.cache.k[layer], self.cache.v[layer]
         stored_k, stored_v = codec.store(k, v)
@@ -101,7 +103,7 @@ class PagedAttend:
             past = self._read(cache_k, span, block), self._read(cache_v, span, block)
             keys, values = codec.load(*past, q.dtype)
             first = span.first - block * self.cache.block_size
-            out[span.rows] = attention(q[span.rows], keys, values, a, first)
+            out[span.rows] = attention(q[span.rows], keys, values, a, first, sinks)
         return out
 
     def _read(self, cache: Tensor, span: _Span, block: int) -> Tensor:

@@ -267,8 +267,11 @@ class PageAttend:
             blocks = to_device(piece.blocks, torch.int64, device) if piece.first else None
             self.chunks.append(_Chunk(slice(row, row + count), piece.first, piece.end, blocks))
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, a: Attention, sinks: Tensor | None = None
+    ) -> Tensor:
         """See `fewbit.model.attend.Attend`; codes are written back into k and v decoded."""
+        assert sinks is None  # no fused model has any
         codec, pages = self.decoder.codecs[layer], self.pages
         store_pages(k, v, pages.k[layer], pages.v[layer], codec, self.parts, pages.size)
         if self.single_rows is None and len(self.chunks) == 1:

@@ -15,7 +15,7 @@ from fewbit.checkpoint import Checkpoint
 from fewbit.compress.stream import Stream
 from fewbit.errors import RecipeError, UnsupportedError
 from fewbit.model import KVCodec, Linear, Loader
-from fewbit.model.decoder import rms_norm
+from fewbit.model.decoder import finish_logits
 
 RESAMPLES = 200
 """Bootstrap resamples of the windows, from which the error bars come."""
@@ -103,12 +103,12 @@ class _Forward:
             stream.through(loader.layer(index), codecs)
         progress(name, len(spec.layers), len(spec.layers))
         self.head: Linear = loader.head()
-        self.norm, self.weight = spec.final_norm, loader.norm("final_norm")
+        self.norm, self.spec = loader.final_norm(), spec
         self.states = stream.states()
 
     def log_probs(self, start: int, stop: int) -> Tensor:
         """Natural-log probabilities of some positions, float64 [positions, vocab]."""
-        return self.head(rms_norm(self.states[start:stop], self.norm, self.weight)).double().log_softmax(-1)
+        return finish_logits(self.head(self.norm(self.states[start:stop])), self.spec).double().log_softmax(-1)
 
 
 def _compare(

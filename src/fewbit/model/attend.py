@@ -22,9 +22,14 @@ from fewbit.spec.decoder import Attention
 
 
 class Attend(Protocol):
-    """What a decoder layer calls. q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim], rotated."""
+    """What a decoder layer calls.
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
+    q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim], rotated; sinks: [heads], of layers that have some.
+    """
+
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, a: Attention, sinks: Tensor | None = None
+    ) -> Tensor:
         """Attention output, [tokens, heads, head_dim]."""
         ...
 
@@ -89,9 +94,11 @@ class DenseAttend:
     def __init__(self, codecs: Sequence[KVCodec], length: int) -> None:
         self.codecs, self.length = codecs, length
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, a: Attention, sinks: Tensor | None = None
+    ) -> Tensor:
         """See `Attend`."""
         codec = self.codecs[layer]
         k, v = codec.load(*codec.store(k, v), q.dtype)
         q, k, v = (x.unflatten(0, (-1, self.length)) for x in (q, k, v))
-        return attention(q, k, v, a).flatten(0, 1)
+        return attention(q, k, v, a, sinks=sinks).flatten(0, 1)

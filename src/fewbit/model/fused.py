@@ -63,17 +63,17 @@ class FusedDecoder:
         angles: dict[tuple[Rope, int], tuple[Tensor, Tensor]] = {}
         x: Tensor | None = None
         for layer in self.layers:
-            a, norms = layer.layer.attention, layer.norms
-            n = add_norm(x, res, norms["pre_attn"], layer.layer.pre_attn.eps, *layer.qkv.wants(count))
+            a, norms, kinds = layer.layer.attention, layer.norms, layer.layer.norms
+            n = add_norm(x, res, norms["pre_attn"], kinds["pre_attn"].eps, *layer.qkv.wants(count))
             qkv = layer.qkv.product(n)  # [T, (h + 2 kv) D]
-            key = a.position, a.head_dim
+            key = a.rope, a.head_dim
             if key not in angles:
                 angles[key] = cosines(*key, positions)
             eps = a.qk_norm.eps if a.qk_norm else 0.0
             rotate(qkv, *angles[key], a.heads, a.kv_heads, a.head_dim, norms.get("q_norm"), norms.get("k_norm"), eps)
             seen = attend(layer.index, *split(qkv, a), a).flatten(-2)  # [T, h D]
             y = layer.o.product(_rounded(seen, *layer.o.wants(count)))
-            n = add_norm(y, res, norms["pre_mlp"], layer.layer.pre_mlp.eps, *layer.gate_up.wants(count))
+            n = add_norm(y, res, norms["pre_mlp"], kinds["pre_mlp"].eps, *layer.gate_up.wants(count))
             x = layer.down.product(gated(layer.gate_up.product(n), *layer.down.wants(count)))
         out = add_norm(x, res, self.final_norm, self.spec.final_norm.eps, None)
         assert isinstance(out, Tensor)

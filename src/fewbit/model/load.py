@@ -10,14 +10,14 @@ from torch import Tensor
 
 from fewbit.checkpoint import Checkpoint
 from fewbit.model.attend import KVCodec
-from fewbit.model.decoder import Decoder, DecoderLayer
+from fewbit.model.decoder import Decoder, DecoderLayer, Embedding, Normalize
 from fewbit.model.fused import FusedDecoder, FusedLayer
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.ops.device import DeviceInfo, arithmetic_dtype, device_info
 from fewbit.ops.linear import Choice, LinearKernel, LinearProblem, LinearWeights, choose
 from fewbit.ops.linear.dense import Dense
 from fewbit.ops.linear.gpu import GpuKernel, GpuLinear
-from fewbit.spec.decoder import Layer, LinearShape, MoE, leaf_of
+from fewbit.spec.decoder import MLP, DecoderSpec, Layer, LinearShape, Norm, Rope, key_of, leaf_of
 
 
 class Linear:
@@ -90,7 +90,7 @@ class Loader:
             spec,
             self.embed(),
             [self.layer(index) for index in range(len(spec.layers))],
-            self.norm("final_norm"),
+            self.final_norm(),
             self.head(),
             [self.codec(index) for index in range(len(spec.layers))],
             self.dtype,
@@ -102,8 +102,8 @@ class Loader:
             return "needs an NVIDIA GPU"
         if self.backend != "auto":
             return f"every linear was asked to run on '{self.backend}'"
-        if self.checkpoint.spec.routers():
-            return "it is a mixture of experts"
+        if reason := _spec_why_not(self.checkpoint.spec):
+            return reason
         for shape in self.checkpoint.spec.linears():
             kernel = self.choose(shape).kernel
             if self.checkpoint.quant.get(shape.name, QuantSpec()).lowrank:
@@ -120,6 +120,8 @@ class Loader:
 
     def _layer_why_not(self, index: int, layer: Layer) -> str | None:
         a, kv = layer.attention, self.checkpoint.kv.get(index)
+        if reason := _shape_why_not(layer):
+            return reason
         if layer.mlp.act != "silu":
             return f"the activation is {layer.mlp.act}, the kernels know silu"
         if layer.mlp.width % 8:
@@ -145,7 +147,7 @@ class Loader:
         """The whole model, joined and fused; `fused_why_not` has been asked."""
         spec = self.checkpoint.spec
         layers = [self._fused_layer(index) for index in range(len(spec.layers))]
-        embed, norm = self.embed().to(self.dtype), self.norm("final_norm")
+        embed, norm = self.embed().weight.to(self.dtype), self.vector("final_norm.weight")
         shape = LinearShape("lm_head", spec.vocab, spec.hidden)
         kernel = self.choose(shape).kernel
         assert isinstance(kernel, GpuKernel)
@@ -173,13 +175,20 @@ class Loader:
         assert isinstance(kernel, GpuKernel)
         return kernel.join([self.weights(shape) for shape in shapes], gated)
 
-    def embed(self) -> Tensor:
+    def embed(self) -> Embedding:
         """The embedding as stored: a step looks up few of its rows."""
-        return self.checkpoint.tensors.dense("embed.weight", self.device)
+        spec, tensors = self.checkpoint.spec, self.checkpoint.tensors
+        table = tensors.dense("positions.weight", self.device) if spec.learned_positions else None
+        return Embedding(tensors.dense("embed.weight", self.device), spec.embed_scale, table)
 
-    def norm(self, name: str) -> Tensor:
-        """The weight of a norm."""
-        return self.checkpoint.tensors.dense(f"{name}.weight", self.device).to(self.dtype)
+    def vector(self, name: str) -> Tensor:
+        """A tensor that is no linear's, by its canonical name."""
+        return self.checkpoint.tensors.dense(name, self.device).to(self.dtype)
+
+    def final_norm(self) -> Normalize:
+        """The norm before the head."""
+        norm = self.checkpoint.spec.final_norm
+        return Normalize(norm, self.vector("final_norm.weight"), self.vector("final_norm.bias") if norm.bias else None)
 
     def layer(self, index: int, look: Look = _nothing) -> DecoderLayer:
         """One layer with its kernels; see `linear`."""
@@ -188,14 +197,8 @@ class Loader:
         return DecoderLayer(index, self.checkpoint.spec.layers[index], linears, self.norms(index))
 
     def norms(self, index: int) -> dict[str, Tensor]:
-        """The norm weights of one layer, and its router if it has one, by their last name."""
-        prefix = f"layers.{index}"
-        names = [f"{prefix}.pre_attn", f"{prefix}.pre_mlp"]
-        if self.checkpoint.spec.layers[index].attention.qk_norm:
-            names += [f"{prefix}.attn.q_norm", f"{prefix}.attn.k_norm"]
-        if isinstance(self.checkpoint.spec.layers[index].mlp, MoE):
-            names.append(f"{prefix}.mlp.router")
-        return {name.rpartition(".")[2]: self.norm(name) for name in names}
+        """What one layer has beside its linears, as `DecoderLayer` takes it."""
+        return {key_of(name): self.vector(name) for name in self.checkpoint.spec.layer_vectors(index)}
 
     def head(self, look: Look = _nothing) -> Linear:
         """The language-model head; a tied one shares the embedding's numbers."""
@@ -231,9 +234,12 @@ class Loader:
         def optional(leaf: str, wanted: bool) -> Tensor | None:
             return tensors.dense(f"{name}.{leaf}", self.device) if wanted else None
 
+        weight = tensors.on(source, self.device)
+        if name == "lm_head" and self.checkpoint.spec.unit_head and isinstance(weight, Tensor):
+            weight = (weight / weight.float().norm(dim=1, keepdim=True).clamp_min(1e-12)).to(weight.dtype)
         return LinearWeights(
             quant,
-            tensors.on(source, self.device),
+            weight,
             optional("bias", shape.bias),
             optional("input_scale", quant.calibrated),
             optional("prescale", quant.prescale),
@@ -241,3 +247,30 @@ class Loader:
             if quant.lowrank
             else None,
         )
+
+
+def _spec_why_not(spec: DecoderSpec) -> str | None:
+    """What a model has, beyond its layers, that the fused kernels do not know."""
+    if spec.routers():
+        return "it is a mixture of experts"
+    if spec.final_norm != Norm(spec.final_norm.eps):
+        return "its last norm is not a plain RMSNorm"
+    if spec.learned_positions or spec.embed_scale != 1.0:
+        return "its embedding is scaled or has learned positions"
+    return "its logits are capped" if spec.logit_softcap is not None else None
+
+
+def _shape_why_not(layer: Layer) -> str | None:
+    """What a layer has that the fused kernels do not know."""
+    a, m = layer.attention, layer.mlp
+    if layer.parallel or layer.norms.keys() != {"pre_attn", "pre_mlp"}:
+        return "the kernels know layers of two norms, one before attention and one before the MLP"
+    if any(norm != Norm(norm.eps) for norm in (*layer.norms.values(), a.qk_norm) if norm) or a.qk_norm_all:
+        return "the kernels know plain RMSNorms, over one head of q and k"
+    if not isinstance(a.position, Rope) or a.position.fraction != 1.0 or a.position.interleaved:
+        return "the kernels know rotary positions over the halves of whole heads"
+    if a.softcap is not None or a.sinks:
+        return "the kernels know no capped scores and no sinks"
+    if isinstance(m, MLP) and (not m.gated or m.limit is not None):
+        return "the kernels know plain gated MLPs"
+    return None

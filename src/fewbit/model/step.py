@@ -91,9 +91,7 @@ class DecodeStep:
         count = buffer(rows * max(a.kv_heads for a in attentions), dtype=torch.int32)
         self.scratch = buffer(groups * depth), buffer(groups * 2), count  # of attention
         positions = torch.arange(longest, device=device)
-        self.angles = {
-            (a.position, a.head_dim): cosines(a.position, a.head_dim, positions) for a in dict.fromkeys(attentions)
-        }
+        self.angles = {(a.rope, a.head_dim): cosines(a.rope, a.head_dim, positions) for a in dict.fromkeys(attentions)}
 
     def reset(self) -> None:
         """Put right what a step that broke off may have left behind."""
@@ -113,18 +111,18 @@ class DecodeStep:
         stats_a, stats_b = self.stats  # each is cleared by the product that reads the other
         self._embed(m, tokens, sources)
         for i, layer in enumerate(decoder.layers):
-            a, eps = layer.layer.attention, layer.layer
+            a, eps = layer.layer.attention, layer.layer.norms
             n = (a.heads + 2 * a.kv_heads) * a.head_dim
             qkv, clear = (self.qkv[(i + j) % 2][: m * n].view(m, n) for j in range(2))
             x = self.x[:m]
-            norm = Folded(stats_a, stats_b, eps.pre_attn.eps)
+            norm = Folded(stats_a, stats_b, eps["pre_attn"].eps)
             last = i + 1 == len(decoder.layers)
             following = decoder.head if last else decoder.layers[i + 1].qkv
             self._apply(layer.qkv, x, qkv, "add", norm, tops=stats_a[:m, 1], ahead=self._ahead(layer.o))
             static = _static(layer.o)
             seen = self.seen[: m * layer.o.k].view(m, layer.o.k)
             target = seen if static is None else self._codes(m, layer.o.k, layer.o.few_dtype)
-            cos, sin = self.angles[a.position, a.head_dim]
+            cos, sin = self.angles[a.rope, a.head_dim]
             cut = self.cut(m, a, decoder.codecs[i])
             decode_attention(
                 qkv, target, self.pages.k[i], self.pages.v[i], decoder.codecs[i], table, lengths, a, self.pages.size,
@@ -139,7 +137,7 @@ class DecodeStep:
             )  # fmt: skip
             static = _static(layer.down)
             act = self.act[: m * layer.down.k].view(m, layer.down.k)
-            norm = Folded(stats_b, stats_a, eps.pre_mlp.eps)
+            norm = Folded(stats_b, stats_a, eps["pre_mlp"].eps)
             coded = None
             if static is not None:
                 # the codes of gate_up's own input lie at the start of the same memory

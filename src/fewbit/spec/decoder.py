@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class Norm:
-    """RMS normalization: ``x / sqrt(mean(x**2) + eps) * weight``."""
+    """``x / sqrt(mean(x**2) + eps) * weight``, of ``x - mean(x)`` where it is ``layer``."""
 
     eps: float
+    kind: Literal["rms", "layer"] = "rms"
+    bias: bool = False  # added at the end
+    plus_one: bool = False  # stored as w, multiplied by 1 + w
 
 
 @dataclass(frozen=True)
@@ -39,14 +43,37 @@ class YarnScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
+    truncate: bool = True  # the ramp's ends are rounded to whole pairs
+
+
+@dataclass(frozen=True)
+class LongScaling:
+    """LongRoPE (arXiv:2402.13753): each pair is slowed by a factor of its own, attention sharpened."""
+
+    factors: tuple[float, ...]
+    attention_factor: float
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions over the halves of a head."""
+    """Rotary positions: pairs of a head's channels are turned."""
 
     theta: float
-    scaling: Llama3Scaling | LinearScaling | YarnScaling | None = None
+    scaling: Llama3Scaling | LinearScaling | YarnScaling | LongScaling | None = None
+    fraction: float = 1.0  # how much of each head is turned, its first channels
+    interleaved: bool = False  # pairs are neighbours (0, 1), (2, 3), not (0, D/2), (1, D/2 + 1)
+
+    def width(self, head_dim: int) -> int:
+        """Channels of a head that are turned."""
+        return int(head_dim * self.fraction)
+
+
+@dataclass(frozen=True)
+class Alibi:
+    """Linear biases (arXiv:2108.12409): what lies n tokens back counts ``slope * n`` less, a slope for each head."""
+
+    max_bias: float = 8.0  # the last of 2^n heads has the slope 2^-max_bias
+    scaled: bool = False  # added before the scores are scaled, rounded to bfloat16 (Falcon-RW)
 
 
 @dataclass(frozen=True)
@@ -56,25 +83,40 @@ class Attention:
     heads: int
     kv_heads: int
     head_dim: int
-    position: Rope
+    position: Rope | Alibi | None  # None: none, or learned ones that the embedding adds
     window: int | None = None  # a token sees itself and the window - 1 tokens before it
-    qk_norm: Norm | None = None  # over head_dim, before the rotation
+    qk_norm: Norm | None = None  # before the rotation, over head_dim
+    qk_norm_all: bool = False  # over all heads of q, and all of k, together
     qkv_bias: bool = False
     o_bias: bool = False
+    multiplier: float | None = None  # what q·k is multiplied by, if not head_dim ** -0.5
+    softcap: float | None = None  # scores s become softcap * tanh(s / softcap)
+    sinks: bool = False  # each head has one more score that takes part in the softmax and nothing else
 
     @property
     def scale(self) -> float:
         """What q·k is multiplied by before the softmax."""
-        return float(self.head_dim**-0.5)
+        return float(self.head_dim**-0.5) if self.multiplier is None else self.multiplier
+
+    @property
+    def rope(self) -> Rope:
+        """Its position, of one that is known to turn pairs."""
+        assert isinstance(self.position, Rope)
+        return self.position
 
 
 @dataclass(frozen=True)
 class MLP:
-    """``down(act(gate(x)) * up(x))``."""
+    """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` where it is not gated.
+
+    With a `limit` (gpt-oss) gate is cut off above it and up on both sides, and one is added to up.
+    """
 
     width: int
     act: str = "silu"
     bias: bool = False
+    gated: bool = True
+    limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +130,9 @@ class MoE:
     top_k: int
     expert: MLP
     renormalize: bool = True  # the chosen scores are divided by their sum
+    router_bias: bool = False
+    shared: MLP | None = None  # one more, through which every token goes
+    shared_gate: bool = False  # what it makes is multiplied by sigmoid(gate(x))
 
     @property
     def width(self) -> int:
@@ -102,19 +147,37 @@ class MoE:
 
 @dataclass(frozen=True)
 class Layer:
-    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+    """``x + post(attention(pre(x)))``, then ``x + post(mlp(pre(x)))``; a norm that is None changes nothing.
+
+    Parallel: ``x + attention(pre_attn(x)) + mlp(pre_mlp(x))``, where a missing `pre_mlp` means `pre_attn` for both.
+    """
 
     attention: Attention
     mlp: MLP | MoE
-    pre_attn: Norm
-    pre_mlp: Norm
+    pre_attn: Norm | None
+    pre_mlp: Norm | None
+    post_attn: Norm | None = None
+    post_mlp: Norm | None = None
+    parallel: bool = False
+
+    @property
+    def norms(self) -> dict[str, Norm]:
+        """Its norms over the residual stream by canonical name."""
+        found = {"pre_attn": self.pre_attn, "post_attn": self.post_attn, "pre_mlp": self.pre_mlp}
+        return {name: norm for name, norm in (found | {"post_mlp": self.post_mlp}).items() if norm}
+
+    @property
+    def one_input(self) -> bool:
+        """Whether attention and MLP read the same normalized input."""
+        return self.parallel and self.pre_mlp is None
 
     def mlps(self, index: int) -> dict[str, MLP]:
-        """Its MLPs as layer `index` by canonical name: ``layers.3.mlp``, or one for each expert."""
+        """Its MLPs as layer `index` by canonical name: ``layers.3.mlp``, or one for each expert, then the shared."""
         name = f"layers.{index}.mlp"
         if isinstance(self.mlp, MLP):
             return {name: self.mlp}
-        return {f"{name}.experts.{e}": self.mlp.expert for e in range(self.mlp.experts)}
+        found = {f"{name}.experts.{e}": self.mlp.expert for e in range(self.mlp.experts)}
+        return found | ({f"{name}.shared": self.mlp.shared} if self.mlp.shared else {})
 
 
 @dataclass(frozen=True)
@@ -131,6 +194,12 @@ class LinearShape:
 def leaf_of(name: str) -> str:
     """What a linear of this canonical name is called in its layer: ``q``, ``down``, ``experts.7.down``."""
     return name.split(".", 3)[-1]
+
+
+def key_of(tensor: str) -> str:
+    """What a tensor of a layer that is no linear's is called there: ``pre_attn``, ``pre_attn.bias``, ``router``."""
+    rest = tensor.split(".", 2)[2]
+    return rest.removeprefix("attn.").removeprefix("mlp.").removesuffix(".weight")
 
 
 def by_input(shapes: Iterable[LinearShape]) -> list[list[LinearShape]]:
@@ -154,6 +223,10 @@ def by_role(shapes: Iterable[LinearShape]) -> list[list[LinearShape]]:
     return list(groups.values())
 
 
+def _norm_tensors(name: str, norm: Norm, width: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.{leaf}": (width,) for leaf in ("weight", "bias")[: 2 if norm.bias else 1]}
+
+
 @dataclass(frozen=True)
 class DecoderSpec:
     """A whole decoder. Layers are a tuple: alternating windows or uneven widths are just another spec."""
@@ -164,6 +237,10 @@ class DecoderSpec:
     final_norm: Norm
     tied: bool = False  # lm_head is the embedding
     context: int = 2048  # longest sequence the positions were made for
+    learned_positions: int = 0  # rows of a table that is added to the embedding, by position
+    embed_scale: float = 1.0
+    logit_softcap: float | None = None  # logits x become softcap * tanh(x / softcap)
+    unit_head: bool = False  # rows of a head that is not quantized are divided by their length
 
     def layer_linears(self, index: int) -> tuple[LinearShape, ...]:
         """The linears of layer `index`, in the order in which they run."""
@@ -176,11 +253,11 @@ class DecoderSpec:
             LinearShape(f"{p}.attn.o", h, a.heads * a.head_dim, a.o_bias),
         ]
         for name, m in layer.mlps(index).items():
-            found += [
-                LinearShape(f"{name}.gate", m.width, h, m.bias, f"{name}.gate_up"),
-                LinearShape(f"{name}.up", m.width, h, m.bias, f"{name}.gate_up"),
-                LinearShape(f"{name}.down", h, m.width, m.bias),
-            ]
+            gate_up = qkv if layer.one_input else f"{name}.gate_up"
+            if m.gated:
+                found.append(LinearShape(f"{name}.gate", m.width, h, m.bias, gate_up))
+            found.append(LinearShape(f"{name}.up", m.width, h, m.bias, gate_up))
+            found.append(LinearShape(f"{name}.down", h, m.width, m.bias))
         return tuple(found)
 
     def linears(self) -> Iterator[LinearShape]:
@@ -189,29 +266,51 @@ class DecoderSpec:
             yield from self.layer_linears(index)
         yield LinearShape("lm_head", self.vocab, self.hidden)
 
+    def layer_vectors(self, index: int) -> dict[str, tuple[int, ...]]:
+        """Canonical name and shape of what layer `index` has beside its linears: norms, routers, sinks."""
+        layer, p = self.layers[index], f"layers.{index}"
+        a, m = layer.attention, layer.mlp
+        shapes: dict[str, tuple[int, ...]] = {}
+        around = {f"{p}.{name}": _norm_tensors(f"{p}.{name}", norm, self.hidden) for name, norm in layer.norms.items()}
+        shapes |= around.pop(f"{p}.pre_attn", {})
+        if a.qk_norm:
+            q, k = (a.heads, a.kv_heads) if a.qk_norm_all else (1, 1)
+            shapes |= _norm_tensors(f"{p}.attn.q_norm", a.qk_norm, q * a.head_dim)
+            shapes |= _norm_tensors(f"{p}.attn.k_norm", a.qk_norm, k * a.head_dim)
+        if a.sinks:
+            shapes[f"{p}.attn.sinks"] = (a.heads,)
+        for tensors in around.values():
+            shapes |= tensors
+        if isinstance(m, MoE):
+            shapes[f"{p}.mlp.router.weight"] = (m.experts, self.hidden)
+            if m.router_bias:
+                shapes[f"{p}.mlp.router.bias"] = (m.experts,)
+            if m.shared_gate:
+                shapes[f"{p}.mlp.shared_gate.weight"] = (1, self.hidden)
+        return shapes
+
     def layer_tensors(self, index: int) -> dict[str, tuple[int, ...]]:
         """Canonical name and shape of every unquantized tensor of layer `index`."""
-        layer, p = self.layers[index], f"layers.{index}"
-        shapes: dict[str, tuple[int, ...]] = {f"{p}.pre_attn.weight": (self.hidden,)}
+        vectors = self.layer_vectors(index)
+        shapes = {name: shape for name, shape in vectors.items() if ".pre_attn." in name}
         for linear in self.layer_linears(index):
             shapes[f"{linear.name}.weight"] = (linear.out_features, linear.in_features)
             if linear.bias:
                 shapes[f"{linear.name}.bias"] = (linear.out_features,)
-        if layer.attention.qk_norm:
-            shapes[f"{p}.attn.q_norm.weight"] = (layer.attention.head_dim,)
-            shapes[f"{p}.attn.k_norm.weight"] = (layer.attention.head_dim,)
-        shapes[f"{p}.pre_mlp.weight"] = (self.hidden,)
-        if isinstance(layer.mlp, MoE):
-            shapes[f"{p}.mlp.router.weight"] = (layer.mlp.experts, self.hidden)
-        return shapes
+        return shapes | vectors
 
     def routers(self) -> list[str]:
         """Canonical names of the routers: linear in the files' own words, but not for rounding."""
-        return [f"layers.{i}.mlp.router" for i, layer in enumerate(self.layers) if isinstance(layer.mlp, MoE)]
+        mixtures = {f"layers.{i}.mlp": layer.mlp for i, layer in enumerate(self.layers) if isinstance(layer.mlp, MoE)}
+        gates = [f"{name}.shared_gate" for name, m in mixtures.items() if m.shared_gate]
+        return [f"{name}.router" for name in mixtures] + gates
 
     def outer_tensors(self) -> dict[str, tuple[int, ...]]:
         """Canonical name and shape of every tensor that belongs to no layer."""
-        shapes = {"embed.weight": (self.vocab, self.hidden), "final_norm.weight": (self.hidden,)}
+        shapes: dict[str, tuple[int, ...]] = {"embed.weight": (self.vocab, self.hidden)}
+        if self.learned_positions:
+            shapes["positions.weight"] = (self.learned_positions, self.hidden)
+        shapes |= _norm_tensors("final_norm", self.final_norm, self.hidden)
         return shapes if self.tied else shapes | {"lm_head.weight": (self.vocab, self.hidden)}
 
     def tensors(self) -> dict[str, tuple[int, ...]]:

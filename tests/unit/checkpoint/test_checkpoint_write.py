@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fewbit.checkpoint import CheckpointWriter, check_target, format_named, open_checkpoint, writer
+import fewbit.checkpoint.shards
+from fewbit.checkpoint import CheckpointWriter, check_target, format_named, open_checkpoint
 from fewbit.checkpoint.layout import Quantization
 from fewbit.compress import compress, plan, read_recipe, run
 from fewbit.compress.disk import Disk
@@ -61,7 +62,7 @@ def test_what_is_written(source, tmp_path):
 @pytest.mark.parametrize("recipe", ["int4", "nvfp4_wo"])
 def test_shards_and_their_index(source, tmp_path, monkeypatch, recipe):
     small(source, tmp_path / "one", recipe)
-    monkeypatch.setattr(writer, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(fewbit.checkpoint.shards, "SHARD_BYTES", 60_000)
     small(source, tmp_path / "many", recipe)
     one, many = open_checkpoint(tmp_path / "one"), open_checkpoint(tmp_path / "many")
     same_tensors(one, many)
@@ -82,7 +83,7 @@ def test_shards_and_their_index(source, tmp_path, monkeypatch, recipe):
 
 
 def test_scales_that_the_config_does_not_speak_of_are_extra(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(fewbit.checkpoint.shards, "SHARD_BYTES", 100_000)
     small(source, tmp_path / "kept", "rules: []\nkv: {format: fp8}\ncalib: {samples: 1, length: 16}")
     monkeypatch.undo()
     config = json.loads((tmp_path / "kept" / "config.json").read_text())
@@ -237,7 +238,7 @@ def test_interrupted_between_the_two_renames(source, tmp_path, monkeypatch):
 
 
 def test_a_writer_that_cannot_begin_leaves_nothing(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "_cut", lambda plan: 1 / 0)
+    monkeypatch.setattr(fewbit.checkpoint.shards, "_cut", lambda plan: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         small(source, tmp_path / "out")
     assert files(tmp_path) == []

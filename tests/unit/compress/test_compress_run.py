@@ -68,10 +68,10 @@ def inputs_of(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tens
         return call
 
     class Attend(DenseAttend):
-        def __call__(self, layer, q, k, v, a):
+        def __call__(self, layer, q, k, v, a, sinks=None):
             seen.setdefault(f"{layer}.k", []).append(k.flatten())
             seen.setdefault(f"{layer}.v", []).append(v.flatten())
-            return super().__call__(layer, q, k, v, a)
+            return super().__call__(layer, q, k, v, a, sinks)
 
     for i, layer in enumerate(decoder.layers):
         for leaf, linear in layer.linears.items():

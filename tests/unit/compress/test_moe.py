@@ -25,7 +25,7 @@ from fewbit.engine.types import GenerateRequest, SamplingParams
 from fewbit.errors import UnsupportedError
 from fewbit.measure.quality import evaluate
 from fewbit.model import DecoderLayer, DenseAttend, KVCodec, Loader
-from fewbit.model.decoder import rms_norm
+from fewbit.model.decoder import normalize
 from fewbit.numerics.format import FORMATS
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.spec.decoder import MoE, leaf_of
@@ -110,7 +110,7 @@ def test_folding_into_the_norm_changes_nothing_and_no_token_changes_its_experts(
     linears = {leaf_of(name): functools.partial(F.linear, weight=w) for name, w in block.weights.items()}
     folded = DecoderLayer(0, spec.layers[0], linears, block.norms)
     for x in windows.pieces():
-        before, after = (rms_norm(x, layer.layer.pre_mlp, y.norms["pre_mlp"]) for y in (layer, folded))
+        before, after = (normalize(x, layer.layer.pre_mlp, y.norms["pre_mlp"]) for y in (layer, folded))
         torch.testing.assert_close(folded.mlp(after), layer.mlp(before), rtol=1e-4, atol=1e-4)
         scores = (F.linear(z, y.norms["router"]) for z, y in ((after, folded), (before, layer)))
         torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)

@@ -444,11 +444,11 @@ def test_a_bias_takes_over_the_mean_error(tmp_path, split):
 
     windows, _ = windows_of(checkpoint, planned.recipe.calibration)
     embed = Loader(checkpoint, torch.device("cpu")).embed()
-    x = torch.cat([embed[torch.tensor(w)] for w in windows]).float()
+    x = torch.cat([embed(torch.tensor(w), torch.arange(len(w)), torch.float32) for w in windows])
     layer = Loader(checkpoint, torch.device("cpu")).layer(0)
-    from fewbit.model.decoder import rms_norm
+    from fewbit.model.decoder import normalize
 
-    x = rms_norm(x, checkpoint.spec.layers[0].pre_attn, layer.norms["pre_attn"])
+    x = normalize(x, checkpoint.spec.layers[0].pre_attn, layer.norms["pre_attn"])
     meant = layer.linears["q"](x).mean(0)
     off = {name: (loader.layer(0).linears["q"](x).mean(0) - meant).norm().item() for name, loader in loaders.items()}
     assert off["plain"] > 1e-3

@@ -14,7 +14,7 @@ from fewbit.engine.engine import Engine
 from fewbit.engine.runner import Runner
 from fewbit.engine.types import GenerateRequest, SamplingParams
 from fewbit.model.attend import KVCodec
-from fewbit.model.decoder import Decoder, DecoderLayer
+from fewbit.model.decoder import Decoder, DecoderLayer, Embedding, Normalize
 from fewbit.numerics.format import FORMATS
 from fewbit.numerics.quantspec import KVSpec
 from fewbit.spec.decoder import MLP, Attention, DecoderSpec, Layer, Norm, Rope
@@ -56,8 +56,8 @@ def decoder(kv: str = "float32", device: str = "cpu") -> Decoder:
         linears = {shape.name.rsplit(".", 1)[1]: linear(shape.name) for shape in SPEC.layer_linears(i)}
         layers.append(DecoderLayer(i, layer, linears, {"pre_attn": ones, "pre_mlp": ones}))
     codecs = [codec(kv, device)] * len(layers)
-    embed = weights["embed.weight"] * 4
-    return Decoder(SPEC, embed, layers, ones, linear("lm_head"), codecs, torch.float32)
+    embed, final = Embedding(weights["embed.weight"] * 4), Normalize(SPEC.final_norm, ones)
+    return Decoder(SPEC, embed, layers, final, linear("lm_head"), codecs, torch.float32)
 
 
 def config(model: Decoder | None = None, **options) -> EngineConfig:

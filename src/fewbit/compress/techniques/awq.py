@@ -47,8 +47,10 @@ class Settings:
 
     def block(self, block: Block) -> None:
         """See `BlockTechnique.block`."""
+        folded: set[str] = set()
         for group in input_groups(block):
             names = quantized(group, block)
+            folded.update(names)
             for name in names:
                 fmt = block.quant[name].weight
                 assert fmt is not None
@@ -57,7 +59,9 @@ class Settings:
         if self.clip:
             for name, quant in block.quant.items():
                 if not name.endswith((".q", ".k")) and name in block.stats and quant.weight is not None:
-                    _clip(block.weights[name], quant.weight, block.stats[name])  # its own copy since it was folded
+                    if name not in folded:  # else it has a copy of its own
+                        block.weights[name] = block.weights[name].to(torch.float32, copy=True)
+                    _clip(block.weights[name], quant.weight, block.stats[name])
 
     def _scale(self, block: Block, group: InputGroup, names: list[str]) -> Tensor:
         """The best scales of a group among ``rms(x)^r / mean|w|^(1 - r)``, r from 0 to 1, and no scales at all."""

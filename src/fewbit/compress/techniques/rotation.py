@@ -20,8 +20,8 @@ from torch import Tensor
 from fewbit.checkpoint import Checkpoint
 from fewbit.checkpoint.checkpoint import Tensors
 from fewbit.compress.techniques import Needs
-from fewbit.errors import RecipeError
-from fewbit.spec.decoder import MoE
+from fewbit.errors import RecipeError, UnsupportedError
+from fewbit.spec.decoder import DecoderSpec, MoE, Norm
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Settings:
 
         The head is a tensor of its own afterwards: it is turned as the embedding is, but has taken in the final norm.
         """
+        _check(checkpoint.spec)
         spec = replace(checkpoint.spec, tied=False)
         source, made = checkpoint.tensors, Tensors()
         on = functools.cache(orthogonal(spec.hidden, self.seed).to)  # the matrix, once a device
@@ -98,6 +99,21 @@ class Settings:
         head = "embed.weight" if checkpoint.spec.tied else "lm_head.weight"
         add("lm_head.weight", lambda w: reads(w, "final_norm"), head)
         return replace(checkpoint, spec=spec, tensors=made)
+
+
+def _check(spec: DecoderSpec) -> None:
+    """Raise unless all that touches the residual stream is linear but for RMSNorms, one before each linear."""
+    plain = spec.final_norm == Norm(spec.final_norm.eps) and not spec.learned_positions and not spec.unit_head
+    for layer in spec.layers:
+        two = layer.norms.keys() == {"pre_attn", "pre_mlp"} and not layer.parallel
+        plain &= two and all(norm == Norm(norm.eps) for norm in layer.norms.values())
+        plain &= all(mlp.gated for mlp in layer.mlps(0).values())
+        plain &= not (isinstance(layer.mlp, MoE) and layer.mlp.shared)
+    if not plain:
+        raise UnsupportedError(
+            "rotation: it needs layers of two plain RMSNorms, one before attention and one before a gated MLP; this "
+            "model has others"
+        )
 
 
 def _within(r: Tensor, wanted: bool) -> Callable[[Tensor, int], Tensor]:

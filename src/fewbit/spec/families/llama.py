@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from fewbit.errors import CheckpointError
-from fewbit.spec.decoder import MLP, Attention, DecoderSpec, Layer, MoE, Norm
+from fewbit.spec.decoder import MLP, Alibi, Attention, DecoderSpec, Layer, MoE, Norm, Rope
 from fewbit.spec.hfconfig import HFConfig, common_fields
 
 ARCHITECTURES = ("LlamaForCausalLM",)
@@ -66,30 +66,34 @@ def llama_like(
     qkv_bias: bool = False,
     o_bias: bool = False,
     mlp_bias: bool = False,
-    mixture: MoE | None = None,
+    mlp: MLP | MoE | None = None,
+    norm: Norm | None = None,
+    position: Rope | Alibi | None = None,
 ) -> DecoderSpec:
     """A decoder of pre-normed layers with grouped-query attention and a gated MLP.
 
-    `windows` gives the attention window of each layer; empty: none has one. `mixture`: in place of the MLP.
+    `windows` gives the attention window of each layer; empty: none has one. `mlp`, `norm`, `position`: others than
+    Llama's.
     """
     heads, hidden, count = c.need("num_attention_heads"), c.need("hidden_size"), c.need("num_hidden_layers")
     kv_heads = c.optional("num_key_value_heads") or heads
     if heads % kv_heads:
         raise CheckpointError(f"config.json: {heads} attention heads are no multiple of {kv_heads} key/value heads")
     head_dim = c.optional("head_dim") or hidden // heads
-    if head_dim % 2 or not head_dim:
+    position = position or c.rope()
+    if isinstance(position, Rope) and (head_dim % 2 or not head_dim):
         raise CheckpointError(f"config.json: head_dim {head_dim} is odd or 0; rotary positions turn pairs")
-    norm = Norm(c.number("rms_norm_eps", 1e-6))
+    norm = norm or Norm(c.number("rms_norm_eps", 1e-6))
     attention = Attention(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        position=c.rope(),
+        position=position,
         qk_norm=norm if qk_norm else None,
         qkv_bias=qkv_bias,
         o_bias=o_bias,
     )
-    mlp = mixture or MLP(c.need("intermediate_size"), c.activation(), mlp_bias)
+    mlp = mlp or MLP(c.need("intermediate_size"), c.activation(), mlp_bias)
     layers = tuple(Layer(replace(attention, window=window), mlp, norm, norm) for window in windows or (None,) * count)
     context = c.optional("max_position_embeddings") or 2048
     return DecoderSpec(c.need("vocab_size"), hidden, layers, norm, c.flag("tie_word_embeddings"), context)

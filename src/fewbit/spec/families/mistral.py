@@ -16,7 +16,7 @@ TINY = {k: v for k, v in llama.TINY.items() if k not in ("rope_scaling", "attent
     "model_type": "mistral",
     "sliding_window": 7,
 }
-DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096}
+DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072}
 """What transformers takes these to be where config.json does not name them."""
 
 

@@ -27,6 +27,7 @@ TINY = mistral.TINY | {
     "num_experts_per_tok": 2,
 }
 DEFAULTS = {
+    "max_position_embeddings": 131072,
     "num_key_value_heads": 8,
     "rms_norm_eps": 1e-5,
     "rope_theta": 1e6,
@@ -42,7 +43,7 @@ def read(config: HFConfig) -> DecoderSpec:
     expert = MLP(c.need("intermediate_size"), c.activation())
     mixture = llama.mixture_of(c.need("num_local_experts"), c.need("num_experts_per_tok"), expert)
     windows = (c.optional("sliding_window"),) * c.need("num_hidden_layers")
-    return llama.llama_like(c, windows=windows, mixture=mixture)
+    return llama.llama_like(c, windows=windows, mlp=mixture)
 
 
 def write(spec: DecoderSpec) -> dict[str, Any]:

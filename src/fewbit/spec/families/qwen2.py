@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from fewbit.errors import CheckpointError
 from fewbit.spec.decoder import DecoderSpec
 from fewbit.spec.families import llama
-from fewbit.spec.hfconfig import HFConfig, common_fields
+from fewbit.spec.hfconfig import HFConfig, common_fields, without_windows
 
 ARCHITECTURES = ("Qwen2ForCausalLM",)
 NAMES = llama.NAMES
@@ -21,7 +19,12 @@ TINY = {k: v for k, v in llama.TINY.items() if k not in ("rope_scaling", "attent
     "max_window_layers": 1,
     "tie_word_embeddings": True,
 }
-DEFAULTS = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+DEFAULTS = {
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "max_position_embeddings": 32768,
+}
 """What transformers takes these to be where config.json does not name them."""
 
 
@@ -30,24 +33,15 @@ def windows(config: HFConfig) -> tuple[int | None, ...]:
     count = config.need("num_hidden_layers")
     if not config.flag("use_sliding_window"):
         return (None,) * count
-    window = config.optional("sliding_window")
-    kinds = config.raw.get("layer_types")
-    if kinds is None:
-        full = config.raw.get("max_window_layers", count)
-        return tuple(None if i < full else window for i in range(count))
-    if len(kinds) != count or not set(kinds) <= {"full_attention", "sliding_attention"}:
-        raise CheckpointError(f"config.json: 'layer_types' is {kinds!r}, expected {count} of full or sliding_attention")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    full = config.raw.get("max_window_layers", count)
+    return config.windows(lambda index: bool(index >= full))
 
 
 def window_fields(spec: DecoderSpec) -> tuple[DecoderSpec, dict[str, Any]]:
     """The spec without its windows, and the config.json fields that say them."""
     found = [layer.attention.window for layer in spec.layers]
     widest = next((w for w in found if w), None)
-    plain = replace(
-        spec, layers=tuple(replace(lay, attention=replace(lay.attention, window=None)) for lay in spec.layers)
-    )
-    return plain, {
+    return without_windows(spec), {
         "use_sliding_window": widest is not None,
         "sliding_window": widest,
         "layer_types": ["sliding_attention" if w else "full_attention" for w in found],

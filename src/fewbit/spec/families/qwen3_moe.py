@@ -30,8 +30,8 @@ TINY = qwen3.TINY | {
     "mlp_only_layers": [],
 }
 DEFAULTS = {
-    "num_key_value_heads": 4, "sliding_window": 4096, "num_experts": 128, "num_experts_per_tok": 8,
-    "moe_intermediate_size": 768, "norm_topk_prob": False, "decoder_sparse_step": 1,
+    "max_position_embeddings": 32768, "num_key_value_heads": 4, "sliding_window": 4096, "num_experts": 128,
+    "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False, "decoder_sparse_step": 1,
 }  # fmt: skip
 """What transformers takes these to be where config.json does not name them."""
 
