@@ -16,7 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fewbit.checkpoint import export, open_checkpoint, plan_export, writer
+import fewbit.checkpoint.shards
+from fewbit.checkpoint import export, open_checkpoint, plan_export
 from fewbit.checkpoint.nearest import nearest_kv, nearest_linear
 from fewbit.compress import compress, plan, read_recipe
 from fewbit.compress.recipe import parse_recipe
@@ -86,7 +87,7 @@ def test_an_unquantized_model_is_copied(source, tmp_path):
 
 
 def test_shards(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(fewbit.checkpoint.shards, "SHARD_BYTES", 60_000)
     export(open_checkpoint(made("fp8")), "hf", tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
     same_tensors(open_checkpoint(made("fp8")), open_checkpoint(tmp_path / "out"))
