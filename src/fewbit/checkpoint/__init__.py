@@ -5,6 +5,8 @@ from fewbit.checkpoint.conversion import Conversion, Exported, convert, export, 
 from fewbit.checkpoint.formats import format_named, formats
 from fewbit.checkpoint.locate import locate
 from fewbit.checkpoint.sources import text_folder
+from fewbit.checkpoint.trtllm.modules import Parallel
+from fewbit.checkpoint.trtllm.writer import Target
 from fewbit.checkpoint.writer import CheckpointWriter, check_target
 
 __all__ = [
@@ -12,6 +14,8 @@ __all__ = [
     "CheckpointWriter",
     "Conversion",
     "Exported",
+    "Parallel",
+    "Target",
     "Tensors",
     "check_target",
     "convert",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,11 +16,14 @@ import safetensors
 import torch
 from torch import Tensor
 
+from fewbit.checkpoint import shared
 from fewbit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from fewbit.checkpoint.formats import FileFormat, format_named
+from fewbit.checkpoint.formats import FileFormat, format_named, trtllm
 from fewbit.checkpoint.layout import Quantization
 from fewbit.checkpoint.nearest import nearest_kv, nearest_linear
 from fewbit.checkpoint.rounding import Rounding
+from fewbit.checkpoint.trtllm.modules import sharing
+from fewbit.checkpoint.trtllm.writer import Target, TrtWriter, check
 from fewbit.checkpoint.writer import CheckpointWriter, check_target
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.numerics.element import Element
@@ -44,6 +47,9 @@ class Conversion:
         kv: KVSpec by layer, as it will be written.
         rounded: linears that will be rounded anew, and why.
         rescaled: layers whose K and V get another format, and why.
+        together: linears that get one scale of the whole weight.
+        inputs: linears that get one calibrated scale of their input.
+        layout: how a TensorRT-LLM checkpoint is laid out.
     """
 
     checkpoint: Checkpoint
@@ -52,6 +58,9 @@ class Conversion:
     kv: Mapping[int, KVSpec]
     rounded: Mapping[str, str] = field(default_factory=dict)
     rescaled: Mapping[int, str] = field(default_factory=dict)
+    together: Sequence[tuple[str, ...]] = ()
+    inputs: Sequence[tuple[str, ...]] = ()
+    layout: Target = field(default_factory=Target)
 
 
 @dataclass(frozen=True)
@@ -73,18 +82,21 @@ class Exported:
     nbytes: int
 
 
-def plan_export(checkpoint: Checkpoint, to: str, requantize: bool = False) -> Conversion:
+def plan_export(checkpoint: Checkpoint, to: str, requantize: bool = False, layout: Target | None = None) -> Conversion:
     """Settle how a model can be said in another format.
 
     Args:
         checkpoint: the source.
         to: the file format.
         requantize: round anew what the target cannot say.
+        layout: how to lay out a TensorRT-LLM checkpoint.
 
     Raises:
         UnsupportedError: the target cannot say it; the message names the layers.
     """
-    fmt, spec = format_named(to), checkpoint.spec
+    fmt, spec, layout = format_named(to), checkpoint.spec, layout or Target()
+    if fmt.NAME != trtllm.NAME and layout != Target():
+        raise UnsupportedError(f"only '{trtllm.NAME}' is split over ranks or laid out for NIM, not '{to}'")
     quant, rounded, refused = dict(checkpoint.quant), dict[str, str](), dict[str, str]()
     for name, was in checkpoint.quant.items():
         reason = _why_not_linear(fmt, spec, name, was)
@@ -108,7 +120,14 @@ def plan_export(checkpoint: Checkpoint, to: str, requantize: bool = False) -> Co
         kv = dict.fromkeys(kv, other)
     if reason := fmt.why_not(spec, Quantization(quant, kv)):
         raise UnsupportedError(reason)
-    return Conversion(checkpoint, to, quant, kv, rounded, rescaled)
+    if fmt.NAME != trtllm.NAME:
+        return Conversion(checkpoint, to, quant, kv, rounded, rescaled)
+    check(checkpoint, Quantization(quant, kv), layout)
+    together, inputs = shared.differing(checkpoint, quant, rounded, sharing(spec))
+    if (reason := shared.refusal(together, inputs)) and not requantize:
+        raise UnsupportedError(reason + _HINT)
+    rounded |= {n: how for n, how in shared.say(together, inputs, quant) if n not in rounded}
+    return Conversion(checkpoint, to, quant, kv, rounded, rescaled, together, inputs, layout)
 
 
 _HINT = "; or let it be rounded anew with --requantize"
@@ -146,6 +165,7 @@ def export(
     target: str | Path,
     *,
     requantize: bool = False,
+    layout: Target | None = None,
     force: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Exported:
@@ -156,6 +176,7 @@ def export(
         to: the file format.
         target: the folder to make.
         requantize: round anew what the target cannot say.
+        layout: how to lay out a TensorRT-LLM checkpoint.
         force: replace a folder that is not empty.
         progress: called with how many tensors are done, and of how many.
 
@@ -163,7 +184,7 @@ def export(
         UnsupportedError: the target cannot say it; the message names the layers.
         CheckpointError: the target is in the way, or what was written does not hold what was meant.
     """
-    return convert(plan_export(checkpoint, to, requantize), Path(target), force=force, progress=progress)
+    return convert(plan_export(checkpoint, to, requantize, layout), Path(target), force=force, progress=progress)
 
 
 def convert(
@@ -176,7 +197,7 @@ def convert(
     """Carry out a plan of `plan_export`; see `export`."""
     c, source = conversion, conversion.checkpoint
     check_target(target, force, source.path)
-    rounding = Rounding(source, c.quant, c.kv, c.rounded)
+    rounding = Rounding(source, c.quant, c.kv, c.rounded, c.together, c.inputs)
     with torch.inference_mode(), _writer(c, target, force) as writer:
         names = list(rounding.names())
         for done, name in enumerate(names):
@@ -197,7 +218,7 @@ def _writer(c: Conversion, target: Path, force: bool) -> CheckpointWriter:
     meta = _history(source) | {"exported_from": source.format}
     if c.rounded:
         meta["requantized"] = f"{len(c.rounded)} linears"
-    return CheckpointWriter(
+    what = (
         target,
         format_named(c.to),
         source.family,
@@ -207,9 +228,12 @@ def _writer(c: Conversion, target: Path, force: bool) -> CheckpointWriter:
         source.config,
         files,
         meta,
-        key=f"export {__version__} {source.path.resolve()} {c.to}",
-        force=force,
+        f"export {__version__} {source.path.resolve()} {c.to} {c.layout}",
+        force,
     )
+    if c.to == trtllm.NAME:
+        return TrtWriter(c.layout, source.dtype, source.path, *what)
+    return CheckpointWriter(*what)
 
 
 def _history(source: Checkpoint) -> dict[str, str]:

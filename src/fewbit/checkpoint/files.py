@@ -109,7 +109,7 @@ class ModelFiles:
         shards = self._shards()
         self.sources: tuple[Path, ...] = tuple(shards)
         for file, promised in shards.items():
-            found, places = _header(file)
+            found, places = read_header(file)
             if missing := sorted(promised - found.keys()):
                 raise CheckpointError(f"{file.name} lacks tensor '{missing[0]}' that {INDEX} promises")
             if twice := sorted(found.keys() & self.entries.keys()):
@@ -208,8 +208,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _header(file: Path) -> tuple[dict[str, Stored], dict[str, Place]]:
-    """The header of a safetensors file. The library checks that offsets fit the file and each other."""
+def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, Place]]:
+    """The tensors of a safetensors file and where they lie. The library checks that offsets fit each other.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds a dtype that is not known.
+    """
     try:
         with safetensors.safe_open(file, framework="pt"):
             pass

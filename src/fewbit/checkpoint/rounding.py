@@ -29,7 +29,9 @@ class Rounding:
         source: the model.
         quant: QuantSpec by linear, as wanted.
         kv: KVSpec by layer, as wanted.
-        rounded: linears whose weights are rounded anew; the others say the same as in the source.
+        rounded: linears that are rounded anew; the others say the same as in the source.
+        together: linears that need one scale, or outer scale, of the whole weight.
+        inputs: linears that need one calibrated scale of their input.
     """
 
     def __init__(
@@ -38,8 +40,13 @@ class Rounding:
         quant: Mapping[str, QuantSpec],
         kv: Mapping[int, KVSpec],
         rounded: Collection[str],
+        together: Collection[tuple[str, ...]] = (),
+        inputs: Collection[tuple[str, ...]] = (),
     ) -> None:
         self.source, self.quant, self.kv, self.rounded = source, quant, kv, rounded
+        self._together = {name: group for group in together for name in group}
+        self._inputs = {name: group for group in inputs for name in group}
+        self._scales: dict[tuple[str, ...], Tensor] = {}
         self._groups: dict[str, list[LinearShape]] = {}
         for linear in source.spec.linears():
             self._groups.setdefault(linear.shares_input or linear.name, []).append(linear)
@@ -63,8 +70,10 @@ class Rounding:
             layer = int(owner.split(".")[1])
             return self.kv[layer] != self.source.kv[layer]
         if leaf == "input_scale":
-            return owner in self.rounded and self.quant[owner].input != self.source.quant[owner].input
-        return leaf == "weight" and self._reweighed(owner)
+            return owner in self._inputs or (
+                owner in self.rounded and self.quant[owner].input != self.source.quant[owner].input
+            )
+        return leaf == "weight" and (owner in self._together or self._reweighed(owner))
 
     def _reweighed(self, owner: str) -> bool:
         """Whether the weight of a linear is rounded anew, not only its input."""
@@ -81,10 +90,17 @@ class Rounding:
         if owner not in self.quant or leaf not in ("weight", "input_scale"):
             return self.source.tensors[name]
         if leaf == "input_scale":
-            return self._input_scale(owner)
+            group = self._inputs.get(owner, (owner,))
+            return torch.stack([self._input_scale(member) for member in group]).amax(0)
+        if owner in self._together:
+            return self._round_together(owner, self._together[owner])
+        return self._alone(owner)
+
+    def _alone(self, owner: str) -> QTensor:
+        """The weight of a linear that shares nothing."""
         if self._reweighed(owner):
             return self._round(owner)
-        tensor, wanted = self.source.tensors[name], self.quant[owner].weight
+        tensor, wanted = self.source.tensors[f"{owner}.weight"], self.quant[owner].weight
         assert isinstance(tensor, QTensor)
         assert wanted is not None
         scale = tensor.scale if isinstance(wanted.scale, Element) else tensor.scale.to(wanted.scale)
@@ -110,6 +126,18 @@ class Rounding:
             outer = outer_scale(amax, fmt)
         return quantize(self._value(owner), fmt, outer=outer)
 
+    def _round_together(self, owner: str, group: tuple[str, ...]) -> QTensor:
+        """A weight under the largest scale of its group; the one that has it keeps its codes."""
+        alone = self._alone(owner)
+        if group not in self._scales:
+            self._scales = {group: torch.stack([whole_scale(self._alone(member)) for member in group]).amax(0)}
+        scale = self._scales[group]
+        if torch.equal(whole_scale(alone), scale):
+            return alone
+        if alone.format.outer:
+            return quantize(self._value(owner), alone.format, outer=scale)
+        return quantize(self._value(owner), alone.format, scale=scale)
+
     def _siblings(self, owner: str) -> list[LinearShape]:
         """The linears rounded to the same numerics that read the same input, itself among them."""
         same = self.quant[owner].weight
@@ -134,6 +162,14 @@ class Rounding:
         heads = self.source.spec.layers[layer].attention.kv_heads
         amax = amax.amax() if wanted.block == (ALL, ALL) else amax.expand(heads)
         return amax_scale(amax, wanted)
+
+
+def whole_scale(q: QTensor) -> Tensor:
+    """The scale of a whole weight: the outer one, or the only one."""
+    if q.outer is not None:
+        return q.outer
+    assert q.scale.numel() == 1
+    return q.scale
 
 
 def _reach(fmt: Format) -> float:

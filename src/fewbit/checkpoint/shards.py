@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +21,39 @@ SHARD_BYTES = 5 * 10**9
 _HEADER_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class Shards:
-    """Safetensors files whose headers are written before their tensors."""
+class PlannedFiles:
+    """Safetensors files whose headers are written before their tensors.
 
-    def __init__(self, folder: Path, plan: Mapping[str, Stored], metadata: Mapping[str, str]) -> None:
-        self.missing = set(plan)
+    Args:
+        folder: where.
+        groups: what goes into each file.
+        metadata: strings for the header of each.
+        called: the name under which a tensor stands in its file; all names here are different.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        groups: Mapping[str, Mapping[str, Stored]],
+        metadata: Mapping[str, str],
+        called: Callable[[str], str] = lambda name: name,
+    ) -> None:
+        self.missing = {tensor for group in groups.values() for tensor in group}
         self._places: dict[str, tuple[int, int, Stored]] = {}  # file descriptor, offset
         self._files: list[int] = []
-        self._parts: dict[str, set[int]] = {}  # that were written of each tensor
-        groups = _cut(plan)
-        weight_map: dict[str, str] = {}
-        for number, group in enumerate(groups, 1):
-            name = SINGLE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
+        self._parts: dict[str, dict[int, int]] = {}  # of each tensor: where parts begin, and their bytes
+        for name, group in groups.items():
             header: dict[str, Any] = {"__metadata__": dict(metadata)}
             offset = 0
             offsets = {}
             for tensor, stored in group.items():
-                size = stored.nbytes
-                header[tensor] = {
+                header[called(tensor)] = {
                     "dtype": _HEADER_NAMES[stored.dtype],
                     "shape": list(stored.shape),
-                    "data_offsets": [offset, offset + size],
+                    "data_offsets": [offset, offset + stored.nbytes],
                 }
                 offsets[tensor] = offset
-                offset += size
-                weight_map[tensor] = name
+                offset += stored.nbytes
             text = json.dumps(header).encode()
             text += b" " * (-len(text) % 8)  # data starts aligned
             file = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
@@ -54,10 +62,6 @@ class Shards:
             os.truncate(file, 8 + len(text) + offset)
             for tensor, start in offsets.items():
                 self._places[tensor] = file, 8 + len(text) + start, group[tensor]
-        if len(groups) > 1:
-            size = sum(stored.nbytes for stored in plan.values())
-            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            write_json(folder / INDEX, index)
 
     @property
     def written(self) -> set[str]:
@@ -71,22 +75,30 @@ class Shards:
 
     def write(self, name: str, tensor: Tensor, at: int = 0, parts: int = 1) -> None:
         """Put one tensor in its place, or as number `at` of its `parts` along the first axis."""
-        file, offset, stored = self._places[name]
+        stored = self._places[name][2]
         if parts > 1:
             stored = Stored(stored.dtype, stored.shape[1:])
-            offset += at * stored.nbytes
         if tensor.dtype != stored.dtype or tuple(tensor.shape) != stored.shape:
             raise AssertionError(f"{name}: planned {stored}, given {tensor.dtype} {tuple(tensor.shape)}")
-        raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        for part in raw.split(STAGE_BYTES):
-            if part.device.type != "cpu":
-                part = torch.empty_like(part, device="cpu", pin_memory=True).copy_(part)
-            data: Any = memoryview(part.numpy())
+        self.write_part(name, tensor, at * stored.nbytes)
+
+    def write_part(self, name: str, part: Tensor, start: int) -> None:
+        """Put a part of a tensor at a byte of its place; the tensor is there when as many bytes as it has were put."""
+        file, offset, stored = self._places[name]
+        if part.dtype != stored.dtype or start + part.nbytes > stored.nbytes:
+            raise AssertionError(f"{name}: planned {stored}, given {part.dtype} {tuple(part.shape)} at byte {start}")
+        offset += start
+        raw = part.detach().contiguous().reshape(-1).view(torch.uint8)
+        for piece in raw.split(STAGE_BYTES):
+            if piece.device.type != "cpu":
+                piece = torch.empty_like(piece, device="cpu", pin_memory=True).copy_(piece)
+            data: Any = memoryview(piece.numpy())
             while data:
                 done = os.pwrite(file, data, offset)
                 data, offset = data[done:], offset + done
-        self._parts.setdefault(name, set()).add(at)
-        if len(self._parts[name]) == parts:
+        put = self._parts.setdefault(name, {})
+        put[start] = part.nbytes
+        if sum(put.values()) == stored.nbytes:
             self.missing.discard(name)
 
     def finish(self) -> None:
@@ -100,6 +112,20 @@ class Shards:
             with contextlib.suppress(OSError):
                 os.close(file)
         self._files = []
+
+
+class Shards(PlannedFiles):
+    """The files of a Hugging Face directory: one, or several of at most `SHARD_BYTES` and an index of them."""
+
+    def __init__(self, folder: Path, plan: Mapping[str, Stored], metadata: Mapping[str, str]) -> None:
+        groups = _cut(plan)
+        count = len(groups)
+        names = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+        super().__init__(folder, dict(zip(names, groups, strict=True)), metadata)
+        if count > 1:
+            weight_map = {tensor: name for name, group in zip(names, groups, strict=True) for tensor in group}
+            size = sum(stored.nbytes for stored in plan.values())
+            write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
 def _cut(plan: Mapping[str, Stored]) -> list[dict[str, Stored]]:

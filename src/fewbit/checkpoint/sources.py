@@ -6,6 +6,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from fewbit.checkpoint.files import Files, ModelFiles
+from fewbit.checkpoint.trtllm.files import TrtFiles, is_checkpoint
 
 
 def open_files(path: Path) -> Files:
@@ -14,7 +15,7 @@ def open_files(path: Path) -> Files:
     Raises:
         CheckpointError: nothing that can be opened.
     """
-    return ModelFiles(path)
+    return TrtFiles(path) if is_checkpoint(path) else ModelFiles(path)
 
 
 def text_folder(path: Path) -> Traversable:

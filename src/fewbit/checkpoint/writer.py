@@ -26,7 +26,7 @@ from fewbit.checkpoint.formats import FileFormat
 from fewbit.checkpoint.layout import Quantization, Stored
 from fewbit.checkpoint.names import Names
 from fewbit.checkpoint.places import Place, Places
-from fewbit.checkpoint.shards import Shards, write_json
+from fewbit.checkpoint.shards import PlannedFiles, Shards, write_json
 from fewbit.errors import CheckpointError, FewbitError, UnsupportedError
 from fewbit.numerics.qtensor import QTensor
 from fewbit.spec.decoder import DecoderSpec
@@ -113,7 +113,7 @@ class CheckpointWriter:
         self._lock = self._take_folder()
         try:
             written = self._look_for_work(force)
-            self._shards = Shards(self.folder, dict(self._plan()), {"format": "pt", "fewbit": __version__, **meta})
+            self._shards = self._open_shards({"format": "pt", "fewbit": __version__, **meta})
             self._shards.missing -= written
             self._write_files()
         except BaseException:
@@ -147,8 +147,12 @@ class CheckpointWriter:
                 "with it, or pass --force to throw it away"
             )
         for file in self.folder.iterdir():
-            file.unlink()
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
         return set()
+
+    def _open_shards(self, metadata: Mapping[str, str]) -> PlannedFiles:
+        """The files of the weights."""
+        return Shards(self.folder, dict(self._plan()), metadata)
 
     def _write_files(self) -> None:
         """All but the weights, so that the folder can be opened from now on."""
@@ -273,7 +277,7 @@ class CheckpointWriter:
     def commit(self) -> None:
         """Put the folder in its place: after this it is there whole, before it was not there at all."""
         (self.folder / UNFINISHED).unlink(missing_ok=True)
-        for file in self.folder.iterdir():
+        for file in (f for f in self.folder.rglob("*") if f.is_file()):
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         if self.target.is_dir():

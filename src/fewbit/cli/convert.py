@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
     from fewbit.checkpoint import Conversion, Exported
 
 
+class Layout(enum.StrEnum):
+    """How the folder of a TensorRT-LLM checkpoint looks."""
+
+    PLAIN = "plain"
+    NIM = "nim"
+
+
 def export(
     model: ModelArgument,
     to: Annotated[str, typer.Option("--to", help="File format (a wrong name lists them).")],
@@ -31,17 +39,22 @@ def export(
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Round anew what the format cannot say; what exactly is printed.")
     ] = False,
+    tp: Annotated[int, typer.Option("--tp", min=1, help="trtllm: ranks that share every layer.")] = 1,
+    pp: Annotated[int, typer.Option("--pp", min=1, help="trtllm: pipeline stages that share the layers.")] = 1,
+    layout: Annotated[
+        Layout, typer.Option("--layout", help="trtllm: with the original config.json above it, as NIM wants it.")
+    ] = Layout.PLAIN,
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that is not empty.")] = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Write a model in another file format: the same codes and scales, compared when all is written."""
-    from fewbit.checkpoint import check_target, convert, plan_export
+    from fewbit.checkpoint import Parallel, Target, check_target, convert, plan_export
 
     checkpoint = open_model(model)
     check_target(output, force, checkpoint.path)
-    planned = plan_export(checkpoint, to, requantize)
+    planned = plan_export(checkpoint, to, requantize, Target(Parallel(tp, pp), layout is Layout.NIM))
     _show_plan(planned)
     with progress() as bars:
         found = convert(planned, output, force=force, progress=lambda done, total: bars("export", done, total))

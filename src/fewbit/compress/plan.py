@@ -92,6 +92,8 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, export: str = "compressed-tenso
     quant = recipe.resolve(checkpoint.spec)
     kv = dict.fromkeys(range(len(checkpoint.spec.layers)), recipe.kv) if recipe.kv else {}
     spec = replace(checkpoint.spec, tied=checkpoint.spec.tied and "lm_head" not in quant)
+    if export == "trtllm":
+        raise UnsupportedError("a TensorRT-LLM checkpoint is made of a compressed model: use fewbit export --to trtllm")
     if reason := format_named(export).why_not(spec, Quantization(quant, kv)):
         raise UnsupportedError(reason)
     if any(hasattr(t, "correct") for t in recipe.techniques) and not any(
