@@ -139,9 +139,10 @@ def _words(spec: DecoderSpec, quantization: Quantization) -> tuple[dict[str, Any
     if len(kinds) > 1:
         algo = {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": cache}
         return algo, algo | {"quantized_layers": said}
-    words = kinds[0] if kinds else {"quant_algo": None}
-    found = {"quant_algo": words["quant_algo"], "kv_cache_quant_algo": cache, **words, "exclude_modules": dense}
-    return found, None
+    if not kinds:
+        return {"quant_algo": None, "kv_cache_quant_algo": cache}, None
+    algo = {"quant_algo": kinds[0]["quant_algo"], "kv_cache_quant_algo": cache}
+    return algo | kinds[0] | {"exclude_modules": dense}, None
 
 
 def _word(quant: QuantSpec) -> dict[str, Any]:
