@@ -16,7 +16,7 @@ class Names:
     """The names of one model's modules."""
 
     def __init__(self, family: Family, spec: DecoderSpec) -> None:
-        self._table = dict(family.NAMES)
+        self._table = {**family.NAMES, **(family.names(spec) if hasattr(family, "names") else {})}
         self.dropped = family.DROPPED + (("lm_head.weight",) if spec.tied else ())
 
     def module(self, canonical: str) -> str:

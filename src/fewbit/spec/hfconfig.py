@@ -24,7 +24,7 @@ from fewbit.spec.decoder import (
 
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
-    "relu": "relu", "relu2": "relu2",
+    "gelu_fast": "gelu_tanh", "relu": "relu", "relu2": "relu2",
 }  # fmt: skip
 """Names in `config.json` to ours."""
 
@@ -38,6 +38,12 @@ class HFConfig:
     def over(self, defaults: Mapping[str, Any]) -> HFConfig:
         """The same with what its class takes absent fields to be; a field that is null stays null."""
         return HFConfig({**defaults, **self.raw})
+
+    def renamed(self, **names: str) -> HFConfig:
+        """The same with fields under our names, of a family that calls them otherwise: ``hidden_size="n_embd"``."""
+        return HFConfig(
+            {**self.raw, **{ours: self.raw[theirs] for ours, theirs in names.items() if theirs in self.raw}}
+        )
 
     def need(self, name: str) -> int:
         """A field that must be a positive whole number."""
@@ -212,8 +218,10 @@ def without_windows(spec: DecoderSpec) -> DecoderSpec:
     return each_layer(spec, lambda layer: replace(layer, attention=replace(layer.attention, window=None)))
 
 
-def common_fields(spec: DecoderSpec) -> dict[str, Any]:
+def common_fields(spec: DecoderSpec, eps: str = "rms_norm_eps") -> dict[str, Any]:
     """The fields that every Llama-like config.json has, for a model whose layers are alike.
+
+    `eps` is the name of the field that holds it.
 
     Raises:
         UnsupportedError: layers differ, which these families' config.json cannot say.
@@ -234,7 +242,7 @@ def common_fields(spec: DecoderSpec) -> dict[str, Any]:
         "head_dim": a.head_dim,
         "intermediate_size": m.width,
         "hidden_act": act,
-        "rms_norm_eps": spec.final_norm.eps,
+        eps: spec.final_norm.eps,
         "max_position_embeddings": spec.context,
         "tie_word_embeddings": spec.tied,
         **(rope_fields(a.position) if isinstance(a.position, Rope) else {}),

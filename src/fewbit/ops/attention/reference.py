@@ -60,10 +60,11 @@ def slopes(heads: int, max_bias: float) -> Tensor:
 
 def _alibi(back: Tensor, a: Attention, position: Alibi) -> Tensor:
     """What is added to the scores of each head for tokens `back` [t, s] before: float32 [heads, t, s]."""
-    slope = slopes(a.heads, position.max_bias).to(back.device)
-    if position.scaled:
-        return slope[:, None, None] * -back * a.scale
-    return slope[:, None, None] * -back
+    slope = slopes(a.heads, position.max_bias).to(back.device)[:, None, None]
+    if position.scaled:  # by the key's own position, which a softmax does not tell from its distance but for rounding
+        keys = torch.arange(back.shape[-1], device=back.device)
+        return (slope.bfloat16() * keys.bfloat16()).float() * a.scale + torch.zeros_like(back, dtype=torch.float32)
+    return slope * -back
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, a: Attention, mask: Tensor, sinks: Tensor | None) -> Tensor:

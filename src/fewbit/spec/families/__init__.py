@@ -1,9 +1,9 @@
 """Families: one file each, found by looking into this folder.
 
 A family's module holds ``ARCHITECTURES`` (names in config.json), ``read`` (config.json to `DecoderSpec`), ``write``
-(the way back), ``NAMES`` (canonical module to the checkpoint's, ``{i}`` for the layer, ``{e}`` for the
-expert), ``DROPPED`` (patterns of
-tensors it knowingly does not use) and ``TINY`` (a config.json for tests).
+(the way back), ``NAMES`` (canonical module to the checkpoint's or a `Part`, ``{i}`` for the layer, ``{e}`` for the
+expert), ``DROPPED`` (patterns of tensors it knowingly does not use) and ``TINY`` (a config.json for tests). Where
+models of a family differ in their names it has ``names`` too: what to change in ``NAMES`` for a spec.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any, Protocol, cast
 from fewbit.errors import CheckpointError, UnsupportedError, nearest_name
 from fewbit.spec.decoder import DecoderSpec
 from fewbit.spec.hfconfig import HFConfig
+from fewbit.spec.part import Part
 
 
 class Family(Protocol):
     """What a module of this folder offers."""
 
     ARCHITECTURES: tuple[str, ...]
-    NAMES: Mapping[str, str]
+    NAMES: Mapping[str, str | Part]
     DROPPED: tuple[str, ...]
     TINY: Mapping[str, Any]
 

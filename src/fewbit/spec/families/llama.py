@@ -68,33 +68,36 @@ def llama_like(
     mlp_bias: bool = False,
     mlp: MLP | MoE | None = None,
     norm: Norm | None = None,
-    position: Rope | Alibi | None = None,
+    positions: tuple[Rope | Alibi | None, ...] = (),
 ) -> DecoderSpec:
     """A decoder of pre-normed layers with grouped-query attention and a gated MLP.
 
-    `windows` gives the attention window of each layer; empty: none has one. `mlp`, `norm`, `position`: others than
-    Llama's.
+    `windows` gives the attention window of each layer; empty: none has one. `mlp`, `norm`, `positions`: others than
+    Llama's, the last for each layer.
     """
     heads, hidden, count = c.need("num_attention_heads"), c.need("hidden_size"), c.need("num_hidden_layers")
     kv_heads = c.optional("num_key_value_heads") or heads
     if heads % kv_heads:
         raise CheckpointError(f"config.json: {heads} attention heads are no multiple of {kv_heads} key/value heads")
     head_dim = c.optional("head_dim") or hidden // heads
-    position = position or c.rope()
-    if isinstance(position, Rope) and (head_dim % 2 or not head_dim):
+    positions = positions or (c.rope(),) * count
+    if any(isinstance(p, Rope) and (p.width(head_dim) % 2 or not p.width(head_dim)) for p in positions):
         raise CheckpointError(f"config.json: head_dim {head_dim} is odd or 0; rotary positions turn pairs")
     norm = norm or Norm(c.number("rms_norm_eps", 1e-6))
     attention = Attention(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        position=position,
+        position=None,
         qk_norm=norm if qk_norm else None,
         qkv_bias=qkv_bias,
         o_bias=o_bias,
     )
     mlp = mlp or MLP(c.need("intermediate_size"), c.activation(), mlp_bias)
-    layers = tuple(Layer(replace(attention, window=window), mlp, norm, norm) for window in windows or (None,) * count)
+    layers = tuple(
+        Layer(replace(attention, window=window, position=position), mlp, norm, norm)
+        for window, position in zip(windows or (None,) * count, positions, strict=True)
+    )
     context = c.optional("max_position_embeddings") or 2048
     return DecoderSpec(c.need("vocab_size"), hidden, layers, norm, c.flag("tie_word_embeddings"), context)
 

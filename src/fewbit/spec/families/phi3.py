@@ -38,7 +38,7 @@ def read(config: HFConfig) -> DecoderSpec:
     c = config.over(DEFAULTS)
     c.refuse(attention_bias=False)
     windows = (c.optional("sliding_window"),) * c.need("num_hidden_layers")
-    return llama.llama_like(c, windows=windows, position=c.rope(partial=1.0))
+    return llama.llama_like(c, windows=windows, positions=(c.rope(partial=1.0),) * len(windows))
 
 
 def write(spec: DecoderSpec) -> dict[str, Any]:

@@ -36,15 +36,15 @@ DEFAULTS = {
 """What transformers takes these to be where config.json does not name them."""
 
 
-def read(config: HFConfig) -> DecoderSpec:
-    """config.json to spec."""
-    c = config.over(DEFAULTS)
-    bias, count = c.flag("attention_bias"), c.need("num_hidden_layers")
+def mixture(c: HFConfig) -> MoE:
+    """The mixture of a layer that has one."""
     expert = MLP(c.need("moe_intermediate_size"), c.activation())
     experts = c.optional("num_local_experts") or c.need("num_experts")  # transformers 5 writes the first
-    mixture = llama.mixture_of(experts, c.need("num_experts_per_tok"), expert, c.flag("norm_topk_prob"))
-    window = c.optional("sliding_window") if c.flag("use_sliding_window") else None
-    plain = llama.llama_like(c, windows=(window,) * count, qk_norm=True, qkv_bias=bias, o_bias=bias)
+    return llama.mixture_of(experts, c.need("num_experts_per_tok"), expert, c.flag("norm_topk_prob"))
+
+
+def sparse(c: HFConfig, plain: DecoderSpec, mixture: MoE) -> DecoderSpec:
+    """The spec with a mixture in the layers that config.json says."""
     dense, step = c.raw.get("mlp_only_layers") or [], c.need("decoder_sparse_step")
     if not isinstance(dense, list) or not all(isinstance(i, int) for i in dense):
         raise CheckpointError(f"config.json: 'mlp_only_layers' is {dense!r}, expected a list of layers")
@@ -54,23 +54,39 @@ def read(config: HFConfig) -> DecoderSpec:
     return replace(plain, layers=layers)
 
 
+def sparse_fields(spec: DecoderSpec) -> tuple[DecoderSpec, dict[str, Any]]:
+    """The spec without mixtures, and the config.json fields that say them."""
+    found = next((layer.mlp for layer in spec.layers if isinstance(layer.mlp, MoE)), None)
+    dense = next((layer.mlp for layer in spec.layers if isinstance(layer.mlp, MLP)), None)
+    if found is None:
+        raise UnsupportedError("a model of this family has a layer with experts")
+    alike = replace(spec, layers=tuple(replace(layer, mlp=dense or found.expert) for layer in spec.layers))
+    return alike, {
+        "num_experts": found.experts,
+        "num_experts_per_tok": found.top_k,
+        "moe_intermediate_size": found.width,
+        "norm_topk_prob": found.renormalize,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [i for i, layer in enumerate(spec.layers) if isinstance(layer.mlp, MLP)],
+    }
+
+
+def read(config: HFConfig) -> DecoderSpec:
+    """config.json to spec."""
+    c = config.over(DEFAULTS)
+    bias, count = c.flag("attention_bias"), c.need("num_hidden_layers")
+    window = c.optional("sliding_window") if c.flag("use_sliding_window") else None
+    plain = llama.llama_like(c, windows=(window,) * count, qk_norm=True, qkv_bias=bias, o_bias=bias)
+    return sparse(c, plain, mixture(c))
+
+
 def write(spec: DecoderSpec) -> dict[str, Any]:
     """Spec to config.json."""
-    mixture = next((layer.mlp for layer in spec.layers if isinstance(layer.mlp, MoE)), None)
-    dense = next((layer.mlp for layer in spec.layers if isinstance(layer.mlp, MLP)), None)
-    if mixture is None:
-        raise UnsupportedError("a Qwen3-MoE has a layer with experts")
     first = spec.layers[0]
-    alike = replace(spec, layers=tuple(replace(layer, mlp=dense or mixture.expert) for layer in spec.layers))
-    own = {
+    alike, own = sparse_fields(spec)
+    own |= {
         "attention_bias": first.attention.qkv_bias,
         "use_sliding_window": first.attention.window is not None,
         "sliding_window": first.attention.window,
-        "num_experts": mixture.experts,
-        "num_experts_per_tok": mixture.top_k,
-        "moe_intermediate_size": mixture.width,
-        "norm_topk_prob": mixture.renormalize,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [i for i, layer in enumerate(spec.layers) if isinstance(layer.mlp, MLP)],
     }
     return {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", **common_fields(alike), **own}
