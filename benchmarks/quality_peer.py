@@ -7,6 +7,7 @@ a tool, a model directory, files of token ids, and what to make; for each way th
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
@@ -15,7 +16,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,15 @@ def _ids(path: str) -> Ids:
     return [json.loads(line)["ids"] for line in Path(path).read_text("utf8").splitlines()]
 
 
+def _versions() -> dict[str, str]:
+    """Of the packages that are there: an environment may hold one tool alone."""
+    found = {}
+    for name in VERSIONS:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def _load(job: dict[str, Any], dtype: str | torch.dtype = "auto") -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -260,7 +270,7 @@ def main(path: str) -> None:
     warnings.simplefilter("ignore")
     logging.getLogger().setLevel(logging.ERROR)
     out = Path(job["out"])
-    (out / "versions.json").write_text(json.dumps({name: version(name) for name in VERSIONS}))
+    (out / "versions.json").write_text(json.dumps(_versions()))
     base = _load(job, torch.float32)
     for way in job["ways"]:
         found = _run(job, way, base)

@@ -220,8 +220,6 @@ class _Run:
         outers = outers_of(shapes, block)
         for shape in shapes:
             layer.linears[leaf_of(shape.name)] = self._linear(shape, block, outers.get(shape.name))
-            del block.weights[shape.name]  # from here on only its quantized form is held
-            release_memory()
         for name in self.checkpoint.spec.layer_vectors(index):
             self._write(name, layer.norms[key_of(name)].to(self.checkpoint.tensors.dtype(name)))
         scales = self._kv_scales(block)
@@ -292,7 +290,9 @@ class _Run:
 
     def _linear(self, shape: LinearShape, block: Block, outer: Tensor | None) -> Linear:
         """Quantize one linear, write it, and return it as it will be served."""
-        quant, weight, bias = block.quant.get(shape.name), block.weights[shape.name], block.biases.get(shape.name)
+        # from here on only its quantized form is held
+        weight, stats = block.weights.pop(shape.name), block.stats.pop(shape.name, None)
+        quant, bias = block.quant.get(shape.name), block.biases.get(shape.name)
         if bias is not None:  # a technique may have changed it
             bias = bias.to(self.checkpoint.tensors.dtype(f"{shape.name}.bias"))
         if quant is None:
@@ -300,7 +300,6 @@ class _Run:
             self._write(f"{shape.name}.weight", stored)
             served = LinearWeights(QuantSpec(), stored, bias)
         else:
-            stats = block.stats.get(shape.name)
             with self._stage("quantize"):
                 q, branch = self._round(shape.name, weight.float(), quant, stats, outer)
             self._write(f"{shape.name}.weight", q)
@@ -319,6 +318,8 @@ class _Run:
             served = LinearWeights(quant, q, bias, scale, lowrank=branch or None)
         if bias is not None:
             self._write(f"{shape.name}.bias", bias)
+        del weight, stats
+        release_memory()
         return Linear(self.loader.choose_for(served.quant, shape).kernel, served, self.loader.dtype)
 
     def _round(
