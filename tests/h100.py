@@ -21,8 +21,9 @@ from triton.compiler import ASTSource
 from fewbit.ops.attention.decode import cut_of
 from fewbit.ops.attention.triton_decode import decode_attention
 from fewbit.ops.device import HOPPER_SHARED
-from fewbit.ops.linear import triton_four, triton_wide
+from fewbit.ops.linear import triton_branch, triton_four, triton_wide
 from fewbit.ops.linear.tiles import tile
+from fewbit.ops.rows import triton_rows
 from fewbit.spec.decoder import Attention, Rope
 
 GPU = "NVIDIA H100 80GB HBM3"
@@ -51,19 +52,20 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str]
     return {"registers": int(found["REG"]), "stack": int(found["STACK"]), "shared": made.metadata.shared}
 
 
-def product(kind: str, n: int, k: int, ending: str, m: int) -> dict:
-    """A product of the decode step as the table, or the rule, cuts it."""
+def product(kind: str, n: int, k: int, ending: str, m: int, rank: int = 0) -> dict:
+    """A product of the decode step as the table, or the rule, cuts it; `rank`: of a branch beside it."""
     cut = tile(kind, n, k, m, ending, GPU, HOPPER_SHARED)
     alone = ending == "add" and cut.get("SPLIT", 1) == 1
     constants = {
         "OUT": "store" if alone else "atomic" if ending == "add" else ending, "NORM": ending != "residual",
-        "TOPS": True, "BIAS": False, "OUT_CODE": "none", "AHEAD": True, "PDL": 1, "PTX": True, "EVEN": True,
+        "TOPS": True, "BIAS": False, "RANK": rank, "OUT_CODE": "none",
+        "AHEAD": True, "PDL": 1, "PTX": True, "EVEN": True,
         "ASYM": False, "C": 64, "PER": 2, "SX": "rows" if kind in ("w4a8", "fp8", "int8") else "none",
         "SCALED": kind != "bf16", "DYNAMIC": kind in ("int8", "w4a8"),
         "CODE": "e4m3" if kind in ("w4a8", "fp8") else "none",
     } | cut  # fmt: skip
     options = {name: cut[name] for name in ("num_warps", "maxnreg") if name in cut}
-    types = {"out_ptr": "*fp32"} if ending == "add" else {}
+    types = {"b_ptr": "*bf16"} | ({"out_ptr": "*fp32"} if ending == "add" else {})
     if kind in ("bf16", "fp8", "int8"):
         types |= {"w_ptr": STORED[kind]}
         if not cut["gemv"]:
@@ -92,9 +94,22 @@ def attention(kv: str, heads: int, kv_heads: int, head_dim: int, rows: int) -> d
     return compile_kernel(decode_attention, constants, types, {"num_warps": cut["num_warps"]})
 
 
+def shrinking(rank: int) -> dict:
+    """The first half of a branch."""
+    constants = {"BM": 16, "BK": 128, "RANK": rank, "CLEAR": rank, "NORM": True, "PDL": 1}
+    return compile_kernel(triton_branch.shrink, constants, {"a_ptr": "*bf16"}, {"num_warps": 4})
+
+
+def rounding(code: str) -> dict:
+    """The decode step's rounding of a row whose scale is known."""
+    constants = {"BLOCK": 2048, "NORM": True, "CODE": code, "DYNAMIC": False, "PDL": 1, "PTX": True}
+    return compile_kernel(triton_rows.round_known, constants, {"s_ptr": "*fp32"}, {"num_warps": 4})
+
+
 def run(case: list) -> dict:
-    """A case: ``product`` or ``attention`` and its arguments."""
-    return {"product": product, "attention": attention}[case[0]](*case[1:])
+    """A case: the name of a function of this file, and its arguments."""
+    functions = {f.__name__: f for f in (product, attention, shrinking, rounding)}
+    return functions[case[0]](*case[1:])
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ STORY = fewbit.demo_model()
 GPU = torch.device("cuda", 0)
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
 NUMERICS = {r.rules: n for n in reversed(built_in()) if not (r := read_recipe(n)).auto}.values()  # one recipe of each
+FOUR_BIT_INPUTS = {"mxfp4", "nvfp4"}  # the noise of bfloat16 moves whole codes
 CELLS = [(recipe, None) for recipe in (None, *NUMERICS)] + [("int8_wo", "int8"), ("fp8", "fp8"), ("int4", "fp8")]
-NOT_FUSED = {"mxfp4", "nvfp4"}  # inputs in blocks: the reference multiplies
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +110,10 @@ def prompted(runner: GpuRunner, windows: list[list[int]]) -> float:
 def test_perplexity_is_that_of_the_cpu(models, recipe, kv):
     path, windows = models(recipe, kv), texts(64, 192)  # rounding's own noise: 0.1 % of so many
     machine = engine(path, max_batch=64)
-    if recipe in NOT_FUSED:
-        assert not isinstance(machine.runner, GpuRunner)
-        return
     assert isinstance(machine.runner, GpuRunner)
     expected = evaluate(open_checkpoint(path), None, windows, torch.device("cpu")).perplexity.value
     for found in (stepped(machine.runner, windows), prompted(machine.runner, windows)):
-        assert math.exp(found) == pytest.approx(expected, rel=5e-3)
+        assert math.exp(found) == pytest.approx(expected, rel=2e-2 if recipe in FOUR_BIT_INPUTS else 5e-3)
     alone = [math.exp(stepped(machine.runner, [w])) for w in windows[:2]]  # other kernels: one token at a time
     both = evaluate(open_checkpoint(path), None, windows[:2], torch.device("cpu")).perplexity.value
     assert math.sqrt(alone[0] * alone[1]) == pytest.approx(both, rel=1e-2)

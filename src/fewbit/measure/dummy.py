@@ -105,7 +105,11 @@ def dummy_checkpoint(
         else:
             add(name, lambda g, s=shape, f=kind.weight: _quantized(s, f, g))  # type: ignore[misc]
         if kind.calibrated:
-            add(f"{linear}.input_scale", lambda g: torch.tensor(0.02, device=g.device))
+            scale = 2.0**-9 if kind.input_scale == "outer" else 0.02
+            add(f"{linear}.input_scale", lambda g, s=scale: torch.tensor(s, device=g.device))  # type: ignore[misc]
+        if kind.lowrank:
+            for leaf, factor in kind.lowrank_shapes(*shape).items():
+                add(f"{linear}.{leaf}", lambda g, s=factor: (_normal(s, g) * STD).bfloat16())  # type: ignore[misc]
     for index in kv:
         for which in "kv":
             add(f"layers.{index}.attn.{which}_scale", lambda g: torch.tensor(0.03, device=g.device))

@@ -162,14 +162,14 @@ def memory(checkpoint: Checkpoint, planned: Plan | None, device: torch.device, b
 
 
 def file_bits(quant: QuantSpec, numbers: int, columns: int, dtype: torch.dtype) -> float:
-    """Bits a weight of a linear takes on disk, scales included."""
+    """Bits a weight of a linear takes on disk, scales and a branch beside it included."""
     fmt = quant.weight
     if fmt is None:
         return dtype.itemsize * 8
-    rows, cols = (
-        size if size > 0 else full for size, full in zip(fmt.block, (numbers // columns, columns), strict=True)
-    )
-    return fmt.element.bits + (fmt.scale_bits + fmt.zero_bits) / (rows * cols)
+    out = numbers // columns
+    rows, cols = (size if size > 0 else full for size, full in zip(fmt.block, (out, columns), strict=True))
+    beside = quant.lowrank * (out + columns) * dtype.itemsize * 8 / numbers
+    return fmt.element.bits + (fmt.scale_bits + fmt.zero_bits) / (rows * cols) + beside
 
 
 @dataclass(frozen=True)

@@ -82,9 +82,10 @@ def compare_slice(
         same += float((ours.argmax(-1) == wanted.argmax(-1)).float().mean())
     difference = math.sqrt(off / size)
     agreement = same / STEPS
-    # rounding of activations turns the noise of bfloat16 into whole steps of a code, layer after layer
-    rounded = any(q.input is not None for q in small.quant.values())
-    limit = 0.25 if rounded else 0.1 if small.kv else 0.04
+    # rounding of activations turns the noise of bfloat16 into whole steps of a code, layer after layer: with steps of
+    # 4 bits the definition itself moves by 0.2 to 0.3 when its embedding is rounded once; two unrelated answers by 1.4
+    bits = min((q.input.element.bits for q in small.quant.values() if q.input is not None), default=16)
+    limit = 0.7 if bits <= 4 else 0.25 if bits <= 8 else 0.1 if small.kv else 0.04
     if not difference < limit:
         raise UnsupportedError(
             f"the engine's logits differ from the reference's by {difference:.3f} (relative, limit {limit}) over "

@@ -8,7 +8,7 @@ Legend: T tokens, d = hidden, h = heads, kv = key/value heads, D = head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -54,6 +54,12 @@ class FusedDecoder:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.embed_weight.device
+
+    def linears(self) -> Iterator[GpuLinear]:
+        """Every product."""
+        for layer in self.layers:
+            yield from (layer.qkv, layer.o, layer.gate_up, layer.down)
+        yield self.head
 
     @torch.inference_mode()
     def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:

@@ -26,7 +26,8 @@ class Linear:
     def __init__(self, kernel: LinearKernel, weights: LinearWeights, dtype: torch.dtype) -> None:
         self.kernel = kernel
         self._prepared = kernel.prepare(weights, dtype)
-        self._branch = [_branch_linear(w, dtype) for w in weights.lowrank or ()]
+        beside = None if isinstance(kernel, GpuKernel) else weights.lowrank  # those add it themselves
+        self._branch = [_branch_linear(w, dtype) for w in beside or ()]
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
@@ -106,8 +107,6 @@ class Loader:
             return reason
         for shape in self.checkpoint.spec.linears():
             kernel = self.choose(shape).kernel
-            if self.checkpoint.quant.get(shape.name, QuantSpec()).lowrank:
-                return f"{shape.name} has a low-rank branch"
             if not isinstance(kernel, GpuKernel):
                 return f"{shape.name} runs on '{kernel.name}'"
         layers = self.checkpoint.spec.layers

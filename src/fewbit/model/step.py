@@ -3,7 +3,7 @@
 Five kernels a layer: q, k, v (with the norm before folded in); attention (with the rotation and the write of the new K
 and V); o, added to the residual; gate and up, silu and product; down, added to the residual. A linear whose input is
 rounded under a scale of the whole row takes one more before it, from the second token on; who makes the row leaves its
-largest magnitude.
+largest magnitude. So does one whose input is rounded in blocks, and a low-rank branch beside a linear takes one.
 
 The residual is float32 here. Several programs add to it and to the product of q, k, v, in whatever order they finish:
 two runs may differ in the last bits of a sum.
@@ -21,6 +21,7 @@ from fewbit.model.attend import KVCodec
 from fewbit.model.fused import FusedDecoder, cosines
 from fewbit.ops.attention.decode import cut_of, decode_attention, stored_as
 from fewbit.ops.device import dependent_launches, gpu_name, shared_memory
+from fewbit.ops.linear.branch import Branch
 from fewbit.ops.linear.gpu import FEW, Codes, Folded, GpuLinear, Residual, Rounding
 from fewbit.ops.linear.tiles import Tile
 from fewbit.ops.rows.rows import block_of
@@ -82,6 +83,10 @@ class DecodeStep:
         self.parts = buffer(rows, PIECES)
         self.part_ids = buffer(rows, PIECES, dtype=torch.int32)
         self.row_count = buffer(rows, dtype=torch.int32)
+        ranks = [linear.branch.rank for linear in decoder.linears() if linear.branch]
+        # a branch reads one, and its first half clears the other for the next branch
+        self.shrunk = [buffer(rows, max(ranks)) for _ in range(2)] if ranks else []
+        self._branches = 0
         self.gpu, self.shared = gpu_name(device), shared_memory(device)
         kinds = {(a, stored_as(codec)): codec for a, codec in zip(attentions, decoder.codecs, strict=True)}
         groups = max(
@@ -108,6 +113,9 @@ class DecodeStep:
         decoder, spec = self.decoder, self.decoder.spec
         tokens, sources, lengths = self.inputs[: 3 * m].view(3, m)
         table = self.inputs[3 * m : 3 * m + m * self.table_width].view(m, self.table_width)
+        self._branches = 0
+        for shrunk in self.shrunk:  # a step may end with either of them in use
+            shrunk.zero_()
         stats_a, stats_b = self.stats  # each is cleared by the product that reads the other
         self._embed(m, tokens, sources)
         for i, layer in enumerate(decoder.layers):
@@ -184,7 +192,9 @@ class DecodeStep:
         coded: Tensor | None = None, **more: Any,
     ) -> None:  # fmt: skip
         """One linear; `coded`: its input, rounded already under the linear's own scale; `more`: as `few` takes it."""
-        rounding, dtype = linear.wants(len(x))
+        if linear.branch:
+            more["shrunk"] = self._shrink(linear.branch, x, norm)
+        rounding, dtype = linear.coded(len(x))
         if rounding is None and coded is None:
             linear.few(x, out, ending=ending, norm=norm, tops=tops, pdl=self.pdl, **more)
             return
@@ -213,6 +223,21 @@ class DecodeStep:
         )  # fmt: skip
         return codes
 
+    def _shrink(self, branch: Branch, x: Tensor, norm: Folded | None) -> Tensor:
+        """The first half of a branch: float32 [m, R]."""
+        from fewbit.ops.linear.triton_branch import shrink
+
+        m, width = x.shape
+        here, next_ = (self.shrunk[(self._branches + j) % 2] for j in range(2))
+        self._branches += 1
+        t = here.view(-1)[: m * branch.rank].view(m, branch.rank)
+        shrink[(-(-width // 128), -(-m // 16))](
+            x, branch.a, t, next_, norm.stats if norm else t, m, width, norm.eps if norm else 0.0,
+            BM=16, BK=128, RANK=branch.rank, CLEAR=next_.shape[1], NORM=norm is not None, PDL=int(self.pdl),
+            num_warps=4, **self._dependent,
+        )  # fmt: skip
+        return t
+
     def _choose(self, m: int, logits: Tensor) -> None:
         from fewbit.ops.rows.triton_rows import argmax
 
@@ -225,4 +250,4 @@ class DecodeStep:
 def _static(linear: GpuLinear) -> Rounding | None:
     """The rounding of a linear whose input's producer can round it: the scale is known before."""
     r = linear.rounding
-    return r if r is not None and r.scale is not None else None
+    return r if r is not None and r.scale is not None and not r.blocks and linear.branch is None else None

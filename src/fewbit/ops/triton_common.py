@@ -92,8 +92,40 @@ def e4m3_bits(x):
 
 
 @triton.jit
+def _round_e2m1(x):
+    """float32 to the nearest E2M1 number, ties to even, saturating."""
+    a = tl.minimum(tl.abs(x), 6.0)
+    a = tl.where(a < 2, nearest_int(a * 2) * 0.5, tl.where(a < 4, nearest_int(a), nearest_int(a * 0.5) * 2))
+    return tl.where(x < 0, -a, a)
+
+
+@triton.jit
+def _round_blocks(x, CODE: tl.constexpr, PTX: tl.constexpr):
+    """float32 [n] in units of the outer scale to E2M1 numbers times the scale of their block, which bfloat16 holds.
+
+    ``nvfp4``: blocks of 16, E4M3 scales; ``mxfp4``: of 32, powers of two; `fewbit.numerics.reference.choose_scale` has
+    the rules.
+    """
+    SIZE: tl.constexpr = 16 if CODE == "nvfp4" else 32
+    blocks = tl.reshape(x, (x.shape[0] // SIZE, SIZE))
+    amax = tl.max(tl.abs(blocks), 1)
+    if CODE == "nvfp4":
+        scale = tl.where(amax > 0, round_e4m3(tl.maximum(tl.div_rn(amax, 6.0), 0.001953125), PTX), 1.0)
+    else:
+        bits = amax.to(tl.int32, bitcast=True) + 0x200000  # mantissas from 1.75 on reach the next power
+        power = tl.minimum(tl.maximum((bits >> 23) - 2, 1), 254)  # 4 is the largest power of E2M1
+        scale = tl.where(amax > 0, (power << 23).to(tl.float32, bitcast=True), 1.0)
+    return tl.reshape(_round_e2m1(tl.div_rn(blocks, scale[:, None])) * scale[:, None], (x.shape[0],))
+
+
+@triton.jit
 def round_code(x, CODE: tl.constexpr, PTX: tl.constexpr):
-    """float32 in units of its scale to the nearest number of the element set `CODE` (``e4m3`` or ``int8``)."""
+    """float32 in units of its scale to the nearest number that `CODE` can say.
+
+    ``e4m3`` and ``int8`` are element sets; ``nvfp4`` and ``mxfp4`` are blocks along x [n], see `_round_blocks`.
+    """
+    if CODE == "nvfp4" or CODE == "mxfp4":
+        return _round_blocks(x, CODE, PTX)
     if CODE == "e4m3":
         return round_e4m3(x, PTX)
     return tl.minimum(tl.maximum(nearest_int(x), -128.0), 127.0)

@@ -40,7 +40,10 @@ ATTENTION = {
     for heads in ((32, 8, 128), (64, 8, 128), (32, 8, 64), (14, 2, 64))
     for rows in (1, 4, 32)
 }
-CASES = sorted(PRODUCTS) + sorted(ATTENTION)
+BRANCHES = {("product", kind, 6144, 4096, "add", m, 128) for kind in KINDS for m in (1, 32)}
+BRANCHES |= {("product", kind, 28672, 4096, "silu", m, 64) for kind in KINDS for m in (1, 32)}
+SMALL = [("shrinking", 32), ("shrinking", 128), ("rounding", "nvfp4"), ("rounding", "mxfp4")]
+CASES = SMALL + sorted(BRANCHES) + sorted(PRODUCTS) + sorted(ATTENTION)
 
 
 def compiled(cases):
@@ -61,7 +64,7 @@ def check(cases):
 
 @pytest.mark.timeout(300)
 def test_a_sample_compiles_and_spills_nothing():
-    check(random.Random(0).sample(sorted(PRODUCTS), 12) + random.Random(0).sample(sorted(ATTENTION), 3))
+    check(random.Random(0).sample(sorted(PRODUCTS), 12) + random.Random(0).sample(sorted(ATTENTION), 3) + SMALL)
 
 
 @pytest.mark.slow

@@ -40,6 +40,8 @@ KINDS = [
     (Int4(), "int4_g32_asym", None, "dynamic"),
     (Fp4(), "nvfp4", None, "dynamic"),
     (Fp4(), "mxfp4", None, "dynamic"),
+    (Fp4(), "nvfp4", "nvfp4", "outer"),
+    (Fp4(), "mxfp4", "mxfp4", "dynamic"),
 ]
 SHAPES = [(192, 256), (200, 640)] + ([(4096, 14336)] if GPU else [])
 ROWS = [1, 3, 20] + ([100] if GPU else [])
@@ -53,7 +55,7 @@ def name(kind):
     return f"{kernel.name}-{weight}-{input_}-{how}"
 
 
-def make(kind, n, k, gated=False):
+def make(kind, n, k, gated=False, branch=()):
     kernel, weight, input_, how = kind
     quant = QuantSpec(FORMATS[weight] if weight else None, FORMATS[input_] if input_ else None, how)
     pieces = []
@@ -63,9 +65,16 @@ def make(kind, n, k, gated=False):
             w = quantize(w, FORMATS[weight])
         elif GPU:
             w = w.bfloat16()
-        scale = torch.tensor(0.011, device=DEVICE) if how == "static" else None
-        pieces.append(LinearWeights(quant, w, torch.randn(rows, device=DEVICE), scale))
+        scale = None if how == "dynamic" else torch.tensor(0.011 if how == "static" else 2**-9, device=DEVICE)
+        rank = branch[len(pieces)] if branch else 0
+        factors = torch.randn(rank, k, device=DEVICE) * 0.05, torch.randn(rows, rank, device=DEVICE)
+        pieces.append(
+            LinearWeights(quant, w, torch.randn(rows, device=DEVICE), scale, lowrank=factors if rank else None)
+        )
     linear = kernel.join(pieces, gated)
+    if branch:
+        act = torch.bfloat16 if GPU else torch.float32
+        linear.beside = torch.cat([b.to(act).double() @ a.to(act).double() for a, b in (p.lowrank for p in pieces)])
     dense = torch.cat([(p.weight.dequantize() if weight else p.weight).double() for p in pieces])
     return linear, dense, torch.cat([p.bias for p in pieces]).double()
 
@@ -80,6 +89,14 @@ def tops_of(x):
     return x.float().abs().unflatten(1, (16, -1)).amax(2)[:, None].repeat(1, 3, 1)[:, 1]
 
 
+def as_rounded(x, r):
+    """What the reference makes of x under a rounding, float64."""
+    if r.blocks:
+        return fake_quantize(x, FORMATS[r.code], outer=r.scale if r.code == "nvfp4" else None).double()
+    fmt = FORMATS["fp8_row" if r.code == "e4m3" else "int8_row"]
+    return fake_quantize(x, fmt, scale=None if r.scale is None else r.scale.reshape(1, 1)).double()
+
+
 def given(linear, x, rms):
     """What `few` is handed, and the number that each row of it stands for, float64."""
     m, r = len(x), linear.rounding
@@ -87,9 +104,10 @@ def given(linear, x, rms):
     if r is None:
         at_once = linear.tile(m, "store")["gemv"] and isinstance(linear, _Int4Linear)
         return (x if at_once else x.to(held)), x.double() * rms.double()
-    fmt = FORMATS["fp8_row" if r.code == "e4m3" else "int8_row"]
     exact = x.float() * rms
-    seen = fake_quantize(exact, fmt, scale=None if r.scale is None else r.scale.reshape(1, 1)).double()
+    seen = as_rounded(exact, r)
+    if r.blocks:
+        return rounded(exact, r, held), seen
     if linear.rounds_itself(m):
         return (x if isinstance(linear, _Int4Linear) else x.to(held)), seen
     dtype = (torch.bfloat16 if GPU else torch.float32) if isinstance(linear, _Int4Linear) else None
@@ -166,16 +184,49 @@ def test_codes_that_were_made_before(rows):
     assert error(out, codes.x.double() * codes.scale.double() @ dense.t() + bias) < 1e-3
 
 
+BRANCHED = [KINDS[0], KINDS[3], KINDS[5], KINDS[13], KINDS[15]]
+
+
+@pytest.mark.parametrize("kind", BRANCHED, ids=name)
+@pytest.mark.parametrize(("rows", "gated"), [(1, True), (1, False), (5, True), (20, False), *[(300, True)] * GPU])
+def test_branches_are_added(kind, rows, gated):
+    if kind[0].name == "int4" and rows == 1 and not GPU:
+        pytest.skip("reads pairs of bfloat16 as one word")
+    n, k = 256, 512
+    linear, dense, bias = make(kind, n, k, gated, branch=(5, 3) if gated else (24,))
+    assert linear.branch.rank == (16 if gated else 32)
+    x = torch.randn(rows, k, device=DEVICE).to(torch.bfloat16 if GPU else torch.float32)
+    seen = x.double() if linear.rounding is None else as_rounded(x.float(), linear.rounding)
+    expected = seen @ dense.t() + bias + x.double() @ linear.beside.t()
+    found = linear.product(x)
+    if gated:  # rows lie in blocks of 8 of the one, then of the other
+        found = found.unflatten(1, (-1, 2, 8)).transpose(1, 2).flatten(1)
+    assert error(found, expected) < (2e-2 if linear.rounding or GPU else 1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_first_half_of_a_branch(rows, norm):
+    from fewbit.ops.linear.triton_branch import shrink
+
+    k, rank = 320, 32
+    x, a = torch.randn(rows, k, device=DEVICE), torch.randn(rank, k, device=DEVICE)
+    stats = torch.rand(rows, 3, 16, device=DEVICE)
+    t, other = torch.zeros(rows, rank, device=DEVICE), torch.ones(rows, 64, device=DEVICE)
+    grid = (-(-k // 128), -(-rows // 16))
+    shrink[grid](x, a, t, other, stats, rows, k, EPS, BM=16, BK=128, RANK=rank, CLEAR=64, NORM=norm, PDL=0)
+    rms = torch.rsqrt(stats[:, 0].double().sum(1, keepdim=True) / k + EPS) if norm else 1.0
+    assert error(t, (x.double() * rms) @ a.double().t()) < (2e-3 if GPU else 1e-5)  # TF32
+    assert not other.any()
+
+
 @pytest.mark.skipif(not GPU, reason="library products of a GPU")
 @pytest.mark.parametrize("kind", KINDS, ids=name)
 def test_many_tokens(kind):
     linear, dense, bias = make(kind, 512, 768)
     x = torch.randn(300, 768, device=DEVICE).bfloat16()
     r = linear.rounding
-    seen = x.double()
-    if r is not None:
-        fmt = FORMATS["fp8_row" if r.code == "e4m3" else "int8_row"]
-        seen = fake_quantize(x.float(), fmt, scale=None if r.scale is None else r.scale.reshape(1, 1)).double()
+    seen = x.double() if r is None else as_rounded(x.float(), r)
     found = linear.many(x if r is None else rounded(x, r))
     again = 3e-2 if isinstance(linear, _Int4Linear) and r else 8e-3  # the E4M3 scratch rounds INT4 weights once more
     assert error(found, seen @ dense.t() + bias) < again

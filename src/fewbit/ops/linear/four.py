@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewbit.numerics.element import Element
+from fewbit.numerics.format import FORMATS
 from fewbit.numerics.qtensor import QTensor
 from fewbit.ops.linear.gpu import FEW, Codes, Common, Ends, GpuKernel, GpuLinear, input_why_not, units
 from fewbit.ops.linear.layouts import interleave, pack_block_scales, pack_scale_pairs, pack_tiles
@@ -172,7 +173,10 @@ class _Int4Linear(_FourLinear):
 
 
 class Fp4(GpuKernel):
-    """NVFP4 and MXFP4 weights. Prompts: decoded to a bfloat16 scratch for the library's product."""
+    """NVFP4 and MXFP4 weights. Inputs as they are, or rounded in blocks; no GPU before Blackwell multiplies those.
+
+    All that is rounded so fits bfloat16. Prompts: decoded to a bfloat16 scratch for the library's product.
+    """
 
     name = "fp4"
     decodes = True
@@ -182,7 +186,11 @@ class Fp4(GpuKernel):
         fmt = problem.quant.weight
         if fmt is None or fmt.element.name != "e2m1" or fmt.block[0] != 1 or fmt.block[1] not in (16, 32):
             return f"holds NVFP4 and MXFP4, not {fmt or 'unquantized weights'}"
-        return None if problem.quant.input is None else f"cannot round inputs to {problem.quant.input}"
+        given, how = problem.quant.input, problem.quant.input_scale
+        blocks = given in (FORMATS["nvfp4"], FORMATS["mxfp4"])  # what their rounding is written for
+        if given is not None and not (blocks and how == ("outer" if given.outer else "dynamic")):
+            return f"cannot round inputs to {given} ({how})"
+        return None
 
     def weight_bytes(self, problem: LinearProblem) -> int:
         """See `LinearKernel.weight_bytes`: half a byte a weight, a byte for 16."""
@@ -207,19 +215,27 @@ class _Fp4Linear(_FourLinear):
         outer = [row.new_ones(w.shape[0]) if w.outer is None else w.outer.expand(w.shape[0]) for w in weights]
         self.row = row * order(torch.cat(outer))  # float32 [N]
 
+    @property
+    def few_dtype(self) -> torch.dtype:
+        """What a block's scale makes of E2M1 numbers are bfloat16 numbers."""
+        return self.act
+
     def _launch(self, cut: Tile, x: Tensor, scale: Tensor | None, tops: Tensor, ends: Ends, common: Common) -> None:
         from fewbit.ops.linear.triton_four import fp4_gemm
 
         fp4_gemm[self._grid(cut, len(x))](
-            x, self.words, self.scales, self.row, *ends, len(x), self.n, self.k, self.blocks, BM=cut["BM"],
-            SPLIT=cut["SPLIT"], STAGES=cut["STAGES"], EVEN=self.k == self.padded_k, PREFETCH=cut["PREFETCH"],
-            **common,
+            x, self.words, self.scales, self.row, self._none if scale is None else scale, *ends, len(x), self.n, self.k,
+            self.blocks, BM=cut["BM"], SPLIT=cut["SPLIT"], STAGES=cut["STAGES"], EVEN=self.k == self.padded_k,
+            PREFETCH=cut["PREFETCH"], SX=units(scale), **common,
         )  # fmt: skip
 
     def many(self, x: Tensor | Codes) -> Tensor:
         """See `GpuLinear.many`."""
-        assert isinstance(x, Tensor)
-        return F.linear(x, self.decode(), None if self.bias is None else self.bias.to(torch.bfloat16))
+        bias = None if self.bias is None else self.bias.to(torch.bfloat16)
+        if isinstance(x, Codes):
+            out = (F.linear(x.x, self.decode()).float() * x.scale).to(torch.bfloat16)
+            return out if bias is None else out + bias
+        return F.linear(x, self.decode(), bias)
 
     def decode(self) -> Tensor:
         """The weight [N, K] in a scratch that the next call uses again."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fewbit.numerics.format import ALL
 from fewbit.ops.device import gpu_name, has_triton, shared_memory
+from fewbit.ops.linear.branch import branch_of
 from fewbit.ops.linear.problem import LinearProblem, LinearWeights
 from fewbit.ops.linear.tiles import Tile, key, tile
 
@@ -28,10 +29,18 @@ Common = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a linear's input is rounded: ``e4m3`` or ``int8`` codes, under one scale or (None) one a token."""
+    """How a linear's input is rounded: ``e4m3`` or ``int8`` codes, under one scale or (None) one a token.
+
+    Or ``nvfp4`` or ``mxfp4``: in blocks, whose own scales are in the numbers; `scale` is the one over all of them.
+    """
 
     code: str
     scale: Tensor | None = None  # float32 []
+
+    @property
+    def blocks(self) -> bool:
+        """Whether it takes whole blocks of a row to round a number."""
+        return self.code in ("nvfp4", "mxfp4")
 
     @property
     def dynamic(self) -> bool:
@@ -41,6 +50,8 @@ class Rounding:
     @property
     def dtype(self) -> torch.dtype:
         """What the codes are stored in."""
+        if self.blocks:
+            return torch.bfloat16
         return torch.float8_e4m3fn if self.code == "e4m3" else torch.int8
 
 
@@ -86,6 +97,7 @@ class GpuLinear(ABC):
     Attributes:
         n, k: rows and columns.
         rounding: how the input is rounded; None: it stays bfloat16.
+        branch: what is added beside, of the input as it comes; or None.
         kind: see `tiles.tile`.
         act: dtype of activations: bfloat16.
     """
@@ -101,6 +113,7 @@ class GpuLinear(ABC):
         self.act = torch.bfloat16 if self.on_gpu else torch.float32
         self.rounding = _rounding(pieces[0])
         self.bias = _bias(pieces, gated, device)
+        self.branch = branch_of(pieces, gated, self.act)
         self._none = torch.zeros(1, device=device)  # stands for arguments that a variant does not read
 
     @property
@@ -142,6 +155,7 @@ class GpuLinear(ABC):
         self, x: Tensor | Codes, out: Tensor, *, ending: str = "store", norm: Folded | None = None,
         residual: Residual | None = None, out_rounding: Rounding | None = None, tops: Tensor | None = None,
         stats: Tensor | None = None, out_tops: bool = False, ahead: Tensor | None = None, pdl: bool = False,
+        shrunk: Tensor | None = None,
     ) -> None:  # fmt: skip
         """The product of up to `FEW` tokens.
 
@@ -158,6 +172,7 @@ class GpuLinear(ABC):
             ahead: uint8, the weights of a later product, to bring as much of them to the cache by the way as the tile
                 says (compute capability 9.0 and later).
             pdl: may start before the kernel before is complete (compute capability 9.0 and later).
+            shrunk: where there is a `branch`, float32 [M, R]: its ``x @ a.T``, x normalized.
         """
         rows, scale = (x.x, x.scale) if isinstance(x, Codes) else (x, None)
         assert stats is not None or not (residual or out_tops)
@@ -168,11 +183,13 @@ class GpuLinear(ABC):
         out_scale = none if out_rounding is None or out_rounding.scale is None else out_rounding.scale
         bias, after, next_ = (none if t is None else t for t in (self.bias, stats, ahead))
         pieces = pieces_of(ahead, cut)
-        ends = bias, before, out, out_scale, res, g, after, count, clear, next_, pieces
+        given, expand = (none, none) if self.branch is None else (shrunk, self.branch.b)
+        ends = bias, given, expand, before, out, out_scale, res, g, after, count, clear, next_, pieces
         if ending == "add":  # what several programs add to cannot be stored
             ending = "atomic" if cut.get("SPLIT", 1) > 1 else "store"
         common = {
-            "BN": cut["BN"], "BIAS": self.bias is not None, "OUT": ending, "NORM": norm is not None,
+            "BN": cut["BN"], "BIAS": self.bias is not None, "RANK": self.branch.rank if self.branch else 0,
+            "OUT": ending, "NORM": norm is not None,
             "OUT_CODE": out_rounding.code if out_rounding else "none", "TOPS": out_tops,
             "AHEAD": pieces > 0, "PDL": start, "PTX": self.on_gpu,
             "num_warps": cut["num_warps"], "eps": eps, **({"launch_pdl": True} if start else {}),
@@ -208,19 +225,38 @@ class GpuLinear(ABC):
         """[T, K] to bfloat16 [T, N] for many tokens: bfloat16, or codes if there is a `rounding`."""
 
     def wants(self, tokens: int) -> tuple[Rounding | None, torch.dtype | None]:
-        """How `product` wants its input of so many tokens rounded, and what the codes are stored in."""
+        """How `product` wants its input of so many tokens rounded, and what the codes are stored in.
+
+        Not at all where a `branch` reads the input too.
+        """
+        return (None, None) if self.branch else self.coded(tokens)
+
+    def coded(self, tokens: int) -> tuple[Rounding | None, torch.dtype | None]:
+        """How `few`, or of more tokens `many`, wants its input rounded, and what the codes are stored in."""
         if self.rounding is None or (tokens <= FEW and self.rounds_itself(tokens)):
             return None, None
         return self.rounding, self.few_dtype if tokens <= FEW else None
 
     def product(self, x: Tensor | Codes, dtype: torch.dtype | None = None) -> Tensor:
         """[T, K] as `wants` says, to [T, N] of `dtype` (None: that of activations), by way of it if there are many."""
+        shrunk: Tensor | None = None
+        if self.branch is not None:
+            from fewbit.ops.rows.rows import rounded
+
+            assert isinstance(x, Tensor)
+            shrunk = x @ self.branch.a.t()
+            rounding, stored = self.coded(len(x))
+            x = x if rounding is None else rounded(x, rounding, stored)
         rows = x.x if isinstance(x, Codes) else x
         if rows.shape[0] > FEW:
-            return self.many(x).to(dtype or self.act)
+            out = self.many(x)
+            if self.branch is not None and shrunk is not None:
+                out = torch.addmm(out, shrunk, self.branch.b.t())
+            return out.to(dtype or self.act)
         out = torch.empty(rows.shape[0], self.n, dtype=dtype or self.act, device=rows.device)
         dynamic = self.dynamic and not isinstance(x, Codes)
-        self.few(x, out, tops=rows.abs().amax(1, keepdim=True).float().repeat(1, 16) if dynamic else None)
+        tops = rows.abs().amax(1, keepdim=True).float().repeat(1, 16) if dynamic else None
+        self.few(x, out, tops=tops, shrunk=None if shrunk is None else shrunk.float())
         return out
 
 
@@ -311,7 +347,10 @@ def _rounding(weights: LinearWeights) -> Rounding | None:
     fmt = weights.quant.input
     if fmt is None:
         return None
-    scale = weights.input_scale if weights.quant.input_scale == "static" else None
+    scale = weights.input_scale if weights.quant.calibrated else None
+    if fmt.grouped:
+        over_all = torch.ones((), device=device_of(weights)) if scale is None else scale.float().reshape(())
+        return Rounding("nvfp4" if fmt.outer else "mxfp4", over_all)
     return Rounding(fmt.element.name, None if scale is None else scale.float().reshape(()))
 
 

@@ -35,7 +35,8 @@ class LinearWeights:
         bias: [n].
         input_scale: float32 []: the calibrated scale of the input, or the outer one of block-scaled inputs.
         prescale: [k]: what the input is multiplied by before it is rounded.
-        lowrank: A [r, k] and B [n, r] of the branch beside the product; `fewbit.model.Linear` adds it.
+        lowrank: A [r, k] and B [n, r] of the branch beside the product; `fewbit.model.Linear` adds it where the kernel
+            does not.
     """
 
     quant: QuantSpec

@@ -11,6 +11,8 @@ Stats are float32 [M, 3, 16]: sums of squares; largest magnitudes of ``out``; la
 two residuals (attention's output, or what ``silu`` made). Each is cut in 16 so that fewer programs meet at one address.
 The magnitudes (TOPS) are for a linear that rounds its input under a scale of the whole row.
 
+RANK: a low-rank branch is added: t float32 [M, RANK], what `triton_branch.shrink` made of the input, times b [N, RANK].
+
 AHEAD: a program that has read its weights asks for its share of `ahead` times 8 KiB at `ahead_ptr`: weights of a later
 kernel, so that memory has work while this kernel ends and that one starts.
 """
@@ -78,10 +80,10 @@ def _silu(gate, up):
 
 @triton.jit
 def gemm_epilogue(
-    acc, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_ptr, count_ptr, zero_ptr, ahead_ptr, ahead, rn, rm,
-    pid_n, pid_k, pid_m, M, N,
+    acc, bias_ptr, t_ptr, b_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_ptr, count_ptr, zero_ptr, ahead_ptr,
+    ahead, rn, rm, pid_n, pid_k, pid_m, M, N,
     BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, OUT: tl.constexpr, CODE: tl.constexpr, TOPS: tl.constexpr,
-    AHEAD: tl.constexpr, BIAS: tl.constexpr, ZERO: tl.constexpr, PTX: tl.constexpr,
+    AHEAD: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, ZERO: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Finish acc float32 [BN, BM]: features `rn`, tokens `rm`. ZERO: the stats at `zero_ptr` are cleared too."""
     if AHEAD and pid_m == 0:
@@ -91,6 +93,11 @@ def gemm_epilogue(
     mask = real[None, :] & (rn < N)[:, None]
     if BIAS and pid_k == 0:
         acc += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)[:, None]
+    if RANK > 0 and pid_k == 0:
+        i = tl.arange(0, RANK)[None, :]
+        t = tl.load(t_ptr + rm[:, None] * RANK + i, mask=real[:, None], other=0.0)
+        b = tl.load(b_ptr + rn[:, None].to(tl.int64) * RANK + i, mask=(rn < N)[:, None], other=0.0)
+        acc += tl.dot(b, t.to(b.dtype).T)
     if ZERO and ((pid_n == 0) & (pid_k == 0)):
         i = tl.arange(0, 64)[None, :]
         tl.store(zero_ptr + rm[:, None] * 48 + i, tl.zeros((BM, 64), tl.float32), mask=real[:, None] & (i < 48))
@@ -152,9 +159,10 @@ def gemv_residual(res_ptr, g_ptr, row, N, OUT: tl.constexpr):
 
 @triton.jit
 def gemv_epilogue(
-    r, res, g, bias_ptr, out_ptr, out_scale_ptr, res_ptr, stats_ptr, zero_ptr, ahead_ptr, ahead, row, pid, N,
+    r, res, g, bias_ptr, t_ptr, b_ptr, out_ptr, out_scale_ptr, res_ptr, stats_ptr, zero_ptr, ahead_ptr, ahead, row, pid,
+    N,
     BN: tl.constexpr, OUT: tl.constexpr, CODE: tl.constexpr, TOPS: tl.constexpr, AHEAD: tl.constexpr,
-    BIAS: tl.constexpr, ZERO: tl.constexpr, PTX: tl.constexpr,
+    BIAS: tl.constexpr, RANK: tl.constexpr, ZERO: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Finish r float32 [BN], one token. ``atomic`` does not occur: a program has whole rows."""
     if AHEAD:
@@ -162,6 +170,10 @@ def gemv_epilogue(
     real = row < N
     if BIAS:
         r += tl.load(bias_ptr + row, mask=real, other=0.0).to(tl.float32)
+    if RANK > 0:
+        i = tl.arange(0, RANK)[None, :]
+        b = tl.load(b_ptr + row[:, None].to(tl.int64) * RANK + i, mask=real[:, None], other=0.0)
+        r += tl.sum(b.to(tl.float32) * tl.load(t_ptr + i), 1)
     if ZERO and pid == 0:
         tl.store(zero_ptr + tl.arange(0, 64), tl.zeros((64,), tl.float32), mask=tl.arange(0, 64) < 48)
     if OUT == "silu":

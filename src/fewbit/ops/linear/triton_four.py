@@ -49,12 +49,12 @@ def _pairs(x_ptr, at, K, EVEN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["ahead"])
 def int4_gemv(
-    x_ptr, w_ptr, s_ptr, sx_ptr, tops_ptr, bias_ptr, stats_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr,
-    count_ptr, zero_ptr, ahead_ptr, ahead, N, K, eps,
+    x_ptr, w_ptr, s_ptr, sx_ptr, tops_ptr, bias_ptr, t_ptr, b_ptr, stats_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr,
+    stats_out_ptr, count_ptr, zero_ptr, ahead_ptr, ahead, N, K, eps,
     BN: tl.constexpr, KC: tl.constexpr, NIT: tl.constexpr, CODE: tl.constexpr, DYNAMIC: tl.constexpr, SX: tl.constexpr,
     EVEN: tl.constexpr,
-    BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, TOPS: tl.constexpr, NORM: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+    BIAS: tl.constexpr, RANK: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, TOPS: tl.constexpr,
+    NORM: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One token, symmetric groups of 128, C = 64. Grid (N / BN,). 256 * KC * NIT >= K.
 
@@ -118,8 +118,8 @@ def int4_gemv(
         _, factor = row_scale(squares, given, K, eps, CODE, DYNAMIC, NORM)
     r = tl.sum(acc, 1) * factor
     gemv_epilogue(
-        r, res, g, bias_ptr, out_ptr, out_scale_ptr, res_ptr, stats_out_ptr, zero_ptr, ahead_ptr, ahead, row, pid, N,
-        BN, OUT, OUT_CODE, TOPS, AHEAD, BIAS, NORM, PTX,
+        r, res, g, bias_ptr, t_ptr, b_ptr, out_ptr, out_scale_ptr, res_ptr, stats_out_ptr, zero_ptr, ahead_ptr, ahead,
+        row, pid, N, BN, OUT, OUT_CODE, TOPS, AHEAD, BIAS, RANK, NORM, PTX,
     )  # fmt: skip
 
 
@@ -153,12 +153,12 @@ def _offset(z_ptr, at, BN: tl.constexpr, C: tl.constexpr, ASYM: tl.constexpr, PT
 
 @triton.jit(do_not_specialize=["M", "ahead"])
 def int4_gemm(
-    x_ptr, w_ptr, s_ptr, z_ptr, sx_ptr, bias_ptr, stats_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr,
-    count_ptr, zero_ptr, ahead_ptr, ahead, M, N, K, blocks, eps,
+    x_ptr, w_ptr, s_ptr, z_ptr, sx_ptr, bias_ptr, t_ptr, b_ptr, stats_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr,
+    stats_out_ptr, count_ptr, zero_ptr, ahead_ptr, ahead, M, N, K, blocks, eps,
     BN: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, PER: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     ASYM: tl.constexpr, SX: tl.constexpr, EVEN: tl.constexpr, PREFETCH: tl.constexpr,
-    BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, TOPS: tl.constexpr, NORM: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+    BIAS: tl.constexpr, RANK: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, TOPS: tl.constexpr,
+    NORM: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Grid (N / BN, SPLIT, M / BM). x [M, K]; s bfloat16 [groups, N64], z int8 likewise; PER groups (2 or 4) to a tile.
 
@@ -234,8 +234,9 @@ def int4_gemm(
         s0, s1 = n0, n1
     acc = scale_rows(acc, stats_ptr, sx_ptr, rm, M, K, eps, NORM, SX)
     gemm_epilogue(
-        acc, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, count_ptr, zero_ptr, ahead_ptr, ahead,
-        rn, rm, pid_n, pid_k, pid_m, M, N, BN, BM, SPLIT, OUT, OUT_CODE, TOPS, AHEAD, BIAS, NORM, PTX,
+        acc, bias_ptr, t_ptr, b_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, count_ptr, zero_ptr,
+        ahead_ptr, ahead, rn, rm, pid_n, pid_k, pid_m, M, N, BN, BM, SPLIT, OUT, OUT_CODE, TOPS, AHEAD, BIAS, RANK,
+        NORM, PTX,
     )  # fmt: skip
 
 
@@ -249,17 +250,18 @@ def _block_scale(b, BN: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "ahead"])
 def fp4_gemm(
-    x_ptr, w_ptr, s_ptr, sw_ptr, bias_ptr, stats_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, count_ptr,
-    zero_ptr, ahead_ptr, ahead, M, N, K, blocks, eps,
-    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    x_ptr, w_ptr, s_ptr, sw_ptr, sx_ptr, bias_ptr, t_ptr, b_ptr, stats_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr,
+    stats_out_ptr, count_ptr, zero_ptr, ahead_ptr, ahead, M, N, K, blocks, eps,
+    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, SX: tl.constexpr, EVEN: tl.constexpr,
     PREFETCH: tl.constexpr,
-    BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, TOPS: tl.constexpr, NORM: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+    BIAS: tl.constexpr, RANK: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, TOPS: tl.constexpr,
+    NORM: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """E2M1 weights in blocks of 16. Grid (N / BN, SPLIT, M / BM). s int32 [N / 64, blocks, 64, 4], a byte a plane.
 
-    sw float32 [N]: what is left of the scale of a row. The block scale goes into the weight, exactly: both
-    together have 6 significant bits. Four accumulators of their own: chained, ptxas would serialize every wgmma.
+    sw float32 [N]: what is left of the scale of a row; SX: see `int4_gemm`. The block scale goes into the weight,
+    exactly: both together have 6 significant bits. Four accumulators of their own: chained, ptxas would serialize every
+    wgmma.
     """
     pid_n = tl.program_id(0)
     pid_k = tl.program_id(1)
@@ -300,10 +302,11 @@ def fp4_gemm(
         g3 = tl.dot(p3.to(x0.dtype), _plane_of_x(xp, x + 192, rc, K, real, EVEN))
         acc += (g0 + g1) + (g2 + g3)
     acc = acc * tl.load(sw_ptr + tl.minimum(rn, N - 1))[:, None]
-    acc = scale_rows(acc, stats_ptr, sw_ptr, rm, M, K, eps, NORM, "none")
+    acc = scale_rows(acc, stats_ptr, sx_ptr, rm, M, K, eps, NORM, SX)
     gemm_epilogue(
-        acc, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, count_ptr, zero_ptr, ahead_ptr, ahead,
-        rn, rm, pid_n, pid_k, pid_m, M, N, BN, BM, SPLIT, OUT, OUT_CODE, TOPS, AHEAD, BIAS, NORM, PTX,
+        acc, bias_ptr, t_ptr, b_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, count_ptr, zero_ptr,
+        ahead_ptr, ahead, rn, rm, pid_n, pid_k, pid_m, M, N, BN, BM, SPLIT, OUT, OUT_CODE, TOPS, AHEAD, BIAS, RANK,
+        NORM, PTX,
     )  # fmt: skip
 
 

@@ -47,12 +47,12 @@ def _load_words(p, rk, K, EVEN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["ahead"])
 def wide_gemv(
-    x_ptr, w_ptr, sw_ptr, sx_ptr, tops_ptr, bias_ptr, stats_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr,
-    count_ptr, zero_ptr, ahead_ptr, ahead, N, K, eps,
+    x_ptr, w_ptr, sw_ptr, sx_ptr, tops_ptr, bias_ptr, t_ptr, b_ptr, stats_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr,
+    stats_out_ptr, count_ptr, zero_ptr, ahead_ptr, ahead, N, K, eps,
     BN: tl.constexpr, BK: tl.constexpr, NIT: tl.constexpr, CODE: tl.constexpr, DYNAMIC: tl.constexpr, SX: tl.constexpr,
     SCALED: tl.constexpr, EVEN: tl.constexpr,
-    BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, TOPS: tl.constexpr, NORM: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+    BIAS: tl.constexpr, RANK: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, TOPS: tl.constexpr,
+    NORM: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Grid (N / BN,). x [K]; w [N, K]; sw float32 [N]. BK * NIT >= K.
 
@@ -99,18 +99,18 @@ def wide_gemv(
     if SCALED:
         r = r * tl.load(sw_ptr + tl.minimum(row, N - 1))
     gemv_epilogue(
-        r, res, g, bias_ptr, out_ptr, out_scale_ptr, res_ptr, stats_out_ptr, zero_ptr, ahead_ptr, ahead, row, pid, N,
-        BN, OUT, OUT_CODE, TOPS, AHEAD, BIAS, NORM, PTX,
+        r, res, g, bias_ptr, t_ptr, b_ptr, out_ptr, out_scale_ptr, res_ptr, stats_out_ptr, zero_ptr, ahead_ptr, ahead,
+        row, pid, N, BN, OUT, OUT_CODE, TOPS, AHEAD, BIAS, RANK, NORM, PTX,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["ahead"])
 def int8_gemv(
-    x_ptr, w_ptr, sw_ptr, sx_ptr, tops_ptr, bias_ptr, stats_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr,
-    count_ptr, zero_ptr, ahead_ptr, ahead, N, K, eps,
+    x_ptr, w_ptr, sw_ptr, sx_ptr, tops_ptr, bias_ptr, t_ptr, b_ptr, stats_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr,
+    stats_out_ptr, count_ptr, zero_ptr, ahead_ptr, ahead, N, K, eps,
     BN: tl.constexpr, BK: tl.constexpr, NIT: tl.constexpr, DYNAMIC: tl.constexpr, EVEN: tl.constexpr,
-    BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, TOPS: tl.constexpr, NORM: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+    BIAS: tl.constexpr, RANK: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, TOPS: tl.constexpr,
+    NORM: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """`wide_gemv` for INT8 weights and inputs: four products to an instruction, sums exact. w int32 [N, K / 4].
 
@@ -145,19 +145,19 @@ def int8_gemv(
         v = vn
     r = tl.sum(acc, 1).to(tl.float32) * factor * tl.load(sw_ptr + tl.minimum(row, N - 1))
     gemv_epilogue(
-        r, res, g, bias_ptr, out_ptr, out_scale_ptr, res_ptr, stats_out_ptr, zero_ptr, ahead_ptr, ahead, row, pid, N,
-        BN, OUT, OUT_CODE, TOPS, AHEAD, BIAS, NORM, PTX,
+        r, res, g, bias_ptr, t_ptr, b_ptr, out_ptr, out_scale_ptr, res_ptr, stats_out_ptr, zero_ptr, ahead_ptr, ahead,
+        row, pid, N, BN, OUT, OUT_CODE, TOPS, AHEAD, BIAS, RANK, NORM, PTX,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "ahead"])
 def wide_gemm(
-    x_ptr, w_ptr, sw_ptr, sx_ptr, bias_ptr, stats_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, count_ptr,
-    zero_ptr, ahead_ptr, ahead, M, N, K, eps,
+    x_ptr, w_ptr, sw_ptr, sx_ptr, bias_ptr, t_ptr, b_ptr, stats_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr,
+    stats_out_ptr, count_ptr, zero_ptr, ahead_ptr, ahead, M, N, K, eps,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, SX: tl.constexpr,
     SCALED: tl.constexpr, PREFETCH: tl.constexpr,
-    BIAS: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, TOPS: tl.constexpr, NORM: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+    BIAS: tl.constexpr, RANK: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, TOPS: tl.constexpr,
+    NORM: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Grid (N / BN, SPLIT, M / BM). x [M, K] numbers, or the codes of w's dtype; K a multiple of BK * SPLIT.
 
@@ -197,6 +197,7 @@ def wide_gemm(
         r = r * tl.load(sw_ptr + tl.minimum(rn, N - 1))[:, None]
     r = scale_rows(r, stats_ptr, sx_ptr, rm, M, K, eps, NORM, SX)
     gemm_epilogue(
-        r, bias_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, count_ptr, zero_ptr, ahead_ptr, ahead,
-        rn, rm, pid_n, pid_k, pid_m, M, N, BN, BM, SPLIT, OUT, OUT_CODE, TOPS, AHEAD, BIAS, NORM, PTX,
+        r, bias_ptr, t_ptr, b_ptr, out_ptr, out_scale_ptr, res_ptr, g_ptr, stats_out_ptr, count_ptr, zero_ptr,
+        ahead_ptr, ahead, rn, rm, pid_n, pid_k, pid_m, M, N, BN, BM, SPLIT, OUT, OUT_CODE, TOPS, AHEAD, BIAS, RANK,
+        NORM, PTX,
     )  # fmt: skip
