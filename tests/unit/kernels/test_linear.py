@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -24,6 +25,12 @@ from fewbit.ops.rows.rows import rounded
 from interpreter import DEVICE, GPU
 
 EPS = 1e-5
+# as Model Optimizer, AutoAWQ and GPTQ store them
+FORMATS = FORMATS | {
+    "int4_g128_f32": replace(FORMATS["int4_g128"], scale=torch.float32),
+    "int4_g128_f16": replace(FORMATS["int4_g128"], scale=torch.float16),
+    "int4_g64_asym_f16": replace(FORMATS["int4_g64_asym"], scale=torch.float16),
+}
 KINDS = [
     (Wide(), None, None, "dynamic"),
     (Wide(), "int8_row", None, "dynamic"),
@@ -38,6 +45,10 @@ KINDS = [
     (Int4(), "int4_g128_asym", None, "dynamic"),
     (Int4(), "int4_g64_asym", None, "dynamic"),
     (Int4(), "int4_g32_asym", None, "dynamic"),
+    (Int4(), "int4_g128_f32", None, "dynamic"),
+    (Int4(), "int4_g128_f32", "fp8", "static"),
+    (Int4(), "int4_g128_f16", None, "dynamic"),
+    (Int4(), "int4_g64_asym_f16", None, "dynamic"),
     (Fp4(), "nvfp4", None, "dynamic"),
     (Fp4(), "mxfp4", None, "dynamic"),
     (Fp4(), "nvfp4", "nvfp4", "outer"),
@@ -184,7 +195,7 @@ def test_codes_that_were_made_before(rows):
     assert error(out, codes.x.double() * codes.scale.double() @ dense.t() + bias) < 1e-3
 
 
-BRANCHED = [KINDS[0], KINDS[3], KINDS[5], KINDS[13], KINDS[15]]
+BRANCHED = [KINDS[0], KINDS[3], KINDS[5], KINDS[-4], KINDS[-2]]
 
 
 @pytest.mark.parametrize("kind", BRANCHED, ids=name)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewbit.numerics.element import Element
-from fewbit.numerics.format import FORMATS
+from fewbit.numerics.format import FORMATS, Format
 from fewbit.numerics.qtensor import QTensor
 from fewbit.ops.linear.gpu import FEW, Codes, Common, Ends, GpuKernel, GpuLinear, input_why_not, units
 from fewbit.ops.linear.layouts import interleave, pack_block_scales, pack_scale_pairs, pack_tiles
@@ -32,8 +32,8 @@ class Int4(GpuKernel):
         fmt = problem.quant.weight
         if fmt is None or fmt.element.name != "int4" or fmt.block[0] != 1 or fmt.block[1] not in (32, 64, 128):
             return f"holds INT4 in groups of 32, 64 or 128, not {fmt or 'unquantized weights'}"
-        if fmt.scale != torch.bfloat16:
-            return f"its scales are bfloat16, and these {str(fmt.scale).removeprefix('torch.')}"
+        if fmt.scale not in (torch.bfloat16, torch.float16, torch.float32) or fmt.zero == "float":
+            return f"holds scales in a float of 16 or 32 bits and whole zeros, not {fmt}"
         if problem.quant.input is not None and (problem.n % 16 or problem.k % 16):
             return "the library's FP8 product needs multiples of 16"
         return input_why_not(problem, "e4m3")
@@ -48,7 +48,7 @@ class Int4(GpuKernel):
         """See `LinearKernel.weight_bytes`."""
         fmt = problem.quant.weight
         assert fmt is not None
-        group = 2 * (2 if fmt.block[1] == 128 and not fmt.zero else 1) + bool(fmt.zero)
+        group = fmt.scale_bits // 8 * (2 if _paired(fmt) else 1) + bool(fmt.zero)
         return problem.n * (problem.k // 2 + problem.k // fmt.block[1] * group)
 
     def join(self, pieces: Sequence[LinearWeights], gated: bool = False) -> GpuLinear:
@@ -99,9 +99,9 @@ class _Int4Linear(_FourLinear):
         self.columns = 32 if group == 32 else 64
         self.per = 4 * self.columns // group
         order = interleave if gated else (lambda rows: rows)
-        scale = order(torch.cat([w.scale for w in weights]))  # bfloat16 [N, groups]
+        scale = order(torch.cat([w.scale for w in weights]))  # [N, groups]
         self.words = self._codes(pieces, 8, gated)  # two's complement to 0..15
-        self.pairs = pack_scale_pairs(scale) if group == 128 and weights[0].zero is None else None
+        self.pairs = pack_scale_pairs(scale) if _paired(weights[0].format) else None
         # a scale of zero where there is no weight
         missing = self.padded_k // group - scale.shape[1], -self.n % 64
         self.scales = F.pad(scale, (0, missing[0], 0, missing[1])).t().contiguous()  # [groups, N64]
@@ -114,7 +114,7 @@ class _Int4Linear(_FourLinear):
         self.row = (scale.float().amax(1) / fits).clamp_min(1e-30) if self.rounding else None
 
     def rows_of(self, m: int) -> int:
-        """The GEMV knows symmetric groups of 128 alone."""
+        """The GEMV knows scales in pairs alone."""
         return m if self.pairs is not None else max(m, 2)
 
     def kind_of(self, m: int) -> str:
@@ -170,6 +170,11 @@ class _Int4Linear(_FourLinear):
             num_warps=8,
         )  # fmt: skip
         return out
+
+
+def _paired(fmt: Format) -> bool:
+    """Whether the GEMV can take two neighbouring scales as one word."""
+    return fmt.block[1] == 128 and fmt.zero is None and fmt.scale == torch.bfloat16
 
 
 class Fp4(GpuKernel):

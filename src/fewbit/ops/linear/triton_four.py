@@ -160,7 +160,7 @@ def int4_gemm(
     BIAS: tl.constexpr, RANK: tl.constexpr, OUT: tl.constexpr, OUT_CODE: tl.constexpr, TOPS: tl.constexpr,
     NORM: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N / BN, SPLIT, M / BM). x [M, K]; s bfloat16 [groups, N64], z int8 likewise; PER groups (2 or 4) to a tile.
+    """Grid (N / BN, SPLIT, M / BM). x [M, K]; s floats [groups, N64], z int8 likewise; PER groups (2 or 4) to a tile.
 
     N64: N up to a multiple of 64; blocks: tiles along K, a multiple of SPLIT. SX: x holds codes in units of sx float32
     [] (``one``) or [M] (``rows``).
