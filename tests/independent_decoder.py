@@ -93,7 +93,7 @@ def _compressed_tensors(module: str, parts: dict[str, Tensor], config: dict) -> 
         return _pack_quantized(parts, args)
     assert layout in ("int-quantized", "float-quantized", "naive-quantized"), layout
     weight = parts["weight"]
-    assert weight.dtype == {("int", 8): torch.int8, ("float", 8): torch.float8_e4m3fn}[kind]
+    assert weight.dtype == {"int": torch.int8, "float": torch.float8_e4m3fn}[kind[0]]
     zero = parts.get("weight_zero_point")
     assert (zero is None) == args.get("symmetric", True)
     value = weight.float()
@@ -104,11 +104,11 @@ def _compressed_tensors(module: str, parts: dict[str, Tensor], config: dict) -> 
 
 def _pack_quantized(parts: dict[str, Tensor], args: dict) -> Tensor:
     """32-bit words of codes, the first lowest, each its value + 2^(bits-1); zero points alike but along the rows."""
-    bits, per_word = args["num_bits"], 32 // args["num_bits"]
+    bits = args["num_bits"]
     rows, cols = parts["weight_shape"].tolist()
     words = parts["weight_packed"]
     assert words.dtype == torch.int32
-    assert words.shape == (rows, -(-cols // per_word))
+    assert words.shape == (rows, -(-cols * bits // 32))
     value = _words(words, bits)[:, :cols]
     scale = parts["weight_scale"].float()
     if not args.get("symmetric", True):
@@ -121,9 +121,11 @@ def _pack_quantized(parts: dict[str, Tensor], args: dict) -> Tensor:
 
 
 def _words(words: Tensor, bits: int) -> Tensor:
-    unsigned = words.long() & 0xFFFFFFFF
-    codes = torch.stack([(unsigned >> shift) & (2**bits - 1) for shift in range(0, 32, bits)], -1)
-    return (codes.flatten(-2) - 2 ** (bits - 1)).float()
+    """Codes follow each other bit by bit, also from one word into the next."""
+    single = torch.stack([(words.long() >> place) & 1 for place in range(32)], -1).flatten(-2)
+    single = single[:, : single.shape[1] // bits * bits].unflatten(-1, (-1, bits))
+    codes = (single << torch.arange(bits)).sum(-1)
+    return (codes - 2 ** (bits - 1)).float()
 
 
 def _spread(scale: Tensor, args: dict, shape: tuple[int, ...]) -> Tensor:
@@ -169,7 +171,9 @@ def _modelopt(module: str, parts: dict[str, Tensor], config: dict, folder: Path)
     algo = config["quant_algo"]
     assert algo == written["quant_algo"], "config.json and hf_quant_config.json disagree"
     if algo == "MIXED_PRECISION":
-        algo = written["quantized_layers"][module]["quant_algo"]
+        written = written["quantized_layers"][module]
+        assert written == config["quantized_layers"][module]
+        algo = written["quant_algo"]
     else:
         assert not any(_glob(p, module) for p in written["exclude_modules"]), f"{module} is excluded, yet has a scale"
     weight, scale = parts["weight"], parts["weight_scale"]
@@ -180,19 +184,29 @@ def _modelopt(module: str, parts: dict[str, Tensor], config: dict, folder: Path)
     elif algo == "FP8_PER_CHANNEL_PER_TOKEN":
         assert scale.shape == (weight.shape[0],)
         value = _fp8(weight) * scale[:, None]
-    elif algo == "W8A16":
+    elif algo == "fp8_pb_wo":
+        rows, cols = (-(-size // 128) for size in weight.shape)
+        assert scale.shape == ((rows, 1, cols, 1) if rows * cols > 1 else ())
+        blocks = scale.reshape(rows, cols).repeat_interleave(128, 0).repeat_interleave(128, 1)
+        value = _fp8(weight) * blocks[: weight.shape[0], : weight.shape[1]]
+    elif algo in ("W8A16", "W8A8_SQ_PER_CHANNEL"):
         assert weight.dtype == torch.int8
         assert scale.shape == (weight.shape[0],)
         value = weight.float() * scale[:, None]
-    elif algo == "W4A16_AWQ":
+    elif algo in ("W4A16_AWQ", "W4A8_AWQ"):
+        assert ("weight_scale_2" in parts) == (algo == "W4A8_AWQ")
         value = _int4_along_rows(weight)
         group = written["group_size"]
         assert scale.shape == (value.shape[0], value.shape[1] // group)
         value = value * _by_group(scale, group)
-    elif algo in ("NVFP4", "W4A16_NVFP4"):
+    elif algo in ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "W4A8_NVFP4_FP8"):
         assert scale.dtype == torch.float8_e4m3fn
         assert parts["weight_scale_2"].shape == ()
-        value = _e2m1(weight) * _by_group(scale.float() * parts["weight_scale_2"], 16)
+        value = _e2m1(weight) * _by_group(scale.float() * parts["weight_scale_2"], written["group_size"])
+    elif algo == "mxfp4":
+        value = _e2m1(weight) * _by_group(_e8m0(scale), 32)
+    elif algo == "MXFP8":
+        value = _fp8(weight) * _by_group(_e8m0(scale), written["group_size"])
     else:
         raise AssertionError(f"no rule for quant_algo {algo}")
     if "pre_quant_scale" in parts:  # multiplies the input before the product: the weight that acts on the input itself

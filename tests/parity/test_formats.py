@@ -28,9 +28,11 @@ from helpers import dense_logits, ids, make_model, same_tensors
 from independent_decoder import decode
 
 EXPORTS = ("compressed-tensors", "hf")
-HF_SAYS = ("fp8", "fp8_dynamic", "int8_wo", "int4", "int4_awq", "int4_gptq", "nvfp4", "nvfp4_awq", "nvfp4_wo")
+HF_CANNOT = ("int4_awq_asym", "int8", "int8_sq", "w4a8", "w4a8_awq")
+ONLY_HF = (".prescale", ".wide_scale")
 RULED = [name for name in built_in() if not (r := read_recipe(name)).auto and not r.splitting]
 """Recipes whose numerics need no measuring first, and no branch, which only fewbit reads."""
+HF_SAYS = [name for name in RULED if name not in HF_CANNOT]
 KV = (None, "fp8", "int8")
 MATRIX = [
     (recipe, export, kv)
@@ -89,7 +91,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     names = Names(checkpoint.family, checkpoint.spec)
     found = {}
     for name, tensor in checkpoint.tensors.items():
-        if not name.endswith(("_scale", ".prescale")):
+        if not name.endswith(("_scale", *ONLY_HF)):
             found[names.tensor(name)] = tensor.dequantize() if isinstance(tensor, QTensor) else tensor.float()
     return found
 
@@ -113,8 +115,8 @@ def test_reads_back_alike(recipe, export, kv, made, source):
         theirs = open_checkpoint(made(recipe, other, kv))
         plain = {k: v.weight for k, v in written.quant.items()}
         assert plain == {k: v.weight for k, v in theirs.quant.items()}
-        shared = [n for n in written.tensors if not n.endswith(".prescale")]
-        assert set(shared) == {n for n in theirs.tensors if not n.endswith(".prescale")}
+        shared = [n for n in written.tensors if not n.endswith(ONLY_HF)]
+        assert set(shared) == {n for n in theirs.tensors if not n.endswith(ONLY_HF)}
         for name in shared:
             mine, its = written.tensors[name], theirs.tensors[name]
             assert mine.equal(its) if isinstance(mine, QTensor) else torch.equal(mine, its), name
@@ -133,7 +135,7 @@ def _prescales(path: Path, recipe: str) -> None:
     """TensorRT-LLM's INT4 loader wants a vector on o_proj and down_proj, and nowhere else."""
     tensors = load_file(path / "model.safetensors")
     found = {n: t for n, t in tensors.items() if n.endswith("pre_quant_scale")}
-    if not recipe.startswith("int4"):
+    if not recipe.startswith(("int4", "w4a8")):
         assert not found
         return
     assert sorted(found) == sorted(
@@ -166,8 +168,9 @@ def _configs_agree(path: Path, written, kv: str | None) -> None:
             else:
                 file.unlink()
             alone = open_checkpoint(path)
-            # which dtype an INT4 scale really has is said in config.json alone
-            if "scale_dtype" not in json.dumps(flat) or loser != "config.json":
+            # which dtype an INT4 scale really has, and whether mxfp4 covers inputs, is said in config.json alone
+            told = "scale_dtype" not in json.dumps(flat) and nested["quant_algo"] != "mxfp4"
+            if told or loser != "config.json":
                 assert (alone.quant, alone.kv) == (written.quant, written.kv)
         finally:
             file.write_text(kept)
@@ -192,7 +195,7 @@ def _by_the_library(path: Path) -> None:
         assert torch.allclose(found.float(), ours[f"{module}.weight"], rtol=near, atol=1e-9), name
 
 
-@pytest.mark.parametrize("recipe", [r for r in RULED if r not in HF_SAYS])
+@pytest.mark.parametrize("recipe", HF_CANNOT)
 def test_what_hf_cannot_say_is_refused_before_any_weight_is_read(recipe, source):
     checkpoint = open_checkpoint(source)
     with pytest.raises(UnsupportedError, match=r"has no word for .*use --export compressed-tensors, which can") as e:
@@ -257,11 +260,56 @@ def test_a_mixture_in_one_file(made):
     _by_a_stranger(path)
 
 
-def test_a_mixture_is_refused_by_hf(source):
+MIXED_HF = """
+rules:
+  - {match: "layers.0.attn.[qkv]", weight: nvfp4, input: nvfp4, input_scale: outer}
+  - {match: "layers.*.attn.[qkv]", weight: int4_g32}
+  - {match: "layers.0.attn.o", weight: fp8_block}
+  - {match: "layers.0.mlp.down", weight: mxfp4}
+  - {match: "layers.1.mlp.down", weight: mxfp8, input: mxfp8}
+  - {match: "layers.0.mlp.*", weight: int4_g64, input: fp8, input_scale: static}
+  - {match: "layers.1.mlp.*", weight: int8_row, input: int8, input_scale: static}
+kv: {format: fp8}
+"""
+
+
+def test_a_mixture_in_hf_names_every_layer_in_both_files(made, source):
+    path = made(MIXED_HF, "hf", None)
+    written = open_checkpoint(path)
+    _by_a_stranger(path)
+    config = json.loads((path / "config.json").read_text())["quantization_config"]
+    nested = json.loads((path / "hf_quant_config.json").read_text())["quantization"]
+    assert config["quant_algo"] == nested["quant_algo"] == "MIXED_PRECISION"
+    assert config["quantized_layers"] == nested["quantized_layers"]
+    names = Names(written.family, written.spec)
+    assert nested["quantized_layers"].keys() == {names.module(name) for name in written.quant}
+    # engines take what no list names for quantized, and what a list drops for lost: Model Optimizer writes no excludes
+    assert config["ignore"] == nested["exclude_modules"] == ["model.layers.1.self_attn.o_proj", "lm_head"]
+    targets = [t for group in config["config_groups"].values() for t in group["targets"]]
+    assert sorted(targets) == sorted(nested["quantized_layers"])
+    asked = parse_recipe("mixed", MIXED_HF).resolve(open_checkpoint(source).spec)
+    for name, quant in asked.items():
+        found = written.quant[name]
+        assert (found.weight, found.input, found.input_scale) == (quant.weight, quant.input, quant.input_scale), name
+    for layer, group in ((0, ("gate", "up")),):
+        scales = [written.tensors[f"layers.{layer}.mlp.{name}.wide_scale"] for name in group]
+        assert torch.equal(*scales)
+        amax = max(written.tensors[f"layers.{layer}.mlp.{name}.weight"].dequantize().abs().max() for name in group)
+        assert torch.equal(scales[0], amax / 448)
+
+
+@pytest.mark.parametrize(
+    ("rules", "sentence"),
+    [
+        ('{match: "layers.*.attn.q", weight: int8_row}, {match: "layers.*.attn.[kv]", weight: int4_g64}', "attn.k"),
+        ('{match: "layers.*.mlp.gate", weight: int8_row}', r"mlp.up \(not quantized\)"),
+    ],
+)
+def test_what_engines_join_has_one_format_in_hf(rules, sentence, source):
     checkpoint = open_checkpoint(source)
-    two = 'rules: [{match: "layers.0.*", weight: int8_row}, {match: "layers.1.*", weight: int4_g64}]'
-    with pytest.raises(UnsupportedError, match=r"one format for all layers .* not 2; use --export compressed-tensors"):
-        plan(checkpoint, parse_recipe("two", two), "hf")
+    with pytest.raises(UnsupportedError, match=sentence + ".* reads the input of .* engines .* join them") as e:
+        plan(checkpoint, parse_recipe("two", f"rules: [{rules}]"), "hf")
+    assert str(e.value).startswith("layers.0.")
 
 
 @pytest.mark.parametrize("export", EXPORTS)

@@ -200,10 +200,12 @@ class _Opener:
         for layer, kv in self.quantization.kv.items():
             heads = self.spec.layers[layer].attention.kv_heads
             for which, source in zip("kv", self.fmt.kv_scale_names(layer, self.names), strict=True):
-                name = f"layers.{layer}.attn.{which}_scale"
-                self._take(source, self.fmt.kv_scale_shape(kv, heads))
-                shape = () if kv.k.block == (ALL, ALL) else (heads,)
-                self._add(name, functools.partial(self._scale, source, shape), [source])
+                name, shape = f"layers.{layer}.attn.{which}_scale", (heads,) if kv.k.block == (1, ALL) else ()
+                if self.quantization.kv_cast:
+                    self._add(name, functools.partial(_ones, shape), [])
+                    continue
+                dtype = self._take(source, self.fmt.kv_scale_shape(kv, heads))
+                self._add(name, functools.partial(self._scale, source, shape), [source], dtype)
         self._refuse_extra()
         return self.found
 
@@ -245,16 +247,21 @@ class _Opener:
                 raise CheckpointError(f"{module}: {error}") from None
             return place.cut_codes(q, linear.name)
 
-        counted = [f"{module}.{s}" for s in stored if s != "weight_shape"]
+        counted = [f"{module}.{s}" for s in stored if s not in ("weight_shape", packing.wide)]
         size = sum(self.files.entries[source].nbytes for source in counted)
         share = size * linear.out_features // whole.out_features
         self.found.add(f"{linear.name}.weight", load, torch.float32, share)
+        if packing.wide:
+            wide = f"{module}.{packing.wide}"
+            self._add(f"{linear.name}.wide_scale", functools.partial(self._scale, wide, ()), [wide])
         if quant.calibrated:
             form = self.fmt.input_scale(quant)
             source = f"{module}.{form.suffix}"
-            self._take(source, form.shape)
             self._add(
-                f"{linear.name}.input_scale", lambda device: form.unpack(self.files.read(source, device)), [source]
+                f"{linear.name}.input_scale",
+                lambda device: form.unpack(self.files.read(source, device)),
+                [source],
+                self._take(source, form.shape),
             )
         if quant.prescale:
             self._dense(f"{linear.name}.prescale", f"{module}.pre_quant_scale", (linear.in_features,))
@@ -291,6 +298,10 @@ class _Opener:
             first = min(extra)
             more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
             raise CheckpointError(f"tensor '{first}'{more} in {self.files.path} belongs to nothing in config.json")
+
+
+def _ones(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.ones(shape, device=device)
 
 
 def _both_float_scales(a: torch.dtype, b: torch.dtype) -> bool:

@@ -214,7 +214,8 @@ def _writer(c: Conversion, target: Path, force: bool) -> CheckpointWriter:
     files = dict(source.files)
     if (source.folder / "recipe.yaml").is_file():
         files["recipe.yaml"] = source.folder / "recipe.yaml"
-    dtypes = {n: source.tensors.dtype(n) for n in source.tensors if not n.endswith("_scale")}
+    new = Rounding(source, c.quant, c.kv, c.rounded).is_new
+    dtypes = {n: source.tensors.dtype(n) for n in source.tensors if not (n.endswith("_scale") and new(n))}
     meta = _history(source) | {"exported_from": source.format}
     if c.rounded:
         meta["requantized"] = f"{len(c.rounded)} linears"
@@ -257,6 +258,8 @@ def _compare(written: Checkpoint, rounding: Rounding) -> Exported:
     """
     equal = last_bit = total = 0
     for name in rounding.names():
+        if name.endswith(".wide_scale") and name not in written.tensors:
+            continue  # kernels' own, no part of the weight: not every format has a place for it
         meant, found = rounding.tensor(name), written.tensors[name]
         total += 1
         if isinstance(meant, QTensor):
@@ -272,6 +275,8 @@ def _compare(written: Checkpoint, rounding: Rounding) -> Exported:
         equal += same and not rounding.is_new(name)
     extra = set(written.tensors) - set(rounding.names())
     for name in extra:  # where a format insists on a prescale, it is one of ones
+        if name.endswith(".wide_scale"):
+            continue
         if not name.endswith(".prescale") or (written.tensors.dense(name) != 1).any():
             raise CheckpointError(f"'{name}' is in the written files but not in the source; nothing was kept")
     nbytes = sum(map(written.tensors.nbytes, written.tensors))

@@ -41,30 +41,50 @@ class Packing:
         stored: format and shape of the weight to the tensors.
         pack: a QTensor to the tensors.
         unpack: the tensors, the format and the shape of the weight to the QTensor.
+        wide: the one of these tensors, if any, that holds no part of the weight: the float32 scale [] under which
+            kernels round it to FP8, the largest of the linears that read one input. Canonical name: ``P.wide_scale``.
     """
 
     stored: Callable[[Format, Shape], dict[str, Stored]]
     pack: Callable[[QTensor], dict[str, Tensor]]
     unpack: Callable[[Mapping[str, Tensor], Format, Shape], QTensor]
+    wide: str | None = None
 
 
 @dataclass(frozen=True)
 class InputScale:
-    """How the calibrated scale of an input is stored: suffix, shape, and whether as its reciprocal."""
+    """How the calibrated scale of an input is stored.
+
+    Attributes:
+        suffix: its name beside the weight.
+        shape: its shape.
+        reciprocal: whether the file divides by it.
+        any_float: whether it may be stored in any float dtype; else it is float32.
+    """
 
     suffix: str
     shape: Shape
     reciprocal: bool = False
+    any_float: bool = False
 
     def pack(self, scale: Tensor) -> Tensor:
-        """Ours ([]) to the file's."""
-        scale = scale.float().reciprocal() if self.reciprocal else scale.float()
-        return scale.reshape(self.shape)
+        """Ours ([]) to the file's, float32."""
+        scale = scale.double().reciprocal() if self.reciprocal else scale
+        return scale.float().reshape(self.shape)
 
     def unpack(self, stored: Tensor) -> Tensor:
         """The file's to ours."""
         scale = stored.float().reshape(())
-        return scale.reciprocal() if self.reciprocal else scale
+        return inverse(scale) if self.reciprocal else scale
+
+
+def inverse(stored: Tensor) -> Tensor:
+    """One over a float32 scale that a file stores as a divisor, so that the way back gives the same bits.
+
+    Float32 where that can say it, else float64: not every float32 is the reciprocal of one.
+    """
+    near = stored.reciprocal()
+    return near if torch.equal(near.double().reciprocal().float(), stored) else stored.double().reciprocal()
 
 
 @dataclass(frozen=True)
@@ -75,11 +95,13 @@ class Quantization:
         quant: QuantSpec by canonical linear; a linear not named is dense.
         kv: KVSpec by layer.
         packings: how the weight of a linear lies, where the numerics alone do not tell; else the format's `packing`.
+        kv_cast: whether no scales of K and V are stored, and all are one.
     """
 
     quant: Mapping[str, QuantSpec]
     kv: Mapping[int, KVSpec]
     packings: Mapping[str, Packing] = field(default_factory=dict)
+    kv_cast: bool = False
 
 
 def scale_grid(fmt: Format, shape: Shape) -> Shape:

@@ -9,6 +9,7 @@ from fewbit.spec.decoder import DecoderSpec, LinearShape
 from fewbit.spec.families import Family
 from fewbit.spec.part import Part
 
+_JOINED = ((re.compile(r"\.[qkv]_proj$"), ".qkv_proj"), (re.compile(r"\.(gate|up)_proj$"), ".gate_up_proj"))
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -75,3 +76,8 @@ def packed_linears(files: Files, spec: DecoderSpec, names: Names, suffix: str) -
         if packed or not (plain or linear.name == "lm_head"):
             found.append(linear)
     return found
+
+
+def spellings(module: str) -> tuple[str, ...]:
+    """What a config may call a module: its own name, and that of the joined one which engines make it part of."""
+    return (module, *(pattern.sub(joined, module) for pattern, joined in _JOINED if pattern.search(module)))

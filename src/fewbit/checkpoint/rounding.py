@@ -61,6 +61,8 @@ class Rounding:
                 wanted = {"input_scale": quant.calibrated, "prescale": quant.prescale}.get(leaf, bool(quant.lowrank))
                 if not wanted:
                     continue
+            if leaf == "wide_scale" and (quant is None or owner in self.rounded):
+                continue
             yield name
 
     def is_new(self, name: str) -> bool:

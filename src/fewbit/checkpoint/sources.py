@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
+from fewbit.checkpoint.bitmask import without_bitmasks
 from fewbit.checkpoint.files import Files, ModelFiles
 from fewbit.checkpoint.trtllm.files import TrtFiles, is_checkpoint
 
@@ -15,7 +16,7 @@ def open_files(path: Path) -> Files:
     Raises:
         CheckpointError: nothing that can be opened.
     """
-    return TrtFiles(path) if is_checkpoint(path) else ModelFiles(path)
+    return TrtFiles(path) if is_checkpoint(path) else without_bitmasks(ModelFiles(path))
 
 
 def text_folder(path: Path) -> Traversable:

@@ -29,7 +29,8 @@ from fewbit.checkpoint.places import Place, Places
 from fewbit.checkpoint.shards import PlannedFiles, Shards, write_json
 from fewbit.errors import CheckpointError, FewbitError, UnsupportedError
 from fewbit.numerics.qtensor import QTensor
-from fewbit.spec.decoder import DecoderSpec
+from fewbit.numerics.quantspec import QuantSpec
+from fewbit.spec.decoder import DecoderSpec, by_input
 from fewbit.spec.families import Family
 from fewbit.version import __version__
 
@@ -67,7 +68,7 @@ class CheckpointWriter:
         family: whose names are used.
         spec: the decoder as it will be on disk.
         quantization: what is quantized and how.
-        dtypes: dtype of each tensor that stays dense, by canonical name.
+        dtypes: dtype of each tensor that stays dense, and of scales that had one, by canonical name.
         config: the source's config.json; only what must change is changed.
         files: files to carry along, by name.
         meta: strings for the metadata of the weights' files.
@@ -106,6 +107,9 @@ class CheckpointWriter:
         self._linears = {linear.name: linear for linear in spec.linears()}
         self._held: dict[tuple[str, int], dict[str, Tensor | QTensor]] = {}  # parts of a tensor that lacks others
         self._shared: dict[str, Tensor] = {}  # what several linears bring
+        wide = {name for name, quant in quantization.quant.items() if fmt.packing(quant).wide}
+        groups = ({self.places.of_linear(x.name).source for x in g if x.name in wide} for g in by_input(spec.linears()))
+        self._share_wide, self._wide = {m: group for group in groups for m in group}, dict[str, Tensor]()
         self.folder = target.absolute().parent / f".{target.name}.unfinished"
         self.recorded: dict[str, Any] | None = None
         self._finished = False
@@ -186,14 +190,20 @@ class CheckpointWriter:
                 yield f"{module}.{suffix}", stored
             if quant.calibrated:
                 form = self.fmt.input_scale(quant)
-                yield f"{module}.{form.suffix}", Stored(torch.float32, form.shape)
+                yield f"{module}.{form.suffix}", Stored(self._scale_dtype(f"{linear.name}.input_scale"), form.shape)
             if quant.prescale or self.fmt.prescale(linear, quant):
                 yield f"{module}.pre_quant_scale", Stored(self.dense_dtypes["embed.weight"], (linear.in_features,))
             for leaf, shape in quant.lowrank_shapes(linear.out_features, linear.in_features).items():
                 yield f"{module}.{leaf}", Stored(self.dense_dtypes["embed.weight"], shape)
         for layer, kv in self.quantization.kv.items():
-            for source in self.fmt.kv_scale_names(layer, self.names):
-                yield source, Stored(torch.float32, self.fmt.kv_scale_shape(kv, self._kv_heads(layer)))
+            for which, source in zip("kv", self.fmt.kv_scale_names(layer, self.names), strict=True):
+                dtype = self._scale_dtype(f"layers.{layer}.attn.{which}_scale")
+                yield source, Stored(dtype, self.fmt.kv_scale_shape(kv, self._kv_heads(layer)))
+
+    def _scale_dtype(self, name: str) -> torch.dtype:
+        """Of the scale of an input, of K or of V: that of the source where the format lets it be."""
+        any_float = self.fmt.input_scale(QuantSpec()).any_float
+        return self.dense_dtypes.get(name, torch.float32) if any_float else torch.float32
 
     def _kv_heads(self, layer: int) -> int:
         return self.spec.layers[layer].attention.kv_heads
@@ -206,7 +216,7 @@ class CheckpointWriter:
             assert isinstance(tensor, Tensor)
             kv_name = self.fmt.kv_scale_names(layer, self.names)["kv".index(leaf[0])]
             shape = self.fmt.kv_scale_shape(self.quantization.kv[layer], self._kv_heads(layer))
-            return self._shards.write(kv_name, tensor.float().reshape(shape))
+            return self._shards.write(kv_name, tensor.reshape(shape).to(self._scale_dtype(name)))
         quant = self.quantization.quant.get(owner)
         if quant is None or leaf == "bias":
             assert isinstance(tensor, Tensor)
@@ -216,7 +226,12 @@ class CheckpointWriter:
         if leaf == "input_scale":
             form = self.fmt.input_scale(quant)
             assert isinstance(tensor, Tensor)
-            return self._once(f"{module}.{form.suffix}", form.pack(tensor))
+            return self._once(f"{module}.{form.suffix}", form.pack(tensor).to(self._scale_dtype(name)))
+        packing = self.fmt.packing(quant)
+        if leaf == "wide_scale":
+            assert isinstance(tensor, Tensor)
+            # a format without it misses nothing: it is no part of the weight
+            return self._shards.write(f"{module}.{packing.wide}", tensor) if packing.wide else None
         if leaf == "prescale":
             assert isinstance(tensor, Tensor)
             return self._shards.write(f"{module}.pre_quant_scale", tensor.to(self.dense_dtypes["embed.weight"]))
@@ -227,8 +242,11 @@ class CheckpointWriter:
         if (held := self._gather(place, owner, tensor)) is None:
             return None
         whole = place.join_codes({n: q for n, q in held.items() if isinstance(q, QTensor)})
-        for suffix, part in self.fmt.packing(quant).pack(whole).items():
-            self._shards.write(f"{module}.{suffix}", part)
+        for suffix, part in packing.pack(whole).items():
+            if suffix == packing.wide:
+                self._widen(module, suffix, part)
+            else:
+                self._shards.write(f"{module}.{suffix}", part)
         linear = self._linears[owner]
         if self.fmt.prescale(linear, quant) and not quant.prescale:
             ones = torch.ones(linear.in_features, dtype=self.dense_dtypes["embed.weight"])
@@ -255,6 +273,15 @@ class CheckpointWriter:
         if not torch.equal(before, tensor):
             raise UnsupportedError(f"{source}: the linears that lie in one tensor there differ in it")
         self._shards.write(source, tensor)
+
+    def _widen(self, module: str, suffix: str, wide: Tensor) -> None:
+        """Note the FP8 scale of a module; when those that share its input are here too, write the largest for all."""
+        self._wide[module], group = wide, self._share_wide[module]
+        if group <= self._wide.keys():
+            largest = torch.stack([self._wide.pop(other) for other in group]).amax()
+            for other in group:
+                if f"{other}.{suffix}" in self._shards.missing:  # one that a source had is kept
+                    self._shards.write(f"{other}.{suffix}", largest)
 
     def record(self, progress: Mapping[str, Any]) -> None:
         """Make what was added last, and note how far the work is: JSON that `recorded` will hold."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewbit.checkpoint import Checkpoint
+from fewbit.errors import UnsupportedError
 from fewbit.model.attend import KVCodec
 from fewbit.model.decoder import Decoder, DecoderLayer, Embedding, Normalize
 from fewbit.model.fused import FusedDecoder, FusedLayer
@@ -208,6 +209,10 @@ class Loader:
         kv = self.checkpoint.kv.get(index)
         if kv is None:
             return KVCodec(self.checkpoint.dtype)
+        if kv.k.outer or kv.v.outer:
+            raise UnsupportedError(
+                f"K and V in {kv} can be exported, not run: a cache with a scale a block is not there"
+            )
         scales = (self.checkpoint.tensors.dense(f"layers.{index}.attn.{n}_scale", self.device) for n in "kv")
         return KVCodec(self.checkpoint.dtype, kv, *scales)
 

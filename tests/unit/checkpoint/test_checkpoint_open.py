@@ -244,12 +244,12 @@ def test_an_unknown_architecture(model):
             "quant_algo 'NVFP4_SVD' is not supported; known: FP8",
         ),
         (
-            {"quant_method": "modelopt", "quant_algo": None, "kv_cache_scheme": "NVFP4"},
-            "kv_cache_quant_algo 'NVFP4' is not supported",
+            {"quant_method": "modelopt", "quant_algo": None, "kv_cache_scheme": "NVFP4_AFFINE"},
+            "kv_cache_quant_algo 'NVFP4_AFFINE' is not supported",
         ),
         (
-            {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}},
-            "sparse storage is not supported",
+            {"quant_method": "compressed-tensors", "sparsity_config": {"format": "marlin-24"}},
+            "sparse storage 'marlin-24' is not read; known: sparse-24-bitmask, sparse-bitmask",
         ),
         (
             {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"u": {}}}},
@@ -259,7 +259,10 @@ def test_an_unknown_architecture(model):
             {
                 "quant_method": "compressed-tensors",
                 "config_groups": {
-                    "group_0": {"targets": ["Linear"], "weights": {"num_bits": 3, "strategy": "channel"}}
+                    "group_0": {
+                        "targets": ["Linear"],
+                        "weights": {"num_bits": 3, "strategy": "channel", "type": "float"},
+                    }
                 },
             },
             "group_0: compressed-tensors arguments",

@@ -1,34 +1,29 @@
 """compressed-tensors: what llm-compressor writes and vLLM, SGLang and transformers load. It can say every recipe.
 
-Layouts: github.com/vllm-project/compressed-tensors, release 0.20. Scales may be stored in any float dtype; ours are
-written in the dtype of the format.
+Layouts: github.com/vllm-project/compressed-tensors, release 0.20 (`fewbit.checkpoint.packings.compressed_tensors`).
+Scales may be stored in any float dtype; ours are written in the dtype of the format.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from fewbit.checkpoint.files import Files
-from fewbit.checkpoint.layout import InputScale, Packing, Quantization, Shape, Stored, scale_grid
-from fewbit.checkpoint.names import Names
+from fewbit.checkpoint.layout import InputScale, Packing, Quantization
+from fewbit.checkpoint.names import Names, spellings
+from fewbit.checkpoint.packings.compressed_tensors import BY_WORD, MX, NVFP4, PLAIN, WORDS
 from fewbit.errors import CheckpointError, UnsupportedError
-from fewbit.numerics.element import E2M1, E4M3, E8M0, INT4, INT8, Element
-from fewbit.numerics.format import ALL, FORMATS, Format
-from fewbit.numerics.pack import pack_nibbles, pack_words, unpack_nibbles, unpack_words
-from fewbit.numerics.qtensor import QTensor
+from fewbit.numerics.element import E2M1, E4M3, E8M0, Element
+from fewbit.numerics.format import ALL, FORMATS, Format, integer_format
 from fewbit.numerics.quantspec import KVSpec, QuantSpec
 from fewbit.spec.decoder import DecoderSpec, LinearShape
 
 NAME = "compressed-tensors"
 OWN = "fewbit"
 """The ``quant_method`` of files with low-rank branches, of which the library knows nothing: others then refuse them."""
-CAST = {INT8: torch.int8, E4M3: torch.float8_e4m3fn}
 VERSION = "0.20.0"
 
 
@@ -37,126 +32,7 @@ def detect(files: Files) -> bool:
     return (files.config.get("quantization_config") or {}).get("quant_method") in ("compressed-tensors", OWN)
 
 
-# --- packings ---------------------------------------------------------------------------------------------------------
-
-
-def _scale_shape(fmt: Format, shape: Shape) -> Shape:
-    return (1,) if fmt.block == (ALL, ALL) else scale_grid(fmt, shape)
-
-
-def _float_scale(fmt: Format) -> torch.dtype:
-    assert isinstance(fmt.scale, torch.dtype)
-    return fmt.scale
-
-
-def _plain_stored(fmt: Format, shape: Shape) -> dict[str, Stored]:
-    return {
-        "weight": Stored(CAST[fmt.element], shape),
-        "weight_scale": Stored(_float_scale(fmt), _scale_shape(fmt, shape)),
-    }
-
-
-def _plain_pack(q: QTensor) -> dict[str, Tensor]:
-    scale = q.scale.reshape(_scale_shape(q.format, tuple(q.shape)))
-    return {"weight": q.codes.view(CAST[q.format.element]), "weight_scale": scale}
-
-
-def _plain_unpack(parts: Mapping[str, Tensor], fmt: Format, shape: Shape) -> QTensor:
-    return QTensor(fmt, parts["weight"].view(torch.uint8), parts["weight_scale"].reshape(scale_grid(fmt, shape)))
-
-
-PLAIN = Packing(_plain_stored, _plain_pack, _plain_unpack)
-"""One code a byte: ``int-quantized`` and ``float-quantized``."""
-
-
-def _words_stored(fmt: Format, shape: Shape) -> dict[str, Stored]:
-    per_word = 32 // fmt.element.bits
-    out, columns = shape
-    stored = {
-        "weight_packed": Stored(torch.int32, (out, -(-columns // per_word))),
-        "weight_scale": Stored(_float_scale(fmt), _scale_shape(fmt, shape)),
-        "weight_shape": Stored(torch.int64, (2,)),
-    }
-    if fmt.zero:
-        stored["weight_zero_point"] = Stored(torch.int32, (-(-out // per_word), scale_grid(fmt, shape)[1]))
-    return stored
-
-
-def _words_pack(q: QTensor) -> dict[str, Tensor]:
-    bits = q.format.element.bits
-    half = 1 << (bits - 1)  # stored as value + half: in two's complement that flips the top bit
-    parts = {
-        "weight_packed": pack_words(q.codes ^ half, bits),
-        "weight_scale": q.scale.reshape(_scale_shape(q.format, tuple(q.shape))),
-        "weight_shape": torch.tensor(q.shape, dtype=torch.int64),
-    }
-    if q.zero is not None:
-        parts["weight_zero_point"] = pack_words((q.zero.int() + half).to(torch.uint8), bits, dim=0)
-    return parts
-
-
-def _words_unpack(parts: Mapping[str, Tensor], fmt: Format, shape: Shape) -> QTensor:
-    bits = fmt.element.bits
-    half = 1 << (bits - 1)
-    if parts["weight_shape"].tolist() != list(shape):
-        raise CheckpointError(f"weight_shape says {parts['weight_shape'].tolist()}, the model's config {list(shape)}")
-    codes = unpack_words(parts["weight_packed"], bits, shape[1]) ^ half
-    zero = None
-    if fmt.zero:
-        zero = (unpack_words(parts["weight_zero_point"], bits, shape[0], dim=0).int() - half).to(torch.int8)
-    return QTensor(fmt, codes, parts["weight_scale"].reshape(scale_grid(fmt, shape)), zero=zero)
-
-
-WORDS = Packing(_words_stored, _words_pack, _words_unpack)
-"""``pack-quantized``: integer weights alone, shifted to be unsigned, in 32-bit words along the columns."""
-
-
-def _nvfp4_stored(fmt: Format, shape: Shape) -> dict[str, Stored]:
-    return {
-        "weight_packed": Stored(torch.uint8, (shape[0], shape[1] // 2)),
-        "weight_scale": Stored(torch.float8_e4m3fn, scale_grid(fmt, shape)),
-        "weight_global_scale": Stored(torch.float32, (1,)),
-    }
-
-
-def _nvfp4_pack(q: QTensor) -> dict[str, Tensor]:
-    assert q.outer is not None
-    return {
-        "weight_packed": pack_nibbles(q.codes),
-        "weight_scale": q.scale.view(torch.float8_e4m3fn),
-        "weight_global_scale": q.outer.reciprocal().reshape(1),  # this dialect divides by it
-    }
-
-
-def _nvfp4_unpack(parts: Mapping[str, Tensor], fmt: Format, shape: Shape) -> QTensor:
-    outer = parts["weight_global_scale"].reciprocal().reshape(())
-    return QTensor(fmt, unpack_nibbles(parts["weight_packed"]), parts["weight_scale"].view(torch.uint8), outer)
-
-
-NVFP4 = Packing(_nvfp4_stored, _nvfp4_pack, _nvfp4_unpack)
-"""``nvfp4-pack-quantized``."""
-
-
-def _mx_stored(fmt: Format, shape: Shape) -> dict[str, Stored]:
-    scale = Stored(torch.uint8, scale_grid(fmt, shape))
-    if fmt.element == E4M3:
-        return {"weight": Stored(torch.float8_e4m3fn, shape), "weight_scale": scale}
-    return {"weight_packed": Stored(torch.uint8, (shape[0], shape[1] // 2)), "weight_scale": scale}
-
-
-def _mx_pack(q: QTensor) -> dict[str, Tensor]:
-    if q.format.element == E4M3:
-        return {"weight": q.codes.view(torch.float8_e4m3fn), "weight_scale": q.scale}
-    return {"weight_packed": pack_nibbles(q.codes), "weight_scale": q.scale}
-
-
-def _mx_unpack(parts: Mapping[str, Tensor], fmt: Format, shape: Shape) -> QTensor:
-    codes = parts["weight"].view(torch.uint8) if fmt.element == E4M3 else unpack_nibbles(parts["weight_packed"])
-    return QTensor(fmt, codes, parts["weight_scale"])
-
-
-MX = Packing(_mx_stored, _mx_pack, _mx_unpack)
-"""``mxfp4-pack-quantized`` and ``mxfp8-quantized``."""
+# --- how things lie in the files --------------------------------------------------------------------------------------
 
 
 def packing(quant: QuantSpec) -> Packing:
@@ -167,29 +43,25 @@ def packing(quant: QuantSpec) -> Packing:
         return MX
     if fmt.outer:
         return NVFP4
-    if fmt.element == INT4 or (fmt.element == INT8 and quant.input is None):
-        return WORDS
-    return PLAIN
+    return WORDS if fmt.element.integer and (fmt.element.bits < 8 or quant.input is None) else PLAIN
 
 
 def _word_for_packing(quant: QuantSpec) -> str:
     """The library's name for that layout."""
     assert quant.weight is not None
-    layout = packing(quant)
+    layout, element = packing(quant), quant.weight.element
+    if layout is PLAIN:
+        return "int-quantized" if element.integer else "float-quantized"
     if layout is MX:
-        return "mxfp8-quantized" if quant.weight.element == E4M3 else "mxfp4-pack-quantized"
-    if layout is NVFP4:
-        return "nvfp4-pack-quantized"
-    if layout is WORDS:
-        return "pack-quantized"
-    return "int-quantized" if quant.weight.element == INT8 else "float-quantized"
+        return "mxfp8-quantized" if element == E4M3 else "mxfp4-pack-quantized"
+    return next(word for word, other in BY_WORD.items() if other is layout)
 
 
 def input_scale(quant: QuantSpec) -> InputScale:
     """See `FileFormat.input_scale`."""
     if quant.input_scale == "outer":
         return InputScale("input_global_scale", (1,), reciprocal=True)
-    return InputScale("input_scale", (1,))
+    return InputScale("input_scale", (1,), any_float=True)
 
 
 def prescale(linear: LinearShape, quant: QuantSpec) -> bool:
@@ -217,8 +89,8 @@ def why_not(spec: DecoderSpec, quantization: Quantization) -> str | None:
         if quant.weight is None:
             return f"{name}: an input is quantized but not its weight, which compressed-tensors does not load"
         for fmt in (quant.weight, quant.input):
-            if fmt is not None and fmt.element not in (INT4, INT8, E4M3, E2M1):
-                return f"{name}: compressed-tensors has no word for {fmt}; use fp8 (E4M3)"
+            if fmt is not None and _why_not_format(fmt):
+                return f"{name}: compressed-tensors has no word for {fmt}{_why_not_format(fmt)}"
         if quant.prescale:
             return f"{name}: compressed-tensors has no place for a prescale vector; use --export hf"
     if len(set(quantization.kv.values())) > 1 or (quantization.kv and len(quantization.kv) != len(spec.layers)):
@@ -227,6 +99,15 @@ def why_not(spec: DecoderSpec, quantization: Quantization) -> str | None:
         if kv.k != kv.v or kv.k.block not in ((ALL, ALL), (1, ALL)):
             return f"compressed-tensors says one format for K and V, with a scale a layer or a head, not {kv}"
     return None
+
+
+def _why_not_format(fmt: Format) -> str | None:
+    if fmt.act_order:
+        return "; its library no longer reads the table of groups that act-order needs"
+    known = fmt.element.integer or fmt.element in (E4M3, E2M1)
+    if not known or fmt.zero not in (None, "int"):
+        return "; use fp8 (E4M3)"
+    return "; use nvfp4, whose blocks are of 16" if fmt.outer and fmt.block != (1, 16) else None
 
 
 def _args(fmt: Format, dynamic: bool | str, per_token: bool = False) -> dict[str, Any]:
@@ -299,10 +180,9 @@ def configs(spec: DecoderSpec, quantization: Quantization, names: Names) -> dict
 
 
 def _format(args: Mapping[str, Any], where: str) -> Format:
-    """QuantizationArgs as a Format (float scales as float32; the file says what they are)."""
-    bits, kind, strategy = args.get("num_bits"), args.get("type"), args.get("strategy")
-    group = args.get("group_size")
-    symmetric = args.get("symmetric", True)
+    """QuantizationArgs as a Format (float scales in a dtype of ours; the file says in which they really are)."""
+    bits, kind, strategy = args.get("num_bits"), args.get("type"), str(args.get("strategy"))
+    group, asym = args.get("group_size"), not args.get("symmetric", True)
     block = {
         "tensor": (ALL, ALL),
         "channel": (1, ALL),
@@ -311,31 +191,53 @@ def _format(args: Mapping[str, Any], where: str) -> Format:
         "group": (1, group),
         "tensor_group": (1, group),
         "block": tuple(args.get("block_structure") or ()),
-    }.get(str(strategy))
+    }.get(strategy)
+    if (
+        kind == "int"
+        and isinstance(bits, int)
+        and 2 <= bits <= 8
+        and block
+        and block[0] in (1, ALL)
+        and isinstance(block[1], int)
+    ):
+        return integer_format(bits, block, asym=asym)
     for fmt in FORMATS.values():
         if (
-            fmt.block == block
+            kind == "float"
+            and fmt.block == block
             and fmt.element.bits == bits
-            and fmt.element in (INT4, INT8, E4M3, E2M1)
-            and fmt.element.integer == (kind == "int")
-            and (fmt.zero is None) == bool(symmetric)
+            and fmt.element in (E4M3, E2M1)
+            and not asym
             and fmt.outer == (strategy == "tensor_group")
+            and (bits == 4 or (fmt.scale is E8M0) == (args.get("scale_dtype") == "torch.uint8"))
         ):
             return fmt
     raise UnsupportedError(f"{where}: compressed-tensors arguments {dict(args)} are not supported")
 
 
-def _matcher(targets: Sequence[str]) -> Callable[[str], bool]:
-    """Whether target or ignore patterns mean a linear, by its name: of a mixture there are thousands of both."""
-    exact = {pattern for pattern in targets if not pattern.startswith("re:")}
-    patterns = [re.compile(pattern[3:]) for pattern in targets if pattern.startswith("re:")]
-    return lambda module: "Linear" in exact or module in exact or any(p.match(module) for p in patterns)
+class _Patterns:
+    """What ``targets`` or ``ignore`` mean: names, ``re:`` patterns, and classes, of which every linear is a Linear."""
+
+    def __init__(self, patterns: list[str]) -> None:
+        self._exact = {pattern for pattern in patterns if not pattern.startswith("re:")}
+        self._expressions = [re.compile(pattern[3:]) for pattern in patterns if pattern.startswith("re:")]
+
+    def nearness(self, module: str) -> int:
+        """How exactly they mean a linear: by name 3, by pattern 2, by class 1, not at all 0."""
+        names = spellings(module)
+        if any(name in self._exact for name in names):
+            return 3
+        if any(expression.match(name) for name in names for expression in self._expressions):
+            return 2
+        return int("Linear" in self._exact)
 
 
 def _group_spec(group: Mapping[str, Any], where: str) -> QuantSpec:
     if not group.get("weights"):
         raise UnsupportedError(f"{where}: quantizes no weights, which is not supported")
     weight, inputs = _format(group["weights"], where), group.get("input_activations")
+    if inputs and not inputs.get("symmetric", True):
+        raise UnsupportedError(f"{where}: inputs with zero points are not supported")
     if group.get("output_activations"):
         raise UnsupportedError(f"{where}: output_activations are not supported")
     rank = group.get("lowrank", 0)
@@ -352,22 +254,24 @@ def _group_spec(group: Mapping[str, Any], where: str) -> QuantSpec:
 def read(files: Files, spec: DecoderSpec, names: Names) -> Quantization:
     """See `FileFormat.read`."""
     config = files.config["quantization_config"]
-    if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
-        raise UnsupportedError("compressed-tensors: sparse storage is not supported")
     if (config.get("transform_config") or {}).get("config_groups"):
         raise UnsupportedError("compressed-tensors: transforms are not supported")
-    groups = [(g.get("targets", []), _group_spec(g, name)) for name, g in config.get("config_groups", {}).items()]
-    ignored = _matcher(config.get("ignore") or [])
-    # a full name says more than a class
-    kinds = [(_matcher(targets), kind) for targets, kind in sorted(groups, key=lambda g: "Linear" in g[0])]
+    groups = [
+        (_Patterns(group.get("targets", [])), _group_spec(group, name), group.get("format") or config.get("format"))
+        for name, group in (config.get("config_groups") or {}).items()
+    ]
+    ignored = _Patterns(config.get("ignore") or [])
     quant: dict[str, QuantSpec] = {}
+    packings: dict[str, Packing] = {}
     for linear in spec.linears():
         module = names.module(linear.name)
-        if ignored(module) or (linear.name == "lm_head" and spec.tied):
+        if ignored.nearness(module) or (linear.name == "lm_head" and spec.tied):
             continue
-        for targeted, kind in kinds:
-            if targeted(module):
+        nearest = max((group[0].nearness(module) for group in groups), default=0)
+        for patterns, kind, word in groups:
+            if nearest and patterns.nearness(module) == nearest:
                 quant[linear.name] = _as_stored(kind, files, module)
+                packings[linear.name] = _packing_called(word, kind)
                 break
     scheme = config.get("kv_cache_scheme")
     kv = {}
@@ -376,13 +280,26 @@ def read(files: Files, spec: DecoderSpec, names: Names) -> Quantization:
             raise UnsupportedError("compressed-tensors: a dynamic kv_cache_scheme is not supported")
         fmt = _format(scheme, "kv_cache_scheme")
         kv = dict.fromkeys(range(len(spec.layers)), KVSpec(fmt, fmt))
-    return Quantization(quant, kv)
+    return Quantization(quant, kv, packings=packings)
+
+
+def _packing_called(word: str | None, kind: QuantSpec) -> Packing:
+    """How weights lie by the library's name for it; several names may lead to one file."""
+    if word in (None, "mixed-precision"):
+        return packing(kind)
+    if word not in BY_WORD:
+        raise UnsupportedError(
+            f"compressed-tensors: format '{word}' of {kind} is not read; known: {', '.join(BY_WORD)}"
+        )
+    return BY_WORD[str(word)]
 
 
 def _as_stored(kind: QuantSpec, files: Files, module: str) -> QuantSpec:
-    """The spec with the float dtype in which this linear's scales really are."""
+    """The spec with the float dtype in which this linear's scales really are, and act-order where it has its table."""
     assert kind.weight is not None
-    entry = files.entries.get(f"{module}.weight_scale")
-    if isinstance(kind.weight.scale, Element) or entry is None or not entry.dtype.is_floating_point:
-        return kind  # a missing tensor is reported with all the others
-    return replace(kind, weight=replace(kind.weight, scale=entry.dtype))
+    weight, entry = kind.weight, files.entries.get(f"{module}.weight_scale")
+    if weight.element.integer and f"{module}.weight_g_idx" in files.entries:
+        weight = integer_format(weight.element.bits, weight.block, asym=weight.zero is not None, act_order=True)
+    if isinstance(weight.scale, Element) or entry is None or not entry.dtype.is_floating_point:
+        return replace(kind, weight=weight)  # a missing tensor is reported with all the others
+    return replace(kind, weight=replace(weight, scale=entry.dtype))

@@ -16,6 +16,7 @@ from fewbit.checkpoint.files import Files
 from fewbit.checkpoint.formats import hf
 from fewbit.checkpoint.layout import InputScale, Packing, Quantization, Shape, Stored
 from fewbit.checkpoint.names import Names
+from fewbit.checkpoint.packings.modelopt import INT4_ROWS
 from fewbit.checkpoint.trtllm.modules import Parallel, modules
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.numerics.element import E4M3, INT4
@@ -60,7 +61,7 @@ def algorithm(quant: QuantSpec) -> str | None:
     if weight is None or quant.lowrank:
         return None
     plain = replace(quant, prescale=False)
-    if weight.element == INT4 and weight.grouped and weight.zero is None:
+    if weight.element == INT4 and weight.grouped and weight.zero is None and not weight.act_order:
         plain = replace(plain, weight=_INT4)
     word = next((word for word, meaning in ALGORITHMS.items() if meaning == plain), None)
     return "NVFP4_AWQ" if word == "NVFP4" and quant.prescale else word
@@ -91,15 +92,15 @@ def why_not(spec: DecoderSpec, quantization: Quantization) -> str | None:
 
 
 def _w4a8_stored(fmt: Format, shape: Shape) -> dict[str, Stored]:
-    return hf.INT4_ROWS.stored(fmt, shape) | {"weight_scale_2": Stored(torch.float32, ())}
+    return INT4_ROWS.stored(fmt, shape) | {"weight_scale_2": Stored(torch.float32, ())}
 
 
 def _w4a8_pack(q: QTensor) -> dict[str, Tensor]:
     """The second scale is not part of the weight: TensorRT-LLM keeps the first divided by it, in float16."""
-    return hf.INT4_ROWS.pack(q) | {"weight_scale_2": q.dequantize().abs().amax() / E4M3.max}
+    return INT4_ROWS.pack(q) | {"weight_scale_2": q.dequantize().abs().amax() / E4M3.max}
 
 
-W4A8 = Packing(_w4a8_stored, _w4a8_pack, hf.INT4_ROWS.unpack)
+W4A8 = Packing(_w4a8_stored, _w4a8_pack, INT4_ROWS.unpack)
 """INT4 weights for FP8 inputs."""
 
 
@@ -109,21 +110,21 @@ def packing(quant: QuantSpec) -> Packing:
     if quant.weight.element == INT4:
         if not quant.weight.grouped:
             return INT4_BY_ROW
-        return W4A8 if quant.input is not None else hf.INT4_ROWS
+        return W4A8 if quant.input is not None else INT4_ROWS
     return hf.packing(quant)
 
 
 def _by_row_stored(fmt: Format, shape: Shape) -> dict[str, Stored]:
-    return hf.INT4_ROWS.stored(fmt, shape) | {"weight_scale": Stored(torch.float32, (shape[0],))}
+    return INT4_ROWS.stored(fmt, shape) | {"weight_scale": Stored(torch.float32, (shape[0],))}
 
 
 def _by_row_pack(q: QTensor) -> dict[str, Tensor]:
-    return hf.INT4_ROWS.pack(q) | {"weight_scale": q.scale.float().reshape(-1)}
+    return INT4_ROWS.pack(q) | {"weight_scale": q.scale.float().reshape(-1)}
 
 
 def _by_row_unpack(parts: Mapping[str, Tensor], fmt: Format, shape: Shape) -> QTensor:
     scale = parts["weight_scale"].reshape(-1, 1)
-    return hf.INT4_ROWS.unpack({**parts, "weight_scale": scale}, fmt, shape)
+    return INT4_ROWS.unpack({**parts, "weight_scale": scale}, fmt, shape)
 
 
 INT4_BY_ROW = Packing(_by_row_stored, _by_row_pack, _by_row_unpack)

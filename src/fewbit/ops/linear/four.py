@@ -217,7 +217,7 @@ class _Fp4Linear(_FourLinear):
         stored = torch.cat([E.decode(w.scale) for w in weights if isinstance(E := w.format.scale, Element)])
         self.words = self._codes(pieces, 0, gated)
         self.scales, row = pack_block_scales(order(stored).repeat_interleave(weights[0].format.block[1] // 16, 1))
-        outer = [row.new_ones(w.shape[0]) if w.outer is None else w.outer.expand(w.shape[0]) for w in weights]
+        outer = [row.new_ones(w.shape[0]) if w.outer is None else w.outer.float().expand(w.shape[0]) for w in weights]
         self.row = row * order(torch.cat(outer))  # float32 [N]
 
     @property
