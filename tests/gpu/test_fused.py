@@ -116,7 +116,7 @@ def test_perplexity_is_that_of_the_cpu(models, recipe, kv):
         assert math.exp(found) == pytest.approx(expected, rel=2e-2 if recipe in FOUR_BIT_INPUTS else 5e-3)
     alone = [math.exp(stepped(machine.runner, [w])) for w in windows[:2]]  # other kernels: one token at a time
     both = evaluate(open_checkpoint(path), None, windows[:2], torch.device("cpu")).perplexity.value
-    assert math.sqrt(alone[0] * alone[1]) == pytest.approx(both, rel=1e-2)
+    assert math.sqrt(alone[0] * alone[1]) == pytest.approx(both, rel=5e-2 if recipe in FOUR_BIT_INPUTS else 1e-2)
 
 
 def test_greedy_answers_are_those_of_transformers():

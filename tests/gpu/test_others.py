@@ -56,7 +56,9 @@ def test_a_mixture_says_what_it_says_on_a_cpu(mixtures, family):
     engine = open_engine(mixtures[family], EngineOptions(device="cuda:0", max_model_len=128, kv_bytes=1 << 24))
     assert not isinstance(engine.runner, GpuRunner)
     asked = [
-        GenerateRequest(id=f"r{n}", prompt=tuple(tokens[: 10 + n]), params=SamplingParams(max_tokens=8))
+        GenerateRequest(
+            id=f"r{n}", prompt=tuple(tokens[: 10 + n]), params=SamplingParams(max_tokens=8, ignore_eos=True)
+        )
         for n in range(3)
     ]
     assert [len(output.tokens) for output in generate(engine, asked)] == [8, 8, 8]
@@ -76,7 +78,7 @@ def test_a_mixture_is_compressed_as_on_a_cpu(mixtures, tmp_path, family, recipe)
     counts = [report.experts for report in reports]
     assert counts[0].keys() == counts[1].keys()
     for name, seen in counts[0].items():
-        assert counts[1][name] == pytest.approx(seen, rel=0.02, abs=8)
+        assert counts[1][name] == pytest.approx(seen, rel=0.05, abs=8)
     kls = [
         evaluate(open_checkpoint(tmp_path / where), checkpoint, [ids(96, 256, seed) for seed in range(8)], CPU).kl_mean
         for where in ("cpu", "cuda0")
@@ -97,7 +99,8 @@ def test_int4_k_and_v(tmp_path, kv):
     engine = open_engine(tmp_path / "m", EngineOptions(device="cuda:0", max_model_len=256, kv_bytes=1 << 26))
     assert not isinstance(engine.runner, GpuRunner)
     (output,) = generate(
-        engine, [GenerateRequest(id="r", prompt=tuple(windows[0][:50]), params=SamplingParams(max_tokens=20))]
+        engine,
+        [GenerateRequest(id="r", prompt=tuple(windows[0][:50]), params=SamplingParams(max_tokens=20, ignore_eos=True))],
     )
     assert len(output.tokens) == 20
 
