@@ -24,26 +24,22 @@ from unittest import mock
 import torch
 import typer
 
-from fewbit.checkpoint import formats
-from fewbit.checkpoint.layout import Quantization
 from fewbit.cli import app
 from fewbit.compress import built_in, read_recipe
-from fewbit.compress.recipe import KV_FORMATS
 from fewbit.engine import check
 from fewbit.engine.config import EngineOptions
 from fewbit.engine.types import EngineDownError, OverloadedError, Stats
 from fewbit.errors import RequestError
 from fewbit.measure import facts
+from fewbit.measure import support as kinds
 from fewbit.numerics.element import Element
 from fewbit.numerics.format import ALL, FORMATS, Format
-from fewbit.numerics.quantspec import KVSpec
 from fewbit.ops.device import DeviceInfo
 from fewbit.serve import body, connection, schema
 from fewbit.serve.kserve import _NEUTRAL, GenerateBody
 from fewbit.serve.metrics import Metrics
 from fewbit.serve.problems import GenerationError, UnknownModelError, problem_of
 from fewbit.spec.families import families
-from fewbit.spec.hfconfig import HFConfig
 from fewbit.text import chat
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,14 +101,17 @@ def architectures() -> str:
 
 def exports() -> str:
     """Which export can say which recipe, for an ordinary decoder."""
-    llama = families()["llama"]
-    spec = llama.read(HFConfig(llama.TINY | {"hidden_size": 1024, "head_dim": 256}))  # room for branches
-    ruled = {name: recipe for name in built_in() if not (recipe := read_recipe(name)).auto}
-    asked = {f"`{name}`": Quantization(recipe.resolve(spec), {}) for name, recipe in ruled.items()}
-    for name, fmt in KV_FORMATS.items():
-        asked[f"`--kv {name}`"] = Quantization({}, dict.fromkeys(range(len(spec.layers)), KVSpec(fmt, fmt)))
-    rows = [[name, *("no" if f.why_not(spec, q) else "yes" for f in formats().values())] for name, q in asked.items()]
-    return table(["recipe", *(code(name) for name in formats())], rows)
+    return kinds.by_format().markdown()
+
+
+def engines() -> str:
+    """In which export an engine loads which recipe."""
+    return kinds.by_engine().markdown()
+
+
+def families_and_formats() -> str:
+    """How many of the recipes an export can say for a family."""
+    return kinds.by_family().markdown()
 
 
 # --- commands and the server ------------------------------------------------------------------------------------------
@@ -257,6 +256,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "numeric_formats": numeric_formats,
     "architectures": architectures,
     "exports": exports,
+    "engines": engines,
+    "families_and_formats": families_and_formats,
     "commands": commands,
     "fields": fields,
     "errors": errors,

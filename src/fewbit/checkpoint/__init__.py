@@ -1,7 +1,7 @@
 """Files in, files out: canonical names and QTensors on one side, each format's names and packings on the other."""
 
 from fewbit.checkpoint.checkpoint import Checkpoint, Tensors, open_checkpoint
-from fewbit.checkpoint.conversion import Conversion, Exported, convert, export, plan_export
+from fewbit.checkpoint.conversion import Conversion, Exported, convert, export, plan_export, plan_for
 from fewbit.checkpoint.formats import format_named, formats
 from fewbit.checkpoint.locate import locate
 from fewbit.checkpoint.sources import text_folder
@@ -25,5 +25,6 @@ __all__ = [
     "locate",
     "open_checkpoint",
     "plan_export",
+    "plan_for",
     "text_folder",
 ]

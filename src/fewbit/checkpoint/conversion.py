@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fewbit.checkpoint import shared
+from fewbit.checkpoint.acceptance import Row, rows_of
 from fewbit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fewbit.checkpoint.formats import FileFormat, format_named, trtllm
 from fewbit.checkpoint.layout import Quantization
@@ -82,7 +83,29 @@ class Exported:
     nbytes: int
 
 
-def plan_export(checkpoint: Checkpoint, to: str, requantize: bool = False, layout: Target | None = None) -> Conversion:
+@dataclass(frozen=True)
+class _Target:
+    """What a format can say and, if it is for an engine, what that one loads."""
+
+    fmt: FileFormat
+    spec: DecoderSpec
+    row: Row | None
+
+    def why_not(self, quantization: Quantization) -> str | None:
+        reason = self.fmt.why_not(self.spec, quantization)
+        return reason if reason or self.row is None else self.row.why_not(quantization)
+
+    def why_not_linear(self, name: str, quant: QuantSpec) -> str | None:
+        return self.why_not(Quantization({name: quant}, {}))
+
+
+def plan_export(
+    checkpoint: Checkpoint,
+    to: str,
+    requantize: bool = False,
+    layout: Target | None = None,
+    row: Row | None = None,
+) -> Conversion:
     """Settle how a model can be said in another format.
 
     Args:
@@ -90,62 +113,85 @@ def plan_export(checkpoint: Checkpoint, to: str, requantize: bool = False, layou
         to: the file format.
         requantize: round anew what the target cannot say.
         layout: how to lay out a TensorRT-LLM checkpoint.
+        row: what the engine loads that it is for.
 
     Raises:
         UnsupportedError: the target cannot say it; the message names the layers.
     """
-    fmt, spec, layout = format_named(to), checkpoint.spec, layout or Target()
-    if fmt.NAME != trtllm.NAME and layout != Target():
+    target, layout = _Target(format_named(to), checkpoint.spec, row), layout or Target()
+    if to != trtllm.NAME and layout != Target():
         raise UnsupportedError(f"only '{trtllm.NAME}' is split over ranks or laid out for NIM, not '{to}'")
-    quant, rounded, refused = dict(checkpoint.quant), dict[str, str](), dict[str, str]()
-    for name, was in checkpoint.quant.items():
-        reason = _why_not_linear(fmt, spec, name, was)
-        for same in _restated(checkpoint, name, was) if reason else ():
-            if not _why_not_linear(fmt, spec, name, same):
-                quant[name], reason = same, None
-                break
-        if reason:
-            found = nearest_linear(was, lambda q, name=name: not _why_not_linear(fmt, spec, name, q))  # type: ignore[misc]
-            if found is None or not requantize:
-                refused[name] = reason
-            else:
-                quant[name], rounded[name] = found, f"{was} becomes {found}"
-    _refuse(refused, "linears", requantize)
-    kv, rescaled = dict(checkpoint.kv), dict[int, str]()
-    if kv and (reason := fmt.why_not(spec, Quantization({}, kv))):
-        other = nearest_kv(kv[0], lambda k: not fmt.why_not(spec, Quantization({}, dict.fromkeys(kv, k))))
-        if other is None or not requantize:
-            raise UnsupportedError(reason + ("" if requantize else _HINT))
-        rescaled = {layer: f"{was} becomes {other}" for layer, was in kv.items() if was != other}
-        kv = dict.fromkeys(kv, other)
-    if reason := fmt.why_not(spec, Quantization(quant, kv)):
+    quant, rounded = _plan_linears(checkpoint, target, requantize)
+    kv, rescaled = _plan_caches(checkpoint, target, requantize)
+    if reason := target.why_not(Quantization(quant, kv)):
         raise UnsupportedError(reason)
-    if fmt.NAME != trtllm.NAME:
+    if to != trtllm.NAME:
         return Conversion(checkpoint, to, quant, kv, rounded, rescaled)
     check(checkpoint, Quantization(quant, kv), layout)
-    together, inputs = shared.differing(checkpoint, quant, rounded, sharing(spec))
+    together, inputs = shared.differing(checkpoint, quant, rounded, sharing(checkpoint.spec))
     if (reason := shared.refusal(together, inputs)) and not requantize:
         raise UnsupportedError(reason + _HINT)
     rounded |= {n: how for n, how in shared.say(together, inputs, quant) if n not in rounded}
     return Conversion(checkpoint, to, quant, kv, rounded, rescaled, together, inputs, layout)
 
 
-_HINT = "; or let it be rounded anew with --requantize"
+def plan_for(checkpoint: Checkpoint, engine: str, requantize: bool = False) -> Conversion:
+    """Settle in which format an engine loads a model; see `plan_export`.
+
+    Raises:
+        UnsupportedError: in none, as it is; the message says what stands in the way.
+    """
+    rows, reasons = rows_of(engine), dict[str, str]()
+    for anew in (False, True) if requantize else (False,):
+        for row in rows:
+            try:
+                return plan_export(checkpoint, row.dialect, anew, row=row)
+            except UnsupportedError as error:
+                reasons = {**reasons, row.dialect: str(error).removesuffix(_HINT)}
+    raise UnsupportedError("; ".join(reasons.values()) + ("" if requantize else _HINT))
 
 
-def _refuse(refused: Mapping[str, str], what: str, requantize: bool) -> None:
+def _plan_linears(
+    checkpoint: Checkpoint, target: _Target, requantize: bool
+) -> tuple[dict[str, QuantSpec], dict[str, str]]:
+    """The numerics of every linear, and which of them change how."""
+    quant, rounded, refused = dict(checkpoint.quant), dict[str, str](), dict[str, str]()
+    for name, was in checkpoint.quant.items():
+        reason = target.why_not_linear(name, was)
+        for same in _restated(checkpoint, name, was) if reason else ():
+            if not target.why_not_linear(name, same):
+                quant[name], reason = same, None
+                break
+        if reason:
+            found = nearest_linear(was, lambda q, name=name: not target.why_not_linear(name, q))  # type: ignore[misc]
+            if found is None or not requantize:
+                refused[name] = reason
+            else:
+                quant[name], rounded[name] = found, f"{was} becomes {found}"
     if refused:
-        first = next(iter(refused))
-        more = f" (and {len(refused) - 1} more {what}: {_some(list(refused)[1:])})" if len(refused) > 1 else ""
-        raise UnsupportedError(f"{refused[first]}{more}" + ("" if requantize else _HINT))
+        others = list(refused)[1:]
+        more = f" (and {len(others)} more linears: {_some(others)})" if others else ""
+        hint = "; whatever it can say needs calibrated inputs: compress the original for it" if requantize else _HINT
+        raise UnsupportedError(f"{next(iter(refused.values()))}{more}{hint}")
+    return quant, rounded
+
+
+def _plan_caches(checkpoint: Checkpoint, target: _Target, requantize: bool) -> tuple[dict[int, KVSpec], dict[int, str]]:
+    """The formats of K and V, and which of them change how."""
+    kv = dict(checkpoint.kv)
+    if not kv or not (reason := target.why_not(Quantization({}, kv))):
+        return kv, {}
+    other = nearest_kv(kv[0], lambda k: not target.why_not(Quantization({}, dict.fromkeys(kv, k))))
+    if other is None or not requantize:
+        raise UnsupportedError(reason + ("" if requantize else _HINT))
+    return dict.fromkeys(kv, other), {layer: f"{was} becomes {other}" for layer, was in kv.items() if was != other}
+
+
+_HINT = "; or let it be rounded anew with --requantize"
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-
-
-def _why_not_linear(fmt: FileFormat, spec: DecoderSpec, name: str, quant: QuantSpec) -> str | None:
-    return fmt.why_not(spec, Quantization({name: quant}, {}))
 
 
 def _restated(checkpoint: Checkpoint, name: str, quant: QuantSpec) -> Iterator[QuantSpec]:

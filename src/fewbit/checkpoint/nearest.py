@@ -31,7 +31,7 @@ def nearest_linear(was: QuantSpec, sayable: Callable[[QuantSpec], bool]) -> Quan
     inputs: list[tuple[Format | None, InputScale]] = [(was.input, was.input_scale), (None, "dynamic")]
     inputs += [(FORMATS[name], scale) for name, scale in _INPUTS if scale == "dynamic" or was.calibrated]
     candidates = (QuantSpec(w, i, s) for w, (i, s) in itertools.product(FORMATS.values(), inputs))
-    return min(filter(sayable, candidates), key=lambda candidate: _distance(was, candidate), default=None)
+    return min(filter(sayable, candidates), key=lambda candidate: distance(was, candidate), default=None)
 
 
 def nearest_kv(was: KVSpec, sayable: Callable[[KVSpec], bool]) -> KVSpec | None:
@@ -40,7 +40,8 @@ def nearest_kv(was: KVSpec, sayable: Callable[[KVSpec], bool]) -> KVSpec | None:
     return min(filter(sayable, candidates), key=lambda kv: _weight_distance(was.k, kv.k), default=None)
 
 
-def _distance(was: QuantSpec, other: QuantSpec) -> tuple[float, ...]:
+def distance(was: QuantSpec, other: QuantSpec) -> tuple[float, ...]:
+    """How far numerics are from given ones, for `min`: what counts most comes first."""
     assert was.weight is not None
     assert other.weight is not None
     return *_weight_distance(was.weight, other.weight)[:3], *_input_distance(was, other), *_weight_distance(

@@ -35,6 +35,7 @@ for command in (
     serve.serve,
     make.evaluate,
     look.explain,
+    look.support,
     look.doctor,
     demo.demo,
 ):

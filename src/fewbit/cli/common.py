@@ -72,6 +72,10 @@ QuietOption = Annotated[bool, typer.Option("-q", "--quiet", callback=_set_quiet,
 VerboseOption = Annotated[
     bool, typer.Option("-v", "--verbose", callback=_set_verbose, is_eager=True, help="Tracebacks, and more words.")
 ]
+EngineOption = Annotated[
+    str | None,
+    typer.Option("--for", metavar="ENGINE", help="In the format that this engine loads (a wrong name lists them)."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 BackendOption = Annotated[str, typer.Option("--backend", help="Kernel to use for every linear.")]
 

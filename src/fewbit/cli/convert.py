@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fewbit.cli.common import (
+    EngineOption,
     JsonOption,
     ModelArgument,
     QuietOption,
@@ -34,8 +35,9 @@ class Layout(enum.StrEnum):
 
 def export(
     model: ModelArgument,
-    to: Annotated[str, typer.Option("--to", help="File format (a wrong name lists them).")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    to: Annotated[str | None, typer.Option("--to", help="File format (a wrong name lists them).")] = None,
+    engine: EngineOption = None,
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Round anew what the format cannot say; what exactly is printed.")
     ] = False,
@@ -50,17 +52,27 @@ def export(
     verbose: VerboseOption = False,
 ) -> None:
     """Write a model in another file format: the same codes and scales, compared when all is written."""
-    from fewbit.checkpoint import Parallel, Target, check_target, convert, plan_export
+    from fewbit.checkpoint import Parallel, Target, check_target, convert, plan_export, plan_for
+    from fewbit.errors import RecipeError
 
+    if (to is None) == (engine is None):
+        raise RecipeError("give --to FORMAT or --for ENGINE, one of them")
     checkpoint = open_model(model)
     check_target(output, force, checkpoint.path)
-    planned = plan_export(checkpoint, to, requantize, Target(Parallel(tp, pp), layout is Layout.NIM))
+    laid_out = Target(Parallel(tp, pp), layout is Layout.NIM)
+    if to is not None:
+        planned = plan_export(checkpoint, to, requantize, laid_out)
+    elif laid_out != Target():
+        raise RecipeError("--tp, --pp and --layout go with --to trtllm")
+    else:
+        assert engine is not None
+        planned = plan_for(checkpoint, engine, requantize)
     _show_plan(planned)
     with progress() as bars:
         found = convert(planned, output, force=force, progress=lambda done, total: bars("export", done, total))
     if json:
         rounded = {"rounded": dict(planned.rounded), "rescaled": dict(planned.rescaled)}
-        return print_json("export", {"output": str(output), "format": to, **vars(found), **rounded})
+        return print_json("export", {"output": str(output), "format": planned.to, **vars(found), **rounded})
     _show_result(planned, found, output)
     return None
 

@@ -1,4 +1,4 @@
-"""Commands that only look: inspect, plan, explain, doctor."""
+"""Commands that only look: inspect, plan, explain, support, doctor."""
 
 from __future__ import annotations
 
@@ -56,8 +56,12 @@ def inspect(
             ),
             ("K/V cache", f"{found.kv}, {found.kv_bytes_per_token:,} bytes per token"),
             ("beside it", ", ".join(found.carried) or "nothing: no tokenizer"),
+            ("loaded by", ", ".join(f"{name} {version}" for name, version, reason in found.engines if not reason)),
         ]
     )
+    for _, _, reason in found.engines:
+        if reason:
+            print(f"  not: {reason}")
     print()
     table(["linears", "numerics"], found.groups)
 
@@ -150,6 +154,27 @@ def explain(
             print(f"  not {kernel}: {reason}")
         if group.remark:
             print(f"  note: {group.remark}")
+    return None
+
+
+def support(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Tables as Markdown has them.")] = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Which families, recipes, file formats and engines go together."""
+    from fewbit.measure import support as found
+
+    made = found.tables()
+    if json:
+        return print_json("support", {"tables": [vars(one) for one in made]})
+    for number, one in enumerate(made):
+        if markdown:
+            print(f"{chr(10) if number else ''}## {one.title}\n\n{one.markdown()}", end="")
+        else:
+            table(one.columns, one.rows, title=one.title)
+            print()
     return None
 
 

@@ -10,6 +10,7 @@ import typer
 
 from fewbit.cli.common import (
     DeviceOption,
+    EngineOption,
     JsonOption,
     ModelArgument,
     QuietOption,
@@ -62,8 +63,9 @@ def compress(
         str | None, typer.Option("--method", help="Range of calibrated scales: max, percentile, mse or entropy.")
     ] = None,
     export: Annotated[
-        str, typer.Option("--export", help="compressed-tensors, hf, gptq or awq.")
-    ] = "compressed-tensors",
+        str | None, typer.Option("--export", help="compressed-tensors, hf, gptq or awq. [default: compressed-tensors]")
+    ] = None,
+    engine: EngineOption = None,
     sample_tokens: Annotated[
         int | None, typer.Option("--sample-tokens", min=0, help="Length of the sample before and after; 0: none.")
     ] = None,
@@ -80,6 +82,7 @@ def compress(
     from fewbit.checkpoint import check_target, open_checkpoint
     from fewbit.compress.ranks import Ranks, own_gpu
     from fewbit.compress.recipe import source_of
+    from fewbit.errors import RecipeError
 
     where = device_of(own_gpu() or device if device in (None, "cuda") else device)
     ranks = Ranks.join(where)
@@ -91,12 +94,16 @@ def compress(
     c = replace(c, samples=samples or c.samples, length=length or c.length, data=data, seed=seed or c.seed)
     chosen = replace(chosen, calibration=c).with_method(method)
     check_target(output, force, checkpoint.path)
+    if export and engine:
+        raise RecipeError("--export and --for both name the format; give one of them")
+    if engine:
+        export = room.dialect(checkpoint, chosen, engine)
     if chosen.auto is not None:
         with progress() as bars:
             decision = ranks.first(lambda: room.decide(checkpoint, chosen, where, bars))
         _show_decision(decision)
         chosen = decision.recipe
-    planned = room.plan(checkpoint, chosen, export)
+    planned = room.plan(checkpoint, chosen, export or "compressed-tensors")
     _show_plan(checkpoint, planned)
     before = _sample(checkpoint, where, sample_tokens) if ranks.rank == 0 else None
     with progress() as bars:

@@ -1,7 +1,7 @@
 """Make it small: recipes, the block loop, techniques."""
 
 from fewbit.compress.decide import Decision, decide
-from fewbit.compress.plan import Plan, Report, plan
+from fewbit.compress.plan import Plan, Report, dialect, plan
 from fewbit.compress.recipe import Recipe, built_in, group_name, read_recipe, summary
 from fewbit.compress.run import compress
 from fewbit.compress.verify import Verified, bits_per_weight, verify
@@ -16,6 +16,7 @@ __all__ = [
     "built_in",
     "compress",
     "decide",
+    "dialect",
     "group_name",
     "plan",
     "read_recipe",

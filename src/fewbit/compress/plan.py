@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from fewbit.checkpoint import Checkpoint, format_named
+from fewbit.checkpoint.acceptance import dialect_for, engines, nearest
 from fewbit.checkpoint.layout import Quantization
-from fewbit.compress.recipe import Recipe
+from fewbit.compress.recipe import Recipe, built_in, read_recipe
 from fewbit.compress.verify import Verified
 from fewbit.errors import RecipeError, UnsupportedError
 from fewbit.numerics.quantspec import KVSpec, QuantSpec
@@ -108,3 +109,29 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, export: str = "compressed-tenso
     needy = any(t.needs != "none" for t in recipe.techniques)
     calibrated = bool(kv) or needy or any(q.calibrated for q in quant.values())
     return Plan(recipe, spec, quant, kv, export, calibrated)
+
+
+def dialect(checkpoint: Checkpoint, recipe: Recipe, engine: str) -> str:
+    """The file format in which an engine loads what a recipe makes of a model, known before anything is measured.
+
+    Raises:
+        UnsupportedError: in none; the message names the nearest recipe that it does load.
+    """
+    spec = checkpoint.spec
+    if recipe.auto is not None:  # any mixture of its candidates
+        kinds = [read_recipe(name).rules[0].quant for name in recipe.auto.candidates if name != "none"]
+        linears = [linear.name for linear in spec.linears() if linear.name != "lm_head"]
+        quant = {name: kinds[number % len(kinds)] for number, name in enumerate(linears)}
+    else:
+        quant = recipe.resolve(spec)
+    kv = dict.fromkeys(range(len(spec.layers)), recipe.kv) if recipe.kv else {}
+    try:
+        return dialect_for(engine, spec, Quantization(quant, kv))
+    except UnsupportedError as error:
+        if engine not in engines():
+            raise
+        known = {name: read_recipe(name) for name in built_in()}
+        simple = {name: r.rules[0].quant for name, r in known.items() if r.rules and not r.splitting}
+        found = nearest(engine, spec, Quantization(quant, {}), simple)
+        hint = f"; the nearest recipe that it does load is '{found}'" if found and found != recipe.name else ""
+        raise UnsupportedError(f"{error}{hint}") from None

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from fewbit.checkpoint import Checkpoint
+from fewbit.checkpoint.acceptance import loaders
+from fewbit.checkpoint.layout import Quantization
 from fewbit.compress import Plan, bits_per_weight, group_name, summary
 from fewbit.engine.fit import kv_bytes_per_token, need
 from fewbit.model.load import Loader, choices
@@ -35,6 +37,7 @@ class Facts:
         kv: how K and V are stored.
         kv_bytes_per_token: of all layers.
         carried: tokenizer and other files beside the weights.
+        engines: engines of the acceptance table, with their version, and why they do not load it; None: they do.
     """
 
     architecture: str
@@ -56,12 +59,14 @@ class Facts:
     kv: str
     kv_bytes_per_token: int
     carried: tuple[str, ...]
+    engines: tuple[tuple[str, str, str | None], ...]
 
 
 def inspect(checkpoint: Checkpoint) -> Facts:
     """The facts of an open checkpoint."""
     spec, first = checkpoint.spec, checkpoint.spec.layers[0].attention
     linears = [linear for linear in spec.linears() if not (linear.name == "lm_head" and spec.tied)]
+    plain = checkpoint.format == "hf" and not checkpoint.quant and not checkpoint.kv
     kv = ", ".join(dict.fromkeys(str(v) for v in checkpoint.kv.values())) or _short(checkpoint.dtype)
     return Facts(
         architecture=checkpoint.config["architectures"][0],
@@ -74,7 +79,7 @@ def inspect(checkpoint: Checkpoint) -> Facts:
         head_dim=first.head_dim,
         vocab=spec.vocab,
         context=spec.context,
-        format=checkpoint.format if checkpoint.quant or checkpoint.kv else "unquantized Hugging Face",
+        format="unquantized Hugging Face" if plain else checkpoint.format,
         dtype=_short(checkpoint.dtype),
         groups=tuple(summary(checkpoint.quant, spec)),
         quantized_linears=len(checkpoint.quant),
@@ -83,6 +88,7 @@ def inspect(checkpoint: Checkpoint) -> Facts:
         kv=kv,
         kv_bytes_per_token=kv_bytes_per_token(spec, checkpoint.kv, checkpoint.dtype),
         carried=tuple(checkpoint.files),
+        engines=tuple(loaders(checkpoint.format, Quantization(checkpoint.quant, checkpoint.kv))),
     )
 
 

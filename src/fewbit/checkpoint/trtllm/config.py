@@ -236,10 +236,8 @@ def hf_config(
     return found
 
 
-def quantization_of(
-    config: Mapping[str, Any], mixed: Mapping[str, Any] | None, spec: DecoderSpec
-) -> dict[str, Any] | None:
-    """What is quantized how, for `fewbit.checkpoint.formats.trtllm`: words by canonical linear; None: nothing is.
+def quantization_of(config: Mapping[str, Any], mixed: Mapping[str, Any] | None, spec: DecoderSpec) -> dict[str, Any]:
+    """What is quantized how, for `fewbit.checkpoint.formats.trtllm`: words by canonical linear.
 
     Args:
         config: TensorRT-LLM's config.json.
@@ -248,8 +246,6 @@ def quantization_of(
     """
     said = config.get("quantization") or {}
     algo, cache = said.get("quant_algo"), said.get("kv_cache_quant_algo")
-    if algo is None and cache is None:
-        return None
     linears = {linear.name for linear in spec.linears()}
     titles = {m.title: m.members for m in modules(spec, Parallel()) if m.members[0] in linears}
     words: dict[str, Any] = {}

@@ -73,9 +73,8 @@ class TrtFiles:
         spec = family.read(HFConfig(self.config))
         mixed = read_json(root / QUANT_CFG) if (root / QUANT_CFG).is_file() else None
         said = quantization_of(config, mixed, spec)
-        if said is not None:
-            self.config["quantization_config"] = said
-        self._words: dict[str, dict[str, Any]] = said["linears"] if said else {}
+        self.config["quantization_config"] = said
+        self._words: dict[str, dict[str, Any]] = said["linears"]
         self._vocab = spec.vocab
         self._names = Names(family, spec)
         self.entries: dict[str, Stored] = {}
