@@ -16,7 +16,7 @@ from fewbit.checkpoint.names import Names
 from fewbit.checkpoint.places import Places
 from fewbit.model import Decoder, DenseAttend
 from fewbit.spec.decoder import DecoderSpec
-from fewbit.spec.families import families
+from fewbit.spec.families import Family, families
 from fewbit.spec.hfconfig import HFConfig
 
 VOCAB = 384
@@ -49,7 +49,7 @@ def make_model(
     """
     path.mkdir(parents=True, exist_ok=True)
     kind = families()[family]
-    config = {**kind.TINY, "vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, **overrides}
+    config = {**kind.TINY, _vocab(kind): VOCAB, "bos_token_id": 1, "eos_token_id": 2, **overrides}
     config["dtype"] = str(dtype).removeprefix("torch.")
     (path / "config.json").write_text(json.dumps(config))
     spec = kind.read(HFConfig(config))
@@ -66,8 +66,12 @@ def make_model(
         tensors[name] = value.to(dtype)
     save_file(stored(Places(names, spec, {}), tensors), path / "model.safetensors", metadata={"format": "pt"})
     if with_tokenizer:
-        write_tokenizer(path, config["vocab_size"], chat)
+        write_tokenizer(path, config[_vocab(kind)], chat)
     return path
+
+
+def _vocab(kind: Family) -> str:
+    return "padded_vocab_size" if "padded_vocab_size" in kind.TINY else "vocab_size"
 
 
 def centred(spec: DecoderSpec, name: str) -> bool:

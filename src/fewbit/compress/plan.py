@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from fewbit.checkpoint import Checkpoint, format_named
 from fewbit.checkpoint.acceptance import dialect_for, engines, nearest
 from fewbit.checkpoint.layout import Quantization
+from fewbit.checkpoint.names import Names
+from fewbit.checkpoint.places import Places
 from fewbit.compress.recipe import Recipe, built_in, read_recipe
 from fewbit.compress.verify import Verified
 from fewbit.errors import RecipeError, UnsupportedError
@@ -97,6 +99,7 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, export: str = "compressed-tenso
         raise UnsupportedError("a TensorRT-LLM checkpoint is made of a compressed model: use fewbit export --to trtllm")
     if reason := format_named(export).why_not(spec, Quantization(quant, kv)):
         raise UnsupportedError(reason)
+    Places(Names(checkpoint.family, spec), spec, quant).check()
     if any(hasattr(t, "correct") for t in recipe.techniques) and not any(
         linear.bias and linear.name in quant for linear in spec.linears()
     ):

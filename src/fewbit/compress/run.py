@@ -9,9 +9,8 @@ only run through them as they lie on the disk.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +21,14 @@ from torch import Tensor
 
 from fewbit.checkpoint import Checkpoint, CheckpointWriter, check_target, open_checkpoint
 from fewbit.checkpoint.names import Names
+from fewbit.checkpoint.places import Places
 from fewbit.compress.calibrate import observe, observe_head, set_reach
 from fewbit.compress.data import in_words, windows_of
 from fewbit.compress.disk import Disk
 from fewbit.compress.fold import outers_of
 from fewbit.compress.plan import Plan, Report, prepared
 from fewbit.compress.ranks import Follower, Ranks
+from fewbit.compress.scales import kv_scales, relative_error
 from fewbit.compress.stats import Block, Stats
 from fewbit.compress.stream import Stream
 from fewbit.compress.target import writer_of
@@ -39,7 +40,7 @@ from fewbit.model.decoder import Embedding, finish_logits
 from fewbit.numerics.format import ALL
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.quantspec import QuantSpec
-from fewbit.numerics.reference import amax_scale, input_scale
+from fewbit.numerics.reference import input_scale
 from fewbit.ops.device import device_peak_bytes, forget_peak, peak_bytes, release_memory
 from fewbit.ops.linear import LinearWeights
 from fewbit.ops.linear.dense import Dense
@@ -91,6 +92,8 @@ class _Run:
         self.progress, self.device = progress, device
         self.loader = Loader(checkpoint, device)
         self.names = Names(checkpoint.family, checkpoint.spec)
+        self.places = Places(self.names, checkpoint.spec, planned.quant)
+        self.rounded: dict[str, QTensor] = {}  # of linears that were rounded with another
         self.report = Report()
         forget_peak(self.device)
         self.start_bytes = peak_bytes()
@@ -222,7 +225,7 @@ class _Run:
             layer.linears[leaf_of(shape.name)] = self._linear(shape, block, outers.get(shape.name))
         for name in self.checkpoint.spec.layer_vectors(index):
             self._write(name, layer.norms[key_of(name)].to(self.checkpoint.tensors.dtype(name)))
-        scales = self._kv_scales(block)
+        scales = kv_scales(block, self.plan.kv.get(index))
         self.codecs.append(self._codec(index, scales))
         for which, scale in scales.items():
             self._write(f"layers.{index}.attn.{which}_scale", scale)
@@ -276,18 +279,6 @@ class _Run:
             linears[leaf_of(name)] = Linear(Dense(), weights, self.loader.dtype)
         return DecoderLayer(block.index, block.layer, linears, block.norms)
 
-    def _kv_scales(self, block: Block) -> dict[str, Tensor]:
-        """Of K and V, float32: [] or, with a scale a head, [kv_heads]."""
-        kv, found = self.plan.kv.get(block.index), {}
-        if kv is None:
-            return {}
-        for name, fmt, amax in (("k", kv.k, block.k_amax), ("v", kv.v, block.v_amax)):
-            assert amax is not None
-            rows = 1 if fmt.block == (ALL, ALL) else block.layer.attention.kv_heads
-            scale = amax_scale(block.reach.get(name, amax.view(rows, -1).amax(1)).float(), fmt)
-            found[name] = scale.reshape(()) if rows == 1 else scale
-        return found
-
     def _linear(self, shape: LinearShape, block: Block, outer: Tensor | None) -> Linear:
         """Quantize one linear, write it, and return it as it will be served."""
         # from here on only its quantized form is held
@@ -301,7 +292,13 @@ class _Run:
             served = LinearWeights(QuantSpec(), stored, bias)
         else:
             with self._stage("quantize"):
-                q, branch = self._round(shape.name, weight.float(), quant, stats, outer)
+                if (together := self._under_one_scale(shape.name, quant)) and shape.name not in self.rounded:
+                    self.rounded |= self._round_together(together, block, quant, outer)
+                branch: tuple[Tensor, Tensor] | tuple[()] = ()
+                if together:
+                    q = self.rounded.pop(shape.name)
+                else:
+                    q, branch = self._round(shape.name, weight.float(), quant, stats, outer)
             self._write(f"{shape.name}.weight", q)
             for leaf, factor in zip(("lowrank_a", "lowrank_b"), branch, strict=False):
                 self._write(f"{shape.name}.{leaf}", factor)
@@ -322,6 +319,26 @@ class _Run:
         release_memory()
         return Linear(self.loader.choose_for(served.quant, shape).kernel, served, self.loader.dtype)
 
+    def _under_one_scale(self, name: str, quant: QuantSpec) -> tuple[str, ...]:
+        """The linears that lie in one stored tensor with a linear, where all its rows have one scale; else none."""
+        together = self.places.of_linear(name).names
+        assert quant.weight is not None
+        return together if len(together) > 1 and quant.weight.block[0] == ALL else ()
+
+    def _round_together(
+        self, names: Sequence[str], block: Block, quant: QuantSpec, outer: Tensor | None
+    ) -> dict[str, QTensor]:
+        """Linears rounded as one, under the scale of all their rows."""
+        weights = [block.weights[name].float() for name in names]
+        stats = block.stats.get(names[0])  # they read one input
+        whole, _ = self._round(names[0], torch.cat(weights), quant, stats, outer)
+        found, start = {}, 0
+        for name, weight in zip(names, weights, strict=True):
+            found[name] = whole.slice(-2, start, start + len(weight))
+            self.report.weight_error[name] = relative_error(found[name], weight, weight)
+            start += len(weight)
+        return found
+
     def _round(
         self, name: str, weight: Tensor, quant: QuantSpec, stats: Stats | None, outer: Tensor | None
     ) -> tuple[QTensor, tuple[Tensor, Tensor] | tuple[()]]:
@@ -337,7 +354,7 @@ class _Run:
                 q = self.rounding.layer(weight, quant, stats, outer)
         except FewbitError as error:
             raise type(error)(f"{name}.weight: {error}") from None
-        self.report.weight_error[name] = _relative_error(q, rest, weight)
+        self.report.weight_error[name] = relative_error(q, rest, weight)
         return q, branch
 
     def _codec(self, index: int, scales: Mapping[str, Tensor]) -> KVCodec:
@@ -380,13 +397,3 @@ class _Run:
             yield
         finally:
             self.report.seconds[name] = self.report.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-def _relative_error(q: QTensor, rounded: Tensor, weight: Tensor) -> float:
-    """``|R - Q| / |W|``, by pieces of some rows; R what was rounded, W the weight."""
-    off = of = 0.0
-    for start in range(0, len(weight), 256):  # a multiple of every block's rows
-        piece = rounded[start : start + 256]
-        off += (q.slice(-2, start, start + len(piece)).dequantize() - piece).double().square().sum().item()
-        of += weight[start : start + 256].double().square().sum().item()
-    return math.sqrt(off / max(of, 1e-60))
