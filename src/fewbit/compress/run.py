@@ -10,7 +10,7 @@ only run through them as they lie on the disk.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -221,6 +221,8 @@ class _Run:
                 set_reach(block, shapes, again, data, plain, self.plan.kv.get(index), self.plan.recipe.calibration)
                 del again
         outers = outers_of(shapes, block)
+        with self._stage("quantize"):
+            self._round_together(block, outers)
         for shape in shapes:
             layer.linears[leaf_of(shape.name)] = self._linear(shape, block, outers.get(shape.name))
         for name in self.checkpoint.spec.layer_vectors(index):
@@ -292,12 +294,8 @@ class _Run:
             served = LinearWeights(QuantSpec(), stored, bias)
         else:
             with self._stage("quantize"):
-                if (together := self._under_one_scale(shape.name, quant)) and shape.name not in self.rounded:
-                    self.rounded |= self._round_together(together, block, quant, outer)
                 branch: tuple[Tensor, Tensor] | tuple[()] = ()
-                if together:
-                    q = self.rounded.pop(shape.name)
-                else:
+                if (q := self.rounded.pop(shape.name, None)) is None:
                     q, branch = self._round(shape.name, weight.float(), quant, stats, outer)
             self._write(f"{shape.name}.weight", q)
             for leaf, factor in zip(("lowrank_a", "lowrank_b"), branch, strict=False):
@@ -319,25 +317,18 @@ class _Run:
         release_memory()
         return Linear(self.loader.choose_for(served.quant, shape).kernel, served, self.loader.dtype)
 
-    def _under_one_scale(self, name: str, quant: QuantSpec) -> tuple[str, ...]:
-        """The linears that lie in one stored tensor with a linear, where all its rows have one scale; else none."""
-        together = self.places.of_linear(name).names
-        assert quant.weight is not None
-        return together if len(together) > 1 and quant.weight.block[0] == ALL else ()
-
-    def _round_together(
-        self, names: Sequence[str], block: Block, quant: QuantSpec, outer: Tensor | None
-    ) -> dict[str, QTensor]:
-        """Linears rounded as one, under the scale of all their rows."""
-        weights = [block.weights[name].float() for name in names]
-        stats = block.stats.get(names[0])  # they read one input
-        whole, _ = self._round(names[0], torch.cat(weights), quant, stats, outer)
-        found, start = {}, 0
-        for name, weight in zip(names, weights, strict=True):
-            found[name] = whole.slice(-2, start, start + len(weight))
-            self.report.weight_error[name] = relative_error(found[name], weight, weight)
-            start += len(weight)
-        return found
+    def _round_together(self, block: Block, outers: Mapping[str, Tensor]) -> None:
+        """Round as one what lies in one stored tensor and has one scale for all of its rows."""
+        for name, quant in block.quant.items():
+            names = self.places.of_linear(name).names
+            if len(names) == 1 or name != names[0] or quant.weight is None or quant.weight.block[0] != ALL:
+                continue
+            weights, start = [block.weights[n].float() for n in names], 0
+            stats = block.stats.get(name)  # they read one input
+            whole, _ = self._round(name, torch.cat(weights), quant, stats, outers.get(name))
+            for n, weight in zip(names, weights, strict=True):
+                self.rounded[n] = whole.slice(-2, start, start := start + len(weight))
+                self.report.weight_error[n] = relative_error(self.rounded[n], weight, weight)
 
     def _round(
         self, name: str, weight: Tensor, quant: QuantSpec, stats: Stats | None, outer: Tensor | None
