@@ -13,6 +13,9 @@ TORCH_INDEX ?=
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
 	$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
 
+# The libraries that fewbit is compared with agree on no versions with it: they have an environment of their own.
+PEERS := .venv-peers
+
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 TRITON_HINT := echo "if it is triton they disagree about: the tests' triton goes with the CPU build of torch;" \
 	"make clean, then add TORCH_INDEX=https://download.pytorch.org/whl/cpu" >&2
@@ -20,7 +23,7 @@ FAST := not slow and not gpu and not multi_gpu
 SLOW := slow and not gpu and not multi_gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all check clean
+.PHONY: help venv demo test test-all peers check clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +38,8 @@ test: check ## what must always hold: check, then the fast tests on the CPU
 
 test-all: $(VENV)/.all ## the slow tests that `make test` leaves out
 	@$(BIN)/pytest -q -m "$(SLOW)"
+
+peers: $(PEERS)/.all ## make .venv-peers with the real libraries that the slow tests and benchmarks compare with
 
 check: $(VENV)/.all ## format, lint, types, import floors, house rules
 	@$(BIN)/ruff format --check --quiet . || { echo "not formatted; run: $(BIN)/ruff format ." >&2; exit 1; }
@@ -71,3 +76,13 @@ $(VENV)/.all: $(VENV)/.torch pyproject.toml
 	@echo "installing fewbit with its tests and tools" >&2
 	@$(PIP) install -e '.[demo,test,dev]' "$(TORCH)" || { $(TRITON_HINT); exit 1; }
 	@touch $@ $(VENV)/.demo
+
+# torch first, and from where .venv has it: the peers do not say which build they want.
+$(PEERS)/.all: benchmarks/peers.txt Makefile
+	@test -n "$(PYTHON)" || { echo "the peers need Python 3.11 or newer; say where: make PYTHON=... peers" >&2; exit 1; }
+	@echo "making $(PEERS) with $$($(PYTHON) --version); this takes some minutes" >&2
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip -qq --disable-pip-version-check install \
+		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	@$(PEERS)/bin/python -m pip -qq --disable-pip-version-check install -r benchmarks/peers.txt
+	@touch $@

@@ -44,7 +44,7 @@ class Both:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory) -> Both:
     if not PYTHON.exists():
-        pytest.skip(f"NO PEERS: {PYTHON} is not there; benchmarks/peers.txt says how to make it")
+        pytest.skip(f"NO PEERS: {PYTHON} is not there; `make peers` makes it")
     folder = tmp_path_factory.mktemp("modelopt")
     # float32, in which K and V are kept whole too: transformers would not round them
     model = make_model(folder / "model", dtype=torch.float32, tie_word_embeddings=True)
