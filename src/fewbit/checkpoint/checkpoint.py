@@ -65,6 +65,7 @@ class Checkpoint:
         kv: KVSpec by layer.
         tensors: every tensor by canonical name, read when asked for.
         files: tokenizer, generation config, chat template, by file name.
+        remarks: what a user should know of how the files are read, in words.
     """
 
     path: Path
@@ -79,6 +80,7 @@ class Checkpoint:
     kv: Mapping[int, KVSpec]
     tensors: Tensors
     files: Mapping[str, Traversable] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
 
 Load = Callable[[torch.device], "Tensor | QTensor"]
@@ -158,6 +160,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         dtype=_dtype(files, tensors),
         quant=quantization.quant,
         kv=quantization.kv,
+        remarks=quantization.remarks,
         tensors=tensors,
         files=carried,
     )

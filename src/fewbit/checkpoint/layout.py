@@ -96,12 +96,14 @@ class Quantization:
         kv: KVSpec by layer.
         packings: how the weight of a linear lies, where the numerics alone do not tell; else the format's `packing`.
         kv_cast: whether no scales of K and V are stored, and all are one.
+        remarks: what a user should know of how the files are read, in words.
     """
 
     quant: Mapping[str, QuantSpec]
     kv: Mapping[int, KVSpec]
     packings: Mapping[str, Packing] = field(default_factory=dict)
     kv_cast: bool = False
+    remarks: tuple[str, ...] = ()
 
 
 def scale_grid(fmt: Format, shape: Shape) -> Shape:

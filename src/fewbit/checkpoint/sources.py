@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fewbit.checkpoint.bitmask import without_bitmasks
 from fewbit.checkpoint.files import Files, ModelFiles
+from fewbit.checkpoint.gguf.source import GGUFFiles, gguf_file
 from fewbit.checkpoint.trtllm.files import TrtFiles, is_checkpoint
 
 
@@ -16,6 +17,8 @@ def open_files(path: Path) -> Files:
     Raises:
         CheckpointError: nothing that can be opened.
     """
+    if file := gguf_file(path):
+        return GGUFFiles(file)
     return TrtFiles(path) if is_checkpoint(path) else without_bitmasks(ModelFiles(path))
 
 
@@ -25,4 +28,4 @@ def text_folder(path: Path) -> Traversable:
     Raises:
         CheckpointError: a source that is no directory and cannot be opened.
     """
-    return path
+    return path if gguf_file(path) is None else open_files(path).folder

@@ -57,6 +57,7 @@ def inspect(
             ("K/V cache", f"{found.kv}, {found.kv_bytes_per_token:,} bytes per token"),
             ("beside it", ", ".join(found.carried) or "nothing: no tokenizer"),
             ("loaded by", ", ".join(f"{name} {version}" for name, version, reason in found.engines if not reason)),
+            *(("remark", remark) for remark in found.remarks),
         ]
     )
     for _, _, reason in found.engines:

@@ -38,6 +38,7 @@ class Facts:
         kv_bytes_per_token: of all layers.
         carried: tokenizer and other files beside the weights.
         engines: engines of the acceptance table, with their version, and why they do not load it; None: they do.
+        remarks: what a user should know of how the files are read.
     """
 
     architecture: str
@@ -60,6 +61,7 @@ class Facts:
     kv_bytes_per_token: int
     carried: tuple[str, ...]
     engines: tuple[tuple[str, str, str | None], ...]
+    remarks: tuple[str, ...]
 
 
 def inspect(checkpoint: Checkpoint) -> Facts:
@@ -89,6 +91,7 @@ def inspect(checkpoint: Checkpoint) -> Facts:
         kv_bytes_per_token=kv_bytes_per_token(spec, checkpoint.kv, checkpoint.dtype),
         carried=tuple(checkpoint.files),
         engines=tuple(loaders(checkpoint.format, Quantization(checkpoint.quant, checkpoint.kv))),
+        remarks=checkpoint.remarks,
     )
 
 
