@@ -48,7 +48,7 @@ MIXED = "MIXED_PRECISION"
 SMOOTHED = ("W8A8_SQ_PER_CHANNEL", "W4A16_AWQ", "W4A8_AWQ", "NVFP4_AWQ")
 """Algorithms whose linears may have a ``pre_quant_scale``."""
 AWQ = {"has_zero_point": False, "pre_quant_scale": True}
-PRESCALED = (".attn.o", ".down")
+PRESCALED = (".attn.o", ".mlp.down")
 """Linears of INT4 whose ``pre_quant_scale`` TensorRT-LLM insists on finding, ones if need be."""
 KV = {"FP8": KVSpec(_FP8, _FP8), "NVFP4": KVSpec(_NVFP4, _NVFP4)}
 
