@@ -8,6 +8,7 @@ from pathlib import Path
 from fewbit.checkpoint.bitmask import without_bitmasks
 from fewbit.checkpoint.files import Files, ModelFiles
 from fewbit.checkpoint.gguf.source import GGUFFiles, gguf_file
+from fewbit.checkpoint.mxfp4 import without_stacks
 from fewbit.checkpoint.trtllm.files import TrtFiles, is_checkpoint
 
 
@@ -19,7 +20,7 @@ def open_files(path: Path) -> Files:
     """
     if file := gguf_file(path):
         return GGUFFiles(file)
-    return TrtFiles(path) if is_checkpoint(path) else without_bitmasks(ModelFiles(path))
+    return TrtFiles(path) if is_checkpoint(path) else without_stacks(without_bitmasks(ModelFiles(path)))
 
 
 def text_folder(path: Path) -> Traversable:
