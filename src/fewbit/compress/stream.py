@@ -19,7 +19,7 @@ from fewbit.ops.device import to_host
 
 SPILL_BYTES = 1 << 30
 """States of so much and more stay in the host's memory and visit the GPU piece by piece."""
-_TOKENS = {"cpu": 256, "cuda": 4096}  # run through a layer at a time: what its MLP makes of them is held besides
+_TOKENS = {"cpu": 256, "cuda": 8192}  # run through a layer at a time: what its MLP makes of them is held besides
 
 
 class Stream:
