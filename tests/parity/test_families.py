@@ -15,7 +15,7 @@ from fewbit.engine.attend import KVCache, PagedAttend
 from fewbit.engine.batch import Batch, Piece
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.model import load
-from fewbit.spec.families import families
+from fewbit.spec.families import UNSUPPORTED, families, family_of
 from fewbit.spec.hfconfig import HFConfig
 from helpers import dense_logits, edit_json, ids, make_model
 
@@ -405,6 +405,13 @@ def test_a_config_that_cannot_be_is_refused(family, changes, words):
     with pytest.raises((CheckpointError, UnsupportedError)) as e:
         families()[family].read(HFConfig({**families()[family].TINY, "use_sliding_window": True, **changes}))
     assert words in str(e.value)
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_no_spec_can_say_is_refused_by_name(name):
+    assert name not in {known for family in families().values() for known in family.ARCHITECTURES}
+    with pytest.raises(UnsupportedError, match=f"'{name}' is not supported: nothing here runs "):
+        family_of({"architectures": [name]})
 
 
 def test_layers_that_differ_cannot_be_written_as_llama():

@@ -179,26 +179,27 @@ class Places:
         Raises:
             UnsupportedError: the linears, and what to do.
         """
+        if reason := self.why_not():
+            raise UnsupportedError(reason)
+
+    def why_not(self) -> str | None:
+        """None: the family's files can hold what is quantized so; else why not, with the linears and what to do."""
         for name in self._linears:
             for together, where in self._together(name):
                 kinds = {self.quant.get(n) for n in together}
+                lie = f"{', '.join(together[:3])} lie in one tensor of this family's files ({where})"
                 if len(kinds) > 1:
-                    raise UnsupportedError(
-                        f"{', '.join(together[:3])} lie in one tensor of this family's files ({where}) and would "
-                        "differ in their numerics; give them one rule"
-                    )
+                    return f"{lie} and would differ in their numerics; give them one rule"
                 kind = next(iter(kinds))
                 if kind is None or len(together) == 1:
                     continue
                 if kind.lowrank:
-                    raise UnsupportedError(
-                        f"{', '.join(together)} lie in one tensor of this family's files ({where}), which has no "
-                        "place for a low-rank branch of each; use a recipe without one"
-                    )
+                    return f"{lie}, which has no place for a low-rank branch of each; use a recipe without one"
                 place = self.of_linear(name)
                 block = kind.weight.block[0] if kind.weight else 1
                 if block not in (1, ALL) and any(rows // place.turns % block for rows in place.rows):
-                    raise UnsupportedError(f"{where}: its parts end inside blocks of {block} rows ({kind.weight})")
+                    return f"{lie}, and their parts of it end inside blocks of {block} rows ({kind.weight})"
+        return None
 
     def _together(self, name: str) -> list[tuple[tuple[str, ...], str]]:
         """The linears that must be alike for a linear's sake, and the tensor because of which."""

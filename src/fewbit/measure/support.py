@@ -9,6 +9,8 @@ from fewbit.checkpoint import formats
 from fewbit.checkpoint.acceptance import dialect_for, engines, rows_of
 from fewbit.checkpoint.formats.trtllm import NAME as TRTLLM
 from fewbit.checkpoint.layout import Quantization
+from fewbit.checkpoint.names import Names
+from fewbit.checkpoint.places import Places
 from fewbit.checkpoint.trtllm.config import DECODERS
 from fewbit.compress import built_in, read_recipe
 from fewbit.compress.recipe import KV_FORMATS, Recipe
@@ -69,10 +71,14 @@ def by_family() -> Table:
     for name, family in families().items():
         spec = family.read(HFConfig(family.TINY))
         recipes = {r: quant for r, recipe in _recipes().items() if (quant := _resolved(recipe, spec))}
-        cells = []
+        names, cells = Names(family, spec), []
         for fmt in formats().values():
             known = fmt.NAME != TRTLLM or family.TINY["architectures"][0] in DECODERS
-            count = sum(known and fmt.why_not(spec, quant) is None for quant in recipes.values())
+            count = sum(
+                known and fmt.why_not(spec, quant) is None
+                for quant in recipes.values()
+                if fmt.NAME == TRTLLM or Places(names, spec, quant.quant).why_not() is None
+            )
             cells.append(f"{count} of {len(recipes)}" if count else "no")
         rows.append((f"`{name}`", *cells))
     return Table("families and file formats", ("family", *(f"`{name}`" for name in formats())), tuple(rows))

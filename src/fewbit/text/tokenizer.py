@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from fewbit.errors import CheckpointError, RequestError
+from fewbit.text import pieces
 from fewbit.text.chat import ChatTemplate
 from fewbit.text.settings import TokenizerSettings, read_json, read_settings
 
@@ -53,17 +56,21 @@ class Tokenizer:
         """Open the tokenizer of a model directory.
 
         Args:
-            model_dir: A directory, or what looks like one, with a tokenizer.json; the JSON files beside it are read
-                where they exist.
+            model_dir: A directory, or what looks like one, with a tokenizer.json, or with a tokenizer.model from which
+                one is made; the JSON files beside it are read where they exist.
 
         Raises:
             CheckpointError: tokenizer.json is missing or broken, or a file beside it is.
         """
         file = model_dir / "tokenizer.json"
+        if not file.is_file() and (model_dir / pieces.MODEL).is_file():
+            text = pieces.convert(model_dir)
+            if isinstance(model_dir, Path):
+                with contextlib.suppress(OSError):  # one that cannot be written to is converted every time
+                    (model_dir / "tokenizer.json").write_text(text, "utf8")
+            return cls(tokenizers.Tokenizer.from_str(text), read_settings(model_dir), json.loads(text))
         if not file.is_file():
-            others = [
-                n for n in ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json") if (model_dir / n).is_file()
-            ]
+            others = [n for n in ("vocab.json", "vocab.txt", "tekken.json") if (model_dir / n).is_file()]
             found = (
                 f"it holds {others[0]}, which fewbit does not read" if others else "no other tokenizer file is there"
             )

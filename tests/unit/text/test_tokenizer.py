@@ -123,8 +123,8 @@ def test_lone_surrogate_is_refused(model_dir):
 def test_missing_tokenizer_says_how_to_convert(tmp_path):
     with pytest.raises(CheckpointError, match=r"no tokenizer.json \(no other tokenizer file is there\)"):
         Tokenizer.load(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match=r"holds tokenizer.model.*save_pretrained"):
+    (tmp_path / "vocab.json").write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match=r"holds vocab.json.*save_pretrained"):
         Tokenizer.load(tmp_path)
 
 

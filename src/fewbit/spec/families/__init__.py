@@ -19,6 +19,16 @@ from fewbit.spec.decoder import DecoderSpec
 from fewbit.spec.hfconfig import HFConfig
 from fewbit.spec.part import Part
 
+UNSUPPORTED = {
+    "Llama4ForCausalLM": "its attention in chunks with a temperature by position, nor experts whose input is scaled",
+    "Llama4ForConditionalGeneration": "the attention and the experts of Llama 4, nor images",
+    "NemotronHForCausalLM": "its Mamba layers between those with attention",
+    "DeepseekV2ForCausalLM": "its latent attention (MLA)",
+    "DeepseekV3ForCausalLM": "its latent attention (MLA)",
+    "Qwen3NextForCausalLM": "its layers with linear attention",
+}
+"""Architectures that a `DecoderSpec` cannot say, and what it is that it cannot."""
+
 
 class Family(Protocol):
     """What a module of this folder offers."""
@@ -55,6 +65,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if not isinstance(given, list) or not given or not isinstance(given[0], str):
         raise CheckpointError(f"config.json: 'architectures' is {given!r}, expected a list with one name")
     known = {name: family for family in families().values() for name in family.ARCHITECTURES}
+    if given[0] in UNSUPPORTED:
+        raise UnsupportedError(f"architecture '{given[0]}' is not supported: nothing here runs {UNSUPPORTED[given[0]]}")
     if given[0] not in known:
         raise UnsupportedError(f"architecture '{given[0]}' is not supported; {nearest_name(given[0], known)}")
     return known[given[0]]
