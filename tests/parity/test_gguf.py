@@ -393,6 +393,22 @@ def test_sentencepiece(tmp_path):
     assert (ours.bos_id, ours.eos_id) == (1, 2)
 
 
+def test_a_damaged_tokenizer_leaves_the_model_without_one(tmp_path):
+    keys = {
+        "tokenizer__ggml__model": ("llama", Value.STRING),
+        "tokenizer__ggml__tokens": (["a", "b"], Value.ARRAY, Value.STRING),
+        "tokenizer__ggml__scores": ([0.0, 1.0, 2.0], Value.ARRAY, Value.FLOAT32),
+    }
+    assert facts.inspect(open_checkpoint(with_tokenizer(tmp_path, keys))).remarks == (
+        "its tokenizer is damaged: 2 tokens, but not as many of scores",
+    )
+    keys["tokenizer__ggml__scores"] = ([0.0, 1.0], Value.ARRAY, Value.FLOAT32)
+    keys["tokenizer__ggml__bos_token_id"] = (2, Value.UINT32)
+    assert facts.inspect(open_checkpoint(with_tokenizer(tmp_path, keys))).remarks == (
+        "its tokenizer is damaged: bos_token_id 2 of 2 tokens",
+    )
+
+
 @pytest.mark.parametrize(
     ("kind", "pre", "message"),
     [

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import packers
 from fewbit import open_checkpoint
+from fewbit.checkpoint.conversion import export
 from fewbit.checkpoint.names import Names
 from fewbit.compress import compress, plan, read_recipe
 from fewbit.errors import CheckpointError, FewbitError, UnsupportedError
@@ -171,6 +172,7 @@ BROKEN: dict[str, tuple[dict, dict, Callable[[dict], object], str]] = {
     "group of 0": ({}, {"group_size": 0}, lambda t: None, "group_size is 0, expected a number of columns, or -1"),
     "unknown bits": ({}, {"bits": 5}, lambda t: None, "5 bits are not supported; known: 2, 3, 4, 8"),
     "bits as text": ({}, {"bits": [4]}, lambda t: None, "GPTQ: .4. bits are not supported"),
+    "a word for a flag": ({}, {"desc_act": "false"}, lambda t: None, "desc_act is 'false', expected true or false"),
     "another layout": ({}, {"checkpoint_format": "marlin"}, lambda t: None, "'marlin' is not supported; known: gptq"),
     "rules": ({}, {"dynamic": {"+:x": {"bits": 8}}}, lambda t: None, "rules for some layers .* are not supported"),
     "other bits": ({}, {"bits": 8}, lambda t: None, r"qweight' has shape \[16, 128\], expected \[32, 128\]"),
@@ -242,15 +244,15 @@ WRITTEN = [
 ]
 
 
-@pytest.mark.parametrize(("export", "recipe", "bits"), WRITTEN)
-def test_written_as_the_packer_would(export, recipe, bits, source, tmp_path):
+@pytest.mark.parametrize(("to", "recipe", "bits"), WRITTEN)
+def test_written_as_the_packer_would(to, recipe, bits, source, tmp_path):
     """Compressed, read back code for code, and the tensors of the file are the packer's."""
     kind = read_recipe(recipe)
     kind = replace(kind, calibration=replace(kind.calibration, samples=3, length=48))
-    report = compress(open_checkpoint(source), plan(open_checkpoint(source), kind, export), tmp_path / "out")
+    report = compress(open_checkpoint(source), plan(open_checkpoint(source), kind, to), tmp_path / "out")
     assert report.verified is not None
     written = open_checkpoint(tmp_path / "out")
-    assert written.format == export
+    assert written.format == to
     tensors, names = load_file(tmp_path / "out" / "model.safetensors"), Names(written.family, written.spec)
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     for name in written.quant:
@@ -265,11 +267,11 @@ def test_written_as_the_packer_would(export, recipe, bits, source, tmp_path):
             q.scale.float().numpy(),
             torch.arange(columns).numpy() // group,
         )
-        expected = packers.awq(whole) if export == "awq" else packers.gptq(whole, config["checkpoint_format"] != "gptq")
+        expected = packers.awq(whole) if to == "awq" else packers.gptq(whole, config["checkpoint_format"] != "gptq")
         for part, array in expected.items():
             found = tensors[f"{names.module(name)}.{part}"]
             assert torch.equal(found.float() if part == "scales" else found, torch.from_numpy(array)), (name, part)
-    if export == "gptq":
+    if to == "gptq":
         assert json.loads((tmp_path / "out" / "quantize_config.json").read_text()) == config
         assert config["checkpoint_format"] == ("gptq_v2" if "asym" in recipe else "gptq")
         assert (config["sym"], config["desc_act"], config["bits"]) == ("asym" not in recipe, False, bits)
@@ -278,7 +280,7 @@ def test_written_as_the_packer_would(export, recipe, bits, source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("export", "recipe", "message"),
+    ("to", "recipe", "message"),
     [
         ("gptq", "fp8", "GPTQ's layout has no word for"),
         ("awq", "int8_wo", "AutoAWQ's layout has no word for"),
@@ -286,8 +288,49 @@ def test_written_as_the_packer_would(export, recipe, bits, source, tmp_path):
         ("awq", "nvfp4", "AutoAWQ's layout has no word for"),
     ],
 )
-def test_what_they_cannot_say_is_refused_before_any_weight_is_read(export, recipe, message, source):
+def test_what_they_cannot_say_is_refused_before_any_weight_is_read(to, recipe, message, source):
     with pytest.raises(UnsupportedError, match=message):
-        plan(open_checkpoint(source), read_recipe(recipe), export)
+        plan(open_checkpoint(source), read_recipe(recipe), to)
     with pytest.raises(UnsupportedError, match="no place for scales of K and V"):
-        plan(open_checkpoint(source), read_recipe("int4").with_kv("fp8"), export)
+        plan(open_checkpoint(source), read_recipe("int4").with_kv("fp8"), to)
+
+
+def test_symmetric_weights_go_from_gptq_to_awq_and_the_other_way_with_zeros(tmp_path):
+    """Codes and scales carried over; the same numbers as the dense model has."""
+    packed = gptq_model(tmp_path / "one", sym=True)
+    export(open_checkpoint(packed), "awq", tmp_path / "one" / "awq")
+    same_as_dense(tmp_path / "one" / "awq")
+    packed = awq_model(tmp_path / "two")
+    export(open_checkpoint(packed), "gptq", tmp_path / "two" / "gptq")
+    same_as_dense(tmp_path / "two" / "gptq")
+    assert open_checkpoint(tmp_path / "two" / "gptq").format == "gptq"
+
+
+def test_act_order_is_carried_over(tmp_path):
+    packed = gptq_model(tmp_path, sym=True, order=True)
+    export(open_checkpoint(packed), "gptq", tmp_path / "again")
+    same_as_dense(tmp_path / "again")
+    before, after = (load_file(path / "model.safetensors") for path in (packed, tmp_path / "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("to", ["gptq", "awq"])
+def test_linears_that_lie_in_one_module(to, tmp_path):
+    """Phi-3 has q, k and v in one, gate and up in another: so have its packed files."""
+    source = make_model(tmp_path / "phi3", "phi3")
+    kind = read_recipe("int4_awq_asym")
+    kind = replace(kind, techniques=(), calibration=replace(kind.calibration, samples=3, length=48))
+    compress(open_checkpoint(source), plan(open_checkpoint(source), kind, to), tmp_path / "out")
+    written = open_checkpoint(tmp_path / "out")
+    names = load_file(tmp_path / "out" / "model.safetensors").keys()
+    assert "model.layers.0.self_attn.qkv_proj.qweight" in names
+    other = open_checkpoint(compressed(source, kind, tmp_path / "other"))
+    for name, tensor in other.tensors.items():
+        mine = written.tensors[name]
+        assert torch.equal(*(t.dequantize() if isinstance(t, QTensor) else t for t in (mine, tensor))), name
+
+
+def compressed(source: Path, kind, target: Path) -> Path:
+    compress(open_checkpoint(source), plan(open_checkpoint(source), kind, "compressed-tensors"), target)
+    return target

@@ -330,8 +330,14 @@ def _compare(written: Checkpoint, rounding: Rounding) -> Exported:
 
 
 def _same_bits(a: QTensor, b: QTensor, outer_ulps: int = 0) -> bool:
-    """Whether two tensors have the same codes, scales and zeros; the names of their formats do not matter."""
+    """Whether two tensors have the same codes, scales and zeros; the names of their formats do not matter.
+
+    Zeros that are all 0 count as none: a format with zeros says symmetric weights so.
+    """
     mine, theirs = a.parts(), b.parts()
+    for one, other in ((mine, theirs), (theirs, mine)):
+        if "zero" not in other and "zero" in one and not one["zero"].any():
+            del one["zero"]
     if (a.format.element, a.format.block, mine.keys()) != (b.format.element, b.format.block, theirs.keys()):
         return False
     if isinstance(a.format.scale, Element) != isinstance(b.format.scale, Element):

@@ -22,6 +22,7 @@ from torch import Tensor
 from fewbit.checkpoint.files import Files
 from fewbit.checkpoint.layout import Packing, Quantization, Shape, Stored
 from fewbit.checkpoint.names import Names
+from fewbit.checkpoint.places import Places
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.numerics.element import NF4
 from fewbit.numerics.format import FORMATS, Format
@@ -117,9 +118,10 @@ def read(files: Files, spec: DecoderSpec, names: Names) -> Quantization:
             f"bitsandbytes: {kind} in {config.get('bnb_4bit_quant_storage', 'uint8')} is not supported; "
             "known: nf4 in uint8, and INT8"
         )
-    quant, packings = {}, {}
+    quant, packings, places = {}, {}, Places(names, spec, {})
     for linear in spec.linears():
-        module, shape = names.module(linear.name), (linear.out_features, linear.in_features)
+        whole = places.whole(linear.name)  # of all linears that lie in its module
+        module, shape = names.module(linear.name), (whole.out_features, whole.in_features)
         weight = files.entries.get(f"{module}.weight")
         if weight is None or weight.dtype.is_floating_point:
             continue

@@ -206,6 +206,9 @@ def read(files: Files, spec: DecoderSpec, names: Names) -> Quantization:
         raise UnsupportedError(f"GPTQ: {bits!r} bits are not supported; known: {', '.join(map(str, BITS))}")
     if not isinstance(group, int) or isinstance(group, bool) or group < -1 or group == 0:
         raise CheckpointError(f"GPTQ: group_size is {group!r}, expected a number of columns, or -1 for all")
+    for field in ("desc_act", "sym"):
+        if not isinstance(config.get(field, True), bool):
+            raise CheckpointError(f"GPTQ: {field} is {config[field]!r}, expected true or false")
     if changed := [rule for rule in config.get("dynamic") or {} if not rule.startswith("-:")]:
         raise UnsupportedError(f"GPTQ: rules for some layers ('dynamic': {changed[0]!r}) are not supported")
     quant, packings = {}, {}

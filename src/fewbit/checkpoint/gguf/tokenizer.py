@@ -24,8 +24,16 @@ Texts = Mapping[str, Callable[[], str]]
 def tokenizer_why_not(metadata: Mapping[str, Any]) -> str | None:
     """None: it can be turned into a tokenizer.json; else the reason, for a user to read."""
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
-    if not isinstance(metadata.get("tokenizer.ggml.tokens"), list):
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
         return "the file holds no tokenizer"
+    for key in ("token_type", "scores"):
+        if len(metadata.get(f"tokenizer.ggml.{key}") or tokens) != len(tokens):
+            return f"its tokenizer is damaged: {len(tokens)} tokens, but not as many of {key}"
+    for role in ("bos", "eos", "unknown", "padding"):
+        token = metadata.get(f"tokenizer.ggml.{role}_token_id", 0)
+        if not isinstance(token, int) or not 0 <= token < len(tokens):
+            return f"its tokenizer is damaged: {role}_token_id {token!r} of {len(tokens)} tokens"
     if kind == "llama":
         return None if "tokenizer.ggml.scores" in metadata else "its tokenizer has no scores"
     if kind != "gpt2":
