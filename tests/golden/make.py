@@ -6,8 +6,9 @@
 `tests/parity/test_golden.py` reads the zip files, and in `make test-all` has them made again and compares.
 
 Beside each model lies ``logits.safetensors``: ids [windows, length], and the logits [windows, length, vocab] that the
-library itself computes of them, where it can on a CPU: Model Optimizer by its fake quantization before the export,
-compressed-tensors by transformers from the very files. In float32, but where the library cannot.
+library itself computes of them: Model Optimizer by its fake quantization before the export (its CUDA kernel for blocks
+of small floats replaced by the same in plain torch, `_blocks`), compressed-tensors by transformers from the very files.
+In float32, but where the library cannot.
 """
 
 from __future__ import annotations
@@ -112,7 +113,9 @@ def modelopt(
     def make(target: Path) -> None:
         import modelopt.torch.quantization as mtq
         from modelopt.torch.export import export_hf_checkpoint
+        from modelopt.torch.quantization import tensor_quant
 
+        tensor_quant.dynamic_block_quantize_op = _blocks
         model, config = model_of(family), _config(name) if name else {"quant_cfg": [OFF, *_config(kv)["quant_cfg"]]}
         if name and kv:
             config["quant_cfg"] = [*config["quant_cfg"], *_config(kv)["quant_cfg"]]
@@ -125,6 +128,33 @@ def modelopt(
         _save_logits(target, found)
 
     return make
+
+
+def _blocks(
+    x: torch.Tensor,
+    block: int,
+    amax: torch.Tensor | None,
+    bits: int,
+    exponent: int,
+    scale_bits: int,
+    scale_exponent: int,
+) -> torch.Tensor:
+    """What Model Optimizer's CUDA kernels make of blocks of E2M1 or E4M3, in plain torch: on a CPU it has none."""
+    blocks = x.float().unflatten(-1, (-1, block))
+    top, largest = (6.0 if bits == 4 else 448.0), blocks.abs().amax(-1, keepdim=True)
+    if scale_exponent == 8:  # a power of two at which nothing saturates
+        scale = torch.exp2((largest / top).log2().ceil()).nan_to_num(1.0, 1.0, 1.0)
+    else:
+        assert amax is not None
+        outer = amax.float().amax() / (top * 448)
+        scale = (largest / (top * outer)).clamp(2.0**-9, 448).to(torch.float8_e4m3fn).float() * outer
+    ratio = (blocks / scale).clamp(-top, top)
+    if bits == 4:
+        step = torch.where(ratio.abs() < 2, 0.5, torch.where(ratio.abs() < 4, 1.0, 2.0))
+        rounded = (ratio / step).round() * step
+    else:
+        rounded = ratio.to(torch.float8_e4m3fn).float()
+    return (rounded * scale).flatten(-2).to(x.dtype)
 
 
 def _rule(pattern: str, like: str, which: str = "weight_quantizer") -> Settings:
@@ -151,14 +181,15 @@ MODELOPT: dict[str, Callable[[], Make]] = {
     "modelopt-int4": lambda: modelopt("INT4_BLOCKWISE_WEIGHT_ONLY_CFG"),
     "modelopt-int4-awq": lambda: modelopt("INT4_AWQ_CFG", logits=False),  # the export averages scales once more
     "modelopt-w4a8-awq": lambda: modelopt("W4A8_AWQ_BETA_CFG", logits=False),
-    "modelopt-nvfp4": lambda: modelopt("NVFP4_DEFAULT_CFG", logits=False),  # cannot be run on a CPU
-    "modelopt-nvfp4-wo": lambda: modelopt("W4A16_NVFP4_CFG", logits=False),
-    "modelopt-w4a8-nvfp4-fp8": lambda: modelopt("W4A8_NVFP4_FP8_CFG", logits=False),
-    "modelopt-mxfp4": lambda: modelopt("MXFP4_DEFAULT_CFG", logits=False),
-    "modelopt-mxfp8": lambda: modelopt("MXFP8_DEFAULT_CFG", logits=False),
-    "modelopt-mixed": lambda: modelopt("NVFP4_DEFAULT_CFG", logits=False, also=_mixed()),
+    "modelopt-nvfp4": lambda: modelopt("NVFP4_DEFAULT_CFG"),
+    "modelopt-nvfp4-awq": lambda: modelopt("NVFP4_AWQ_LITE_CFG", logits=False),  # as for INT4
+    "modelopt-nvfp4-wo": lambda: modelopt("W4A16_NVFP4_CFG"),
+    "modelopt-w4a8-nvfp4-fp8": lambda: modelopt("W4A8_NVFP4_FP8_CFG", logits=False),  # it exports other block scales
+    "modelopt-mxfp4": lambda: modelopt("MXFP4_DEFAULT_CFG"),
+    "modelopt-mxfp8": lambda: modelopt("MXFP8_DEFAULT_CFG"),
+    "modelopt-mixed": lambda: modelopt("NVFP4_DEFAULT_CFG", also=_mixed()),
     "modelopt-mixtral-fp8": lambda: modelopt("FP8_DEFAULT_CFG", "mixtral"),
-    "modelopt-qwen3-moe-nvfp4": lambda: modelopt("NVFP4_DEFAULT_CFG", "qwen3_moe", logits=False),
+    "modelopt-qwen3-moe-nvfp4": lambda: modelopt("NVFP4_DEFAULT_CFG", "qwen3_moe"),
     "modelopt-qwen3-moe-fp8": lambda: modelopt("FP8_DEFAULT_CFG", "qwen3_moe"),
 }
 

@@ -312,6 +312,33 @@ def test_what_engines_join_has_one_format_in_hf(rules, sentence, source):
     assert str(e.value).startswith("layers.0.")
 
 
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [
+        ("qwen3_moe", "w4a8_awq_static"),
+        pytest.param("mixtral", "w4a8_awq_static", marks=pytest.mark.slow),
+        pytest.param("mixtral", "nvfp4", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", "int8_sq_static", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", "mxfp4", marks=pytest.mark.slow),
+    ],
+)
+def test_experts_in_hf(family, recipe, tmp_path):
+    """Each expert under its own name, gate and up under one range; the router left alone, and said so."""
+    source = open_checkpoint(make_model(tmp_path / "source", family))
+    path = tmp_path / "model"
+    compress(source, plan(source, small(read_recipe(recipe)), "hf"), path)
+    written = open_checkpoint(path)
+    _by_a_stranger(path)
+    nested = json.loads((path / "hf_quant_config.json").read_text())["quantization"]
+    names = Names(written.family, written.spec)
+    assert {names.module(router) for router in written.spec.routers()} <= set(nested["exclude_modules"])
+    tensors = load_file(path / "model.safetensors")
+    for expert in range(written.spec.layers[0].mlp.experts if recipe.startswith("w4a8") else 0):
+        gate, up = (names.module(f"layers.0.mlp.experts.{expert}.{leaf}") for leaf in ("gate", "up"))
+        assert torch.equal(tensors[f"{gate}.weight_scale_2"], tensors[f"{up}.weight_scale_2"])
+        assert torch.equal(tensors[f"{gate}.input_scale"], tensors[f"{up}.input_scale"])
+
+
 @pytest.mark.parametrize("export", EXPORTS)
 @pytest.mark.parametrize("fmt", ["fp8_e5m2", "fp8_e5m2_row"])
 def test_e5m2_has_no_word_in_either(export, fmt, source):

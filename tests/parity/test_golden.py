@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fewbit.checkpoint import export, open_checkpoint
+from fewbit.checkpoint import Tensors, export, open_checkpoint
 from fewbit.checkpoint.names import Names
 from fewbit.errors import UnsupportedError
 from fewbit.model import load
@@ -52,6 +52,7 @@ NEAR = {
     **dict.fromkeys(("ct-nvfp4", "ct-mxfp4"), 0.3),  # 4-bit inputs are rounded in bfloat16 there: next to chaos
     "ct-mxfp8": 0.1,
     **dict.fromkeys(("ct-nvfp4a16", "ct-mxfp4a16"), 0.02),  # multiplied in bfloat16
+    "modelopt-mxfp4": 0.3,  # blocks of inputs take the next power of two there, fewbit's may saturate
     "modelopt-int8-sq": 0.02,  # the prescale is rounded to bfloat16 by the export alone
     "ct-int8": 2e-3,
     "ct-qwen3-moe-w4a16": 5e-3,  # its experts are multiplied in bfloat16
@@ -178,7 +179,9 @@ REFUSED = {
     "modelopt-fp8-nvfp4-kv": "one format for K and V",
     "modelopt-w4a8-nvfp4-fp8": "layers.0.attn.q: compressed-tensors has no word for nvfp4_g32",
     "modelopt-int8-sq": "layers.0.attn.q: compressed-tensors has no place for a prescale",
-    **dict.fromkeys(("modelopt-int4-awq", "modelopt-w4a8-awq"), "layers.0.attn.o: .* no place for a prescale"),
+    **dict.fromkeys(
+        ("modelopt-int4-awq", "modelopt-w4a8-awq", "modelopt-nvfp4-awq"), "layers.0.attn.o: .* no place for a prescale"
+    ),
     **dict.fromkeys(
         ("ct-fp8-block", "ct-int8", "ct-w3a16-g64", "ct-w4a16-asym"), "layers.0.attn.q: .* has no word for"
     ),
@@ -207,6 +210,36 @@ def test_in_the_other_layout_it_says_the_same(name, golden, tmp_path):
     assert ours.keys() == theirs.keys()
     for key, tensor in theirs.items():
         torch.testing.assert_close(ours[key], tensor, rtol=1e-6, atol=0, msg=key)
+
+
+def test_the_fp8_range_of_w4a8_is_the_largest_of_those_that_read_one_input(golden, tmp_path):
+    """Where a source has none, it is made: near to what Model Optimizer had of the weights before rounding."""
+    path = Path(shutil.copytree(golden("modelopt-w4a8-awq"), tmp_path / "model"))
+    source = open_checkpoint(path)
+    theirs = tensors_of(path)
+    without = replace(source, tensors=_Without(source.tensors, ".wide_scale"))
+    export(without, "hf", tmp_path / "out")
+    ours = tensors_of(tmp_path / "out")
+    assert ours.keys() == theirs.keys()
+    names = [name for name in theirs if name.endswith("weight_scale_2")]
+    assert len(names) == 14
+    for name in names:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=0, msg=name)
+    for group in ("self_attn.{}_proj qkv", "mlp.{}_proj gate,up"):
+        module, members = group.split()
+        members = members.split(",") if "," in members else list(members)
+        found = {ours[f"model.layers.1.{module.format(m)}.weight_scale_2"].item() for m in members}
+        assert len(found) == 1
+
+
+class _Without(Tensors):
+    """A checkpoint's tensors but those of one ending."""
+
+    def __init__(self, tensors: Tensors, ending: str) -> None:
+        super().__init__()
+        for name in tensors:
+            if not name.endswith(ending):
+                self.add(name, lambda d, n=name: tensors.on(n, d), tensors.dtype(name), tensors.nbytes(name))
 
 
 def test_nvfp4_k_and_v_are_carried_and_not_run(golden):
@@ -258,16 +291,19 @@ def test_made_again_they_are_the_same(golden, tmp_path):
                 assert before == after, name
 
 
+MISREAD = {"modelopt-qwen3-moe-nvfp4"}
+"""NVFP4 experts: transformers 5.17 is as far off (0.78) from those that llm-compressor wrote itself."""
+
+
 @pytest.mark.slow
 def test_transformers_loads_what_we_write_in_its_layout_and_gives_our_logits(golden, tmp_path):
     """Every kind that a golden has and compressed-tensors can say, whoever wrote it first."""
     made = {}
     for name in NAMES:
         source = open_checkpoint(golden(name))
-        try:
-            export(source, "compressed-tensors", tmp_path / name)
-        except UnsupportedError:
+        if name in MISREAD or (name in REFUSED and source.format == "hf"):
             continue
+        export(source, "compressed-tensors", tmp_path / name)
         if json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]["config_groups"]:
             made[name] = tmp_path / name
     assert len(made) > 30
