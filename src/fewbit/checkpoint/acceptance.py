@@ -81,7 +81,8 @@ ROWS = (
     ), ("fp8",), notes={"nvfp4/nvfp4 outer": "compute capability 10.0, or 8.0 to 9.0 through Marlin"}),
     Row("tensorrt-llm", _TRT, "hf", "_torch/modules/linear.py, quantization/modelopt_config.py", (
         "fp8/fp8 static", "fp8_row/fp8_row dynamic", "fp8_block", "nvfp4", "nvfp4/nvfp4 outer", "int8_row", *_AWQ,
-    ), ("fp8",), notes={"nvfp4": "the newest alone"}),
+        "nvfp4_g32/fp8 static",
+    ), ("fp8", "nvfp4"), notes={"nvfp4": "the newest alone"}),
     Row("tensorrt-llm", _TRT, "compressed-tensors", "_torch/model_config.py", (
         "fp8_row/fp8_row dynamic", "fp8_block/fp8_g128 dynamic", "nvfp4/nvfp4 outer", "mxfp4",
     ), notes={"nvfp4/nvfp4 outer": "the newest alone", "mxfp4": "the newest alone"}),

@@ -9,6 +9,8 @@ from fewbit.checkpoint.bitmask import without_bitmasks
 from fewbit.checkpoint.files import Files, ModelFiles
 from fewbit.checkpoint.gguf.source import GGUFFiles, gguf_file
 from fewbit.checkpoint.mxfp4 import without_stacks
+from fewbit.checkpoint.nemo.archive import TokenizerFolder, is_archive, members_of
+from fewbit.checkpoint.nemo.files import NemoFiles, tokenizer_files
 from fewbit.checkpoint.trtllm.files import TrtFiles, is_checkpoint
 
 
@@ -20,6 +22,8 @@ def open_files(path: Path) -> Files:
     """
     if file := gguf_file(path):
         return GGUFFiles(file)
+    if is_archive(path):
+        return NemoFiles(path)
     return TrtFiles(path) if is_checkpoint(path) else without_stacks(without_bitmasks(ModelFiles(path)))
 
 
@@ -29,4 +33,6 @@ def text_folder(path: Path) -> Traversable:
     Raises:
         CheckpointError: a source that is no directory and cannot be opened.
     """
+    if is_archive(path):
+        return TokenizerFolder(path, tokenizer_files(members_of(path)))
     return path if gguf_file(path) is None else open_files(path).folder
