@@ -90,7 +90,7 @@ ROWS = (
         "fp8/fp8 static", "fp8_row/fp8_row dynamic", "int4_g128", "int4_g128_asym", "int8_row",
         "int8_row/int8_row dynamic", "int8_row/int8 static", "int4_g128/fp8_row dynamic", "int4_g128/fp8 static",
         "nvfp4", "nvfp4/nvfp4 outer", "mxfp4", "mxfp4/mxfp4 dynamic",
-    ), mixed=False),
+    ), ("fp8", "int8", "fp8_row", "int8_row"), mixed=False),
     Row("transformers", "5.17.0", "hf", "tests/parity/test_families.py, run"),
     Row("vllm", _VLLM, "hf", "unquantized"),
     Row("fewbit", __version__, "*", "tests, run", ("*",), ("*",)),

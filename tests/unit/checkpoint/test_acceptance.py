@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 from fewbit.checkpoint import open_checkpoint, plan_for
 from fewbit.checkpoint.acceptance import ROWS, dialect_for, engines, loaders, nearest, rows_of, words
@@ -16,9 +18,10 @@ from fewbit.cli import run
 from fewbit.compress import built_in, compress, dialect, plan, read_recipe
 from fewbit.compress.recipe import parse_recipe
 from fewbit.errors import UnsupportedError
+from fewbit.model import KVCodec, load
 from fewbit.numerics.format import FORMATS
 from fewbit.numerics.quantspec import KVSpec, QuantSpec
-from helpers import make_model
+from helpers import dense_logits, ids, make_model
 
 FP8, ROW, NVFP4, INT8 = (FORMATS[name] for name in ("fp8", "fp8_row", "nvfp4", "int8_row"))
 INT4, ASYM, BLOCK, MXFP4 = (FORMATS[name] for name in ("int4_g128", "int4_g128_asym", "fp8_block", "mxfp4"))
@@ -96,9 +99,12 @@ def test_the_table_says_where_it_is_from():
 def test_k_and_v():
     cache = {0: KVSpec(FP8, FP8)}
     loaded = {n: r is None for n, _, r in loaders("compressed-tensors", Quantization({}, cache))}
-    assert loaded == {"vllm": True, "sglang": False, "tensorrt-llm": False, "transformers": False, "fewbit": True}
+    assert loaded == {"vllm": True, "sglang": False, "tensorrt-llm": False, "transformers": True, "fewbit": True}
     eight = {0: KVSpec(FORMATS["int8"], FORMATS["int8"])}
-    assert [n for n, _, r in loaders("compressed-tensors", Quantization({}, eight)) if not r] == ["fewbit"]
+    assert [n for n, _, r in loaders("compressed-tensors", Quantization({}, eight)) if not r] == [
+        "transformers",
+        "fewbit",
+    ]
 
 
 def test_the_dialect_an_engine_loads(source):
@@ -211,3 +217,17 @@ def test_support(capsys):
     assert "| `int8_sq_static` | `compressed-tensors` | no | no |" in said
     assert run(["support", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["tables"]) == 3
+
+
+@pytest.mark.parametrize("kv", ["fp8", "int8_head"])
+def test_transformers_rounds_k_and_v_as_we_do(kv, source, tmp_path):
+    checkpoint = open_checkpoint(source)
+    compress(checkpoint, plan(checkpoint, small("int4").with_kv(kv)), tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        theirs = model(torch.tensor([ids(24)])).logits[0]
+    ours = dense_logits(load(open_checkpoint(tmp_path / "out")), [ids(24)])
+    exact = load(open_checkpoint(tmp_path / "out"))
+    exact.codecs = tuple(KVCodec(torch.float32) for _ in exact.codecs)
+    assert (ours - theirs).norm() / theirs.norm() < 1e-3
+    assert (dense_logits(exact, [ids(24)]) - theirs).norm() / theirs.norm() > 1e-3
