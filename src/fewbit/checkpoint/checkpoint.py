@@ -136,7 +136,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         CheckpointError: something is missing, extra, misshapen or damaged; the message names it.
         UnsupportedError: an architecture or a quantization that fewbit does not know.
     """
-    files = open_files(Path(path))
+    with _understood(f"{path}"):
+        files = open_files(Path(path))
     family = family_of(files.config)
     with _understood("config.json"):
         spec = family.read(HFConfig(files.config))
@@ -147,7 +148,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     fmt = format_of(files)
     with _understood(f"the quantization in {files.path}, which calls itself {fmt.NAME},"):
         quantization = fmt.read(files, spec, names)
-    tensors = _Opener(files, spec, names, fmt, quantization).tensors()
+        tensors = _Opener(files, spec, names, fmt, quantization).tensors()
     carried = {name: files.folder / name for name in CARRIED if (files.folder / name).is_file()}
     return Checkpoint(
         path=files.path,
@@ -171,7 +172,7 @@ def _understood(what: str) -> Iterator[None]:
     """Turn what a list in the place of a number does to a reader into one clear error."""
     try:
         yield
-    except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, re.error) as error:
         raise CheckpointError(f"{what} is not put together as it should be: {type(error).__name__}: {error}") from error
 
 
@@ -213,7 +214,7 @@ class _Opener:
         return self.found
 
     def _scale(self, source: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        return self.files.read(source, device).float().reshape(shape)
+        return _finite(f"tensor '{source}'", self.files.read(source, device).float().reshape(shape))
 
     def _placed(self, name: str) -> None:
         """A tensor that is not quantized, wherever it lies."""
@@ -224,7 +225,7 @@ class _Opener:
 
     def _dense(self, name: str, source: str, shape: tuple[int, ...]) -> None:
         dtype = self._float(source, shape)
-        self._add(name, lambda device: self.files.read(source, device), [source], dtype)
+        self._add(name, lambda device: _finite(f"tensor '{source}'", self.files.read(source, device)), [source], dtype)
 
     def _float(self, source: str, shape: tuple[int, ...]) -> torch.dtype:
         entry = self._take(source, shape)
@@ -246,6 +247,10 @@ class _Opener:
             try:
                 parts = {s: self.files.read(f"{module}.{s}", device) for s in stored}
                 q = packing.unpack(parts, weight, (whole.out_features, whole.in_features))
+                for suffix, part in parts.items():
+                    if part.is_floating_point() and part.itemsize > 1:  # scales and zeros, some as reciprocals
+                        _finite(suffix, part)
+                _finite("scales", q.scales())
             except CheckpointError as error:
                 raise CheckpointError(f"{module}: {error}") from None
             return place.cut_codes(q, linear.name)
@@ -262,7 +267,7 @@ class _Opener:
             source = f"{module}.{form.suffix}"
             self._add(
                 f"{linear.name}.input_scale",
-                lambda device: form.unpack(self.files.read(source, device)),
+                lambda device: form.unpack(_finite(f"tensor '{source}'", self.files.read(source, device))),
                 [source],
                 self._take(source, form.shape),
             )
@@ -305,6 +310,13 @@ class _Opener:
 
 def _ones(shape: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.ones(shape, device=device)
+
+
+def _finite(what: str, tensor: Tensor) -> Tensor:
+    """The tensor, once it is known to hold numbers only: a scale that is none makes nonsense of all that it scales."""
+    if not torch.isfinite(tensor.float()).all():
+        raise CheckpointError(f"{what}: NaN or infinity, where only numbers can be; copy or download the file again")
+    return tensor
 
 
 def _both_float_scales(a: torch.dtype, b: torch.dtype) -> bool:

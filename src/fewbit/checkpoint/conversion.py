@@ -122,7 +122,7 @@ def plan_export(
     if to != trtllm.NAME and layout != Target():
         raise UnsupportedError(f"only '{trtllm.NAME}' is split over ranks or laid out for NIM, not '{to}'")
     quant, rounded = _plan_linears(checkpoint, target, requantize)
-    kv, rescaled = _plan_caches(checkpoint, target, requantize)
+    kv, rescaled = _plan_caches(checkpoint, quant, target, requantize)
     if reason := target.why_not(Quantization(quant, kv)):
         raise UnsupportedError(reason)
     if to != trtllm.NAME:
@@ -176,12 +176,14 @@ def _plan_linears(
     return quant, rounded
 
 
-def _plan_caches(checkpoint: Checkpoint, target: _Target, requantize: bool) -> tuple[dict[int, KVSpec], dict[int, str]]:
-    """The formats of K and V, and which of them change how."""
+def _plan_caches(
+    checkpoint: Checkpoint, quant: Mapping[str, QuantSpec], target: _Target, requantize: bool
+) -> tuple[dict[int, KVSpec], dict[int, str]]:
+    """The formats of K and V beside linears of `quant`, and which of them change how."""
     kv = dict(checkpoint.kv)
-    if not kv or not (reason := target.why_not(Quantization({}, kv))):
+    if not kv or not (reason := target.why_not(Quantization(quant, kv))):
         return kv, {}
-    other = nearest_kv(kv[0], lambda k: not target.why_not(Quantization({}, dict.fromkeys(kv, k))))
+    other = nearest_kv(kv[0], lambda k: not target.why_not(Quantization(quant, dict.fromkeys(kv, k))))
     if other is None or not requantize:
         raise UnsupportedError(reason + ("" if requantize else _HINT))
     return dict.fromkeys(kv, other), {layer: f"{was} becomes {other}" for layer, was in kv.items() if was != other}

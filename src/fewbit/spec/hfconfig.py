@@ -29,6 +29,10 @@ ACTIVATIONS = {
 """Names in `config.json` to ours."""
 
 
+MOST, MOST_PARTS = 2**31 - 1, 10_000
+"""Of what a config.json may count, and of layers and experts, each of which becomes an object."""
+
+
 class HFConfig:
     """A parsed `config.json` that knows how to complain."""
 
@@ -50,6 +54,8 @@ class HFConfig:
         value = self.raw.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise CheckpointError(f"config.json: '{name}' is {value!r}, expected a positive whole number")
+        if value > (most := MOST_PARTS if "layer" in name or "expert" in name else MOST):
+            raise CheckpointError(f"config.json: '{name}' is {value}, expected at most {most}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -57,9 +63,16 @@ class HFConfig:
         value = self.raw.get(name)
         if value is None and default is not None:
             return default
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < math.inf:
             raise CheckpointError(f"config.json: '{name}' is {value!r}, expected a number")
         return float(value)
+
+    def positive(self, name: str, default: float | None = None) -> float:
+        """A field that must be a number above 0; `default` where it is absent or null."""
+        value = self.number(name, default)
+        if value <= 0:
+            raise CheckpointError(f"config.json: '{name}' is {value}, expected a number above 0")
+        return value
 
     def flag(self, name: str, default: bool = False) -> bool:
         """A field that must be true or false; `default` where it is absent or null."""
@@ -125,7 +138,7 @@ class HFConfig:
         """
         new = self.raw.get("rope_parameters") or {}
         scaling = {k: v for k, v in (new or self.raw.get("rope_scaling") or {}).items() if v is not None}
-        theta = HFConfig(new if "rope_theta" in new else self.raw).number("rope_theta", default_theta)
+        theta = HFConfig(new if "rope_theta" in new else self.raw).positive("rope_theta", default_theta)
         said = HFConfig(scaling if "partial_rotary_factor" in scaling else self.raw)
         fraction = said.number("partial_rotary_factor", 1.0 if partial is None else partial)
         if partial is None and fraction != 1.0:
@@ -141,16 +154,16 @@ class HFConfig:
         if kind in ("longrope", "su"):
             return self._long(scaling)
         s = HFConfig(scaling)
-        factor = s.number("factor")
-        context = int(scaling.get("original_max_position_embeddings") or self.need("max_position_embeddings"))
+        factor = s.positive("factor")
+        context = s.optional("original_max_position_embeddings") or self.need("max_position_embeddings")
         if kind == "linear":
             return LinearScaling(factor)
         if kind == "llama3":
-            low, high = s.number("low_freq_factor"), s.number("high_freq_factor")
+            low, high = s.positive("low_freq_factor"), s.positive("high_freq_factor")
             return Llama3Scaling(factor, low, high, context)
         if kind == "yarn" and not {"mscale", "mscale_all_dim"} & scaling.keys():
-            attention = s.number("attention_factor") if "attention_factor" in scaling else None
-            fast, slow = s.number("beta_fast", 32.0), s.number("beta_slow", 1.0)
+            attention = s.positive("attention_factor") if "attention_factor" in scaling else None
+            fast, slow = s.positive("beta_fast", 32.0), s.positive("beta_slow", 1.0)
             return YarnScaling(factor, context, fast, slow, attention, s.flag("truncate", True))
         raise UnsupportedError(
             f"config.json: rope scaling {dict(scaling)} is not supported; known: linear, llama3, yarn, longrope"
@@ -159,16 +172,15 @@ class HFConfig:
     def _long(self, scaling: dict[str, Any]) -> LongScaling:
         """LongRoPE: the long factors for a model whose context is longer than the original, else the short ones."""
         whole = self.need("max_position_embeddings")
-        original = int(
-            scaling.get("original_max_position_embeddings") or self.raw.get("original_max_position_embeddings") or whole
-        )
+        name = "original_max_position_embeddings"
+        original = HFConfig(scaling).optional(name) or self.optional(name) or whole
         name = "long_factor" if whole > original else "short_factor"
         factors = scaling.get(name)
         if not isinstance(factors, list) or not all(isinstance(f, int | float) and f > 0 for f in factors):
             raise CheckpointError(f"config.json: '{name}' is {factors!r}, expected a list of numbers above 0")
         stretch = max(whole / original, 1.0)
         sharpen = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
-        return LongScaling(tuple(map(float, factors)), HFConfig(scaling).number("attention_factor", sharpen))
+        return LongScaling(tuple(map(float, factors)), HFConfig(scaling).positive("attention_factor", sharpen))
 
 
 def rope_fields(rope: Rope) -> dict[str, Any]:
