@@ -112,7 +112,9 @@ def _pack_quantized(parts: dict[str, Tensor], args: dict) -> Tensor:
     value = _words(words, bits)[:, :cols]
     scale = parts["weight_scale"].float()
     if not args.get("symmetric", True):
-        zero = _words(parts["weight_zero_point"].T, bits).T[:rows]
+        zero = parts["weight_zero_point"]
+        assert zero.dtype == (torch.int8 if args["strategy"] == "tensor" else torch.int32)
+        zero = zero.float() if args["strategy"] == "tensor" else _words(zero.T, bits).T[:rows]
         assert zero.shape == scale.shape
         value = value - _spread(zero, args, (rows, cols))
     else:

@@ -304,6 +304,7 @@ LLMCOMPRESSOR: dict[str, Callable[[], Make]] = {
     "ct-w8a16": lambda: llmcompressor(_scheme("W8A16")),
     "ct-w3a16-g64": lambda: llmcompressor(_groups((["Linear"], _int(3), None))),
     "ct-w5a16-channel-asym": lambda: llmcompressor(_groups((["Linear"], _int(5, "channel", symmetric=False), None))),
+    "ct-w4a16-tensor-asym": lambda: llmcompressor(_groups((["Linear"], _int(4, "tensor", symmetric=False), None))),
     "ct-w4a16-gptq-static": lambda: llmcompressor(_gptq("static", 32)),
     "ct-w4afp8": lambda: llmcompressor(_scheme("W4AFP8")),
     "ct-w4afp8-packed": lambda: llmcompressor(_scheme("W4AFP8"), quantization_format="pack-quantized"),

@@ -186,7 +186,7 @@ REFUSED = {
         ("ct-fp8-block", "ct-int8", "ct-w3a16-g64", "ct-w4a16-asym"), "layers.0.attn.q: .* has no word for"
     ),
     **dict.fromkeys(("ct-w4afp8", "ct-w4afp8-packed", "ct-w5a16-channel-asym"), "layers.0.attn.q: .* has no word for"),
-    **dict.fromkeys(("ct-w8a16", "ct-mixed"), "layers.0.* has no word for int8"),
+    **dict.fromkeys(("ct-w8a16", "ct-mixed", "ct-w4a16-tensor-asym"), "layers.0.* has no word for int"),
 }
 """What the other layout cannot say, and in which words it is refused."""
 

@@ -66,7 +66,8 @@ def _words_stored(fmt: Format, shape: Shape) -> dict[str, Stored]:
         "weight_shape": Stored(torch.int64, (2,)),
     }
     if fmt.zero:
-        stored["weight_zero_point"] = Stored(torch.int32, (-(-out * bits // 32), scale_grid(fmt, shape)[1]))
+        packed = Stored(torch.int32, (-(-out * bits // 32), scale_grid(fmt, shape)[1]))
+        stored["weight_zero_point"] = Stored(torch.int8, (1,)) if fmt.block[0] == ALL else packed
     if fmt.act_order:
         stored["weight_g_idx"] = Stored(torch.int32, (columns,))
     return stored
@@ -81,7 +82,8 @@ def _words_pack(q: QTensor) -> dict[str, Tensor]:
         "weight_shape": torch.tensor(q.shape, dtype=torch.int64),
     }
     if q.zero is not None:
-        parts["weight_zero_point"] = pack_words((q.zero.int() + half).to(torch.uint8), bits, dim=0)
+        packed = pack_words((q.zero.int() + half).to(torch.uint8), bits, dim=0)
+        parts["weight_zero_point"] = q.zero.reshape(1) if q.format.block[0] == ALL else packed
     if q.group_of is not None:
         parts["weight_g_idx"] = q.group_of
     return parts
@@ -93,9 +95,10 @@ def _words_unpack(parts: Mapping[str, Tensor], fmt: Format, shape: Shape) -> QTe
     if parts["weight_shape"].tolist() != list(shape):
         raise CheckpointError(f"weight_shape says {parts['weight_shape'].tolist()}, the model's config {list(shape)}")
     codes = unpack_words(parts["weight_packed"], bits, shape[1]) ^ half
-    zero = None
-    if fmt.zero:
-        zero = (unpack_words(parts["weight_zero_point"], bits, shape[0], dim=0).int() - half).to(torch.int8)
+    zero = parts["weight_zero_point"].reshape(-1, 1) if fmt.zero else None
+    if zero is not None and fmt.block[0] != ALL:
+        zero = unpack_words(parts["weight_zero_point"], bits, shape[0], dim=0).int() - half
+    zero = None if zero is None else zero.to(torch.int8)
     grid, group_of = scale_grid(fmt, shape), parts["weight_g_idx"] if fmt.act_order else None
     if group_of is not None and not (int(group_of.min()) >= 0 and int(group_of.max()) < grid[1]):
         raise CheckpointError(f"weight_g_idx names groups {group_of.min()} to {group_of.max()}, there are {grid[1]}")
