@@ -24,8 +24,15 @@ def logits(path) -> torch.Tensor:
     return dense_logits(load(open_checkpoint(path)), WINDOWS)
 
 
-@pytest.mark.parametrize("recipe", LIMITS)
-@pytest.mark.parametrize("family", families())
+QUICK = ("falcon", "gemma2", "glm4", "gpt2", "gpt_oss", "nemotron", "olmo2", "phi3")
+CASES = [
+    pytest.param(family, recipe, marks=[] if recipe == "int8" or family in QUICK else pytest.mark.slow)
+    for family in families()
+    for recipe in LIMITS
+]
+
+
+@pytest.mark.parametrize(("family", "recipe"), CASES)
 def test_a_compressed_model_says_what_the_model_said(family, recipe, tmp_path):
     source = make_model(tmp_path / "float", family, torch.float32, gain=1.0)
     exact = logits(source)

@@ -24,6 +24,7 @@ from fewbit.checkpoint.formats import FileFormat, Reader, format_of
 from fewbit.checkpoint.layout import Packing, Quantization, Stored
 from fewbit.checkpoint.names import Names
 from fewbit.checkpoint.places import Places
+from fewbit.checkpoint.prefix import with_prefix
 from fewbit.checkpoint.sources import open_files
 from fewbit.errors import CheckpointError
 from fewbit.numerics.format import ALL
@@ -139,6 +140,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     with _understood(f"{path}"):
         files = open_files(Path(path))
     family = family_of(files.config)
+    files = with_prefix(files, getattr(family, "PREFIX", ""))
     with _understood("config.json"):
         spec = family.read(HFConfig(files.config))
     names = Names(family, spec)

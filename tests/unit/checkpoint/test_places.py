@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fewbit.checkpoint import CheckpointWriter, files, format_named, open_checkpoint
 from fewbit.checkpoint.layout import Quantization
@@ -15,7 +15,7 @@ from fewbit.compress.recipe import Calibration, parse_recipe, read_recipe
 from fewbit.errors import UnsupportedError
 from fewbit.spec.families import families
 from fewbit.spec.part import Part
-from helpers import make_model
+from helpers import make_model, same_tensors
 
 FUSED = sorted(name for name, kind in families().items() if any(isinstance(v, Part) for v in kind.NAMES.values()))
 
@@ -104,3 +104,21 @@ def test_experts_of_one_tensor_want_one_rule(tmp_path):
     )
     with pytest.raises(UnsupportedError, match=r"lie in one tensor of this family's files .*down_proj"):
         plan(source, parse_recipe("own", rules))
+
+
+def test_names_may_lack_what_their_family_begins_with(tmp_path):
+    path = make_model(tmp_path / "m", "gpt2", with_tokenizer=False)
+    whole = open_checkpoint(path)
+    stored = load_file(path / "model.safetensors")
+    short = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
+    assert short.keys() & stored.keys() == set()
+    save_file(short | {"h.0.attn.bias": torch.ones(1, 1, 4, 4)}, path / "model.safetensors")
+    same_tensors(open_checkpoint(path), whole_of(whole, stored, tmp_path))
+
+
+def whole_of(checkpoint, stored, path):
+    """The model as it was before its file was changed."""
+    (path / "whole").mkdir()
+    (path / "whole" / "config.json").write_text((checkpoint.path / "config.json").read_text())
+    save_file(stored, path / "whole" / "model.safetensors")
+    return open_checkpoint(path / "whole")

@@ -3,7 +3,8 @@
 A family's module holds ``ARCHITECTURES`` (names in config.json), ``read`` (config.json to `DecoderSpec`), ``write``
 (the way back), ``NAMES`` (canonical module to the checkpoint's or a `Part`, ``{i}`` for the layer, ``{e}`` for the
 expert), ``DROPPED`` (patterns of tensors it knowingly does not use) and ``TINY`` (a config.json for tests). Where
-models of a family differ in their names it has ``names`` too: what to change in ``NAMES`` for a spec.
+models of a family differ in their names it has ``names`` too: what to change in ``NAMES`` for a spec; and ``PREFIX``:
+what the names in some of its files lack.
 """
 
 from __future__ import annotations

@@ -32,6 +32,8 @@ NAMES = {
     "final_norm": "transformer.ln_f",
     "lm_head": "lm_head",
 }
+PREFIX = "transformer."
+"""Which the files of the first GPT-2s leave out."""
 DROPPED = ("*.attn.bias", "*.attn.masked_bias")
 TINY = {
     "architectures": ["GPT2LMHeadModel"],
