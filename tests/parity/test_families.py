@@ -15,6 +15,7 @@ from fewbit.engine.attend import KVCache, PagedAttend
 from fewbit.engine.batch import Batch, Piece
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.model import load
+from fewbit.model.load import _shape_why_not, _spec_why_not
 from fewbit.spec.families import UNSUPPORTED, families, family_of
 from fewbit.spec.hfconfig import HFConfig
 from helpers import dense_logits, edit_json, ids, make_model
@@ -229,7 +230,7 @@ def compare(model, path, vocab: int = 256) -> None:
         theirs = model(torch.tensor(windows)).logits.flatten(0, 1)
     ours = dense_logits(load(open_checkpoint(path)), windows)
     assert ours.shape == theirs.shape
-    assert (paged_logits(load(open_checkpoint(path)), windows) - ours).abs().max() <= 2e-6 * ours.abs().max()
+    assert torch.equal(paged_logits(load(open_checkpoint(path)), windows), ours)
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
     assert theirs.std() > 0.1  # the model says something
 
@@ -394,6 +395,14 @@ def test_an_absent_field_means_what_transformers_takes_it_to_mean(family):
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "'factor' is None, expected a number"),
         ("llama", {"rope_scaling": {**YARN, "mscale": 1.0}}, "'mscale': 1.0"),
         ("llama", {"partial_rotary_factor": 0.5, "rope_scaling": None}, "partial_rotary_factor other than 1"),
+        ("phi3", {"partial_rotary_factor": 0.5}, "longrope has 16 factors, expected one for each of the 8 pairs"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "'attn_logit_softcapping' is 50.0; only None is supported"),
+        ("mpt", {"attn_config": {"clip_qkv": 6}}, "'clip_qkv' is 6; only None is supported"),
+        ("mpt", {"attn_config": {"alibi": False}}, "an MPT without alibi is not supported"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, "'swiglu_limit' is 5.0; only 7.0 is supported"),
+        ("smollm3", {"no_rope_layers": [1]}, "expected 2 of 0 or 1"),
+        ("chatglm", {"rmsnorm": False}, "'rmsnorm' is False; only True is supported"),
+        ("gpt2", {"add_cross_attention": True}, "'add_cross_attention' is True; only False is supported"),
         ("mixtral", {"num_experts_per_tok": 9}, "9 experts a token, but there are 4"),
         ("qwen3_moe", {"num_experts_per_tok": 9}, "9 experts a token, but there are 6"),
         ("qwen3_moe", {"mlp_only_layers": "all"}, "'mlp_only_layers' is 'all', expected a list of layers"),
@@ -405,6 +414,13 @@ def test_a_config_that_cannot_be_is_refused(family, changes, words):
     with pytest.raises((CheckpointError, UnsupportedError)) as e:
         families()[family].read(HFConfig({**families()[family].TINY, "use_sliding_window": True, **changes}))
     assert words in str(e.value)
+
+
+@pytest.mark.parametrize("family", families())
+def test_fused_kernels_decline_what_they_do_not_know(family):
+    spec = families()[family].read(HFConfig(families()[family].TINY))
+    reasons = [_spec_why_not(spec), *map(_shape_why_not, spec.layers)]
+    assert any(reasons) == (family not in ("llama", "mistral", "qwen2", "qwen3", "phi3", "baichuan"))
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)

@@ -261,6 +261,8 @@ def _spec_why_not(spec: DecoderSpec) -> str | None:
         return "its last norm is not a plain RMSNorm"
     if spec.learned_positions or spec.embed_scale != 1.0:
         return "its embedding is scaled or has learned positions"
+    if spec.unit_head and spec.tied:
+        return "its head is the embedding with rows of length one"
     return "its logits are capped" if spec.logit_softcap is not None else None
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from fewbit.errors import CheckpointError
-from fewbit.spec.decoder import MLP, Alibi, Attention, DecoderSpec, Layer, MoE, Norm, Rope
+from fewbit.spec.decoder import MLP, Alibi, Attention, DecoderSpec, Layer, LongScaling, MoE, Norm, Rope
 from fewbit.spec.hfconfig import HFConfig, common_fields
 
 ARCHITECTURES = ("LlamaForCausalLM",)
@@ -83,6 +83,16 @@ def llama_like(
     positions = positions or (c.rope(),) * count
     if any(isinstance(p, Rope) and (p.width(head_dim) % 2 or not p.width(head_dim)) for p in positions):
         raise CheckpointError(f"config.json: head_dim {head_dim} is odd or 0; rotary positions turn pairs")
+    for p in positions:
+        if (
+            isinstance(p, Rope)
+            and isinstance(p.scaling, LongScaling)
+            and len(p.scaling.factors) * 2 != p.width(head_dim)
+        ):
+            raise CheckpointError(
+                f"config.json: longrope has {len(p.scaling.factors)} factors, expected one for each of the "
+                f"{p.width(head_dim) // 2} pairs of a head that are turned"
+            )
     norm = norm or Norm(c.number("rms_norm_eps", 1e-6))
     attention = Attention(
         heads=heads,
