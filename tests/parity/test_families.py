@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -209,7 +210,7 @@ def configure(family: str, variant: str) -> dict:
 
 def save(config: dict, path) -> transformers.PreTrainedModel:
     """A model of transformers with random weights, and its directory as transformers writes it."""
-    kind = transformers.AutoConfig.for_model(**config)
+    kind = transformers.AutoConfig.for_model(**deepcopy(config))  # it writes into what it is given
     torch.manual_seed(0)
     how = "eager" if config["model_type"] == "gemma2" else None  # the usual one leaves out the cap of its scores
     model = transformers.AutoModelForCausalLM.from_config(kind, dtype=torch.float32, attn_implementation=how).eval()
@@ -374,7 +375,7 @@ def test_an_absent_field_means_what_transformers_takes_it_to_mean(family):
     config = {k: (wide | old).get(k, v) for k, v in tiny.items() if k in {**wide, **old, "model_type": 0}}
     config |= {"vocab_size": 256, "use_sliding_window": True, "architectures": tiny["architectures"]}
     config |= {k: tiny[k] for k in ("hidden_act", "attn_config") if tiny.get(k) == "silu" or k == "attn_config" in tiny}
-    full = transformers.AutoConfig.for_model(**config).to_dict()
+    full = transformers.AutoConfig.for_model(**deepcopy(config)).to_dict()
     kind = families()[family]
     assert kind.read(HFConfig(config)) == kind.read(HFConfig({**config, **full}))
 
