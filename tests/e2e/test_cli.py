@@ -434,7 +434,7 @@ def bench(tiny, plain, int8, tmp_path_factory) -> dict[str, Path]:
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(tensors, d / "nan" / "model.safetensors")
     (d / "shardless" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "b.safetensors"}}))
-    edit_json(d / "foreign" / "config.json", architectures=["GPT2LMHeadModel"])
+    edit_json(d / "foreign" / "config.json", architectures=["MambaForCausalLM"])
     (d / "broken" / "tokenizer.json").write_text("{}")
     words = json.loads((tiny / "tokenizer.json").read_text())
     words["added_tokens"].append(
@@ -477,7 +477,7 @@ WRONG = [
     ("inspect {full}", "has no config.json"),
     ("inspect {cut}", "model.safetensors is damaged or truncated"),
     ("inspect {shardless}", "b.safetensors is missing from"),
-    ("inspect {foreign}", "architecture 'GPT2LMHeadModel' is not supported"),
+    ("inspect {foreign}", "architecture 'MambaForCausalLM' is not supported"),
     ("inspect nobody/nothing", "where there is a network: hf download nobody/nothing"),
     ("inspect {tiny} --device tpu", "unknown device 'tpu'; expected cpu, cuda or cuda:N"),
     ("explain {tiny} --device cuda:64", "no device 'cuda:64' here"),
