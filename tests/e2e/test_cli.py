@@ -497,7 +497,7 @@ WRONG = [
     (f"{COMPRESS} {{not.yaml}}", "recipe not is not YAML: "),
     (f"{COMPRESS} fp8 --kv int2", "--kv: K and V format 'int2' is unknown; known: fp8, int8"),
     (f"{COMPRESS} fp8 --export onnx", "unknown checkpoint format 'onnx'; known: awq, compressed-tensors, gptq, hf"),
-    (f"{COMPRESS} fp8 --export gguf", "checkpoint format 'gguf' is only read; known: awq, compressed-tensors, gptq, hf"),
+    (f"{COMPRESS} fp8 --export gguf", "checkpoint format 'gguf' is only read; known: awq, compressed-tensors, gptq"),
     (f"{COMPRESS} int8 --export hf", "layers.0.attn.q: Model Optimizer's layout has no word for int8_row weights"),
     (f"{COMPRESS} w4a8 --export hf", "use --export compressed-tensors, which can"),
     (f"{COMPRESS} fp8 --kv int8 --export hf", "no word for K and V in int8; use --export compressed-tensors"),
