@@ -148,7 +148,9 @@ def test_reads_model_optimizers_nvfp4(tmp_path, algo):
         "weight_scale_2": torch.tensor(0.5),
     }
     numbers = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
-    assert modelopt(tmp_path, algo, parts)[0].tolist() == [2 * v for v in numbers] + [-2 * v for v in numbers]
+    assert modelopt(tmp_path, algo, parts, group_size=16)[0].tolist() == [2 * v for v in numbers] + [
+        -2 * v for v in numbers
+    ]
 
 
 def test_goes_through_the_index_and_minds_what_it_says(tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from fewbit.checkpoint import Checkpoint, format_named
 from fewbit.checkpoint.acceptance import dialect_for, engines, nearest
+from fewbit.checkpoint.formats import FileFormat, trtllm
 from fewbit.checkpoint.layout import Quantization
 from fewbit.checkpoint.names import Names
 from fewbit.checkpoint.places import Places
@@ -79,6 +80,17 @@ def prepared(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
     return checkpoint
 
 
+def format_to_fill(name: str) -> FileFormat:
+    """The file format of a name, for a compression that fills its files layer by layer.
+
+    Raises:
+        UnsupportedError: there is none, or it cannot be filled so.
+    """
+    if name == trtllm.NAME:
+        raise UnsupportedError("a TensorRT-LLM checkpoint is made of a compressed model: use fewbit export --to trtllm")
+    return format_named(name)
+
+
 def plan(checkpoint: Checkpoint, recipe: Recipe, export: str = "compressed-tensors") -> Plan:
     """Settle what a recipe means for a model, and that the file format can say it.
 
@@ -95,9 +107,7 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, export: str = "compressed-tenso
     quant = recipe.resolve(checkpoint.spec)
     kv = dict.fromkeys(range(len(checkpoint.spec.layers)), recipe.kv) if recipe.kv else {}
     spec = replace(checkpoint.spec, tied=checkpoint.spec.tied and "lm_head" not in quant)
-    if export == "trtllm":
-        raise UnsupportedError("a TensorRT-LLM checkpoint is made of a compressed model: use fewbit export --to trtllm")
-    if reason := format_named(export).why_not(spec, Quantization(quant, kv)):
+    if reason := format_to_fill(export).why_not(spec, Quantization(quant, kv)):
         raise UnsupportedError(reason)
     Places(Names(checkpoint.family, spec), spec, quant).check()
     if any(hasattr(t, "correct") for t in recipe.techniques) and not any(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbit.checkpoint import CheckpointWriter, format_named, formats, open_checkpoint
+from fewbit.checkpoint import CheckpointWriter, format_named, open_checkpoint
 from fewbit.checkpoint.checkpoint import CARRIED
 from fewbit.checkpoint.files import read_json
 from fewbit.checkpoint.layout import Quantization
@@ -22,6 +22,7 @@ from fewbit.compress.fake import FakeQuant
 from fewbit.compress.inputs import ForwardLoop
 from fewbit.compress.known import Known, known
 from fewbit.compress.module import quantize
+from fewbit.compress.plan import format_to_fill
 from fewbit.compress.recipe import Recipe, read_recipe
 from fewbit.compress.techniques import awq, smoothquant
 from fewbit.errors import CheckpointError, RecipeError, UnsupportedError, nearest_name
@@ -69,8 +70,7 @@ class Quantizer:
         self.format = (
             self.export_config.get("format") or self.export_config.get("export_format") or "compressed-tensors"
         )
-        if self.format not in formats():
-            raise UnsupportedError(f"export_config: format is {self.format!r}; known: {', '.join(sorted(formats()))}")
+        format_to_fill(self.format)
         for name in _RANKS:
             number = self.export_config.get(name, 1)
             if not isinstance(number, int) or isinstance(number, bool) or number < 1:

@@ -73,8 +73,8 @@ def _formats() -> dict[str, Format]:
         Format("fp8_e5m2_row", E5M2, (1, ALL)),
         Format("fp8_e5m2_block", E5M2, (128, 128)),
         Format("nvfp4", E2M1, (1, 16), scale=E4M3, outer=True),
-        Format("nvfp4_g32", E2M1, (1, 32), scale=E4M3, outer=True),
         Format("mxfp4", E2M1, (1, 32), scale=E8M0),
+        Format("nvfp4_g32", E2M1, (1, 32), scale=E4M3, outer=True),
         Format("mxfp8", E4M3, (1, 32), scale=E8M0),
     ]
     for group in (32, 64, 128):

@@ -582,7 +582,11 @@ def test_a_tied_head_is_exported_untied_once_it_is_quantized(tmp_path):
         ({"algorithm": "int8_sq", "sq_alpha": 2}, {}, "alpha is 2; expected a number from 0 to 1"),
         ({}, {"dtype": "int7"}, "export_config: dtype is 'int7'"),
         ({}, {"inference_tensor_parallel": 0}, "inference_tensor_parallel is 0, expected a whole number of at least 1"),
-        ({}, {"format": "trtllm"}, "export_config: format is 'trtllm'; known: compressed-tensors, hf"),
+        (
+            {},
+            {"format": "trtllm"},
+            "a TensorRT-LLM checkpoint is made of a compressed model: use fewbit export --to trtllm",
+        ),
         (3, {}, "quantization_config is 3, expected keys"),
     ],
 )
@@ -604,8 +608,8 @@ def test_exports_that_cannot_be_are_one_clear_line(model, tmp_path):
     other = make_model(tmp_path / "other", intermediate_size=512)
     with pytest.raises(CheckpointError, match="describes another model than the one to export"):
         fewbit.Quantizer(export_config={"path": tmp_path / "o"}).export(module, other)
-    fewbit.quantize(module, "mxfp4_wo")
-    with pytest.raises(UnsupportedError, match="has no word for mxfp4"):
+    fewbit.quantize(module, "w4a8")
+    with pytest.raises(UnsupportedError, match="has no word for int4_g128"):
         fewbit.Quantizer(export_config={"path": tmp_path / "o", "format": "hf"}).export(module)
     assert not (tmp_path / "o").exists()
 
