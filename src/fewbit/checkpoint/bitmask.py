@@ -12,13 +12,10 @@ The library dropped both with its release 0.13, and no current engine loads them
 
 from __future__ import annotations
 
-from importlib.resources.abc import Traversable
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from fewbit.checkpoint.files import CPU, Files
+from fewbit.checkpoint.files import CPU, Files, View
 from fewbit.checkpoint.layout import Stored
 from fewbit.errors import CheckpointError, UnsupportedError
 
@@ -44,7 +41,7 @@ def without_bitmasks(files: Files) -> Files:
     return Unmasked(files)
 
 
-class Unmasked:
+class Unmasked(View):
     """A directory whose sparse weights show themselves as dense ones.
 
     Raises:
@@ -52,11 +49,7 @@ class Unmasked:
     """
 
     def __init__(self, files: Files) -> None:
-        self.path: Path = files.path
-        self.folder: Traversable = files.folder
-        self.sources: tuple[Path, ...] = files.sources
-        self.config = files.config
-        self._files = files
+        super().__init__(files)
         self._masked = {n.removesuffix(".bitmask") for n in files.entries if n.endswith(".bitmask")}
         parts = {f"{module}.{part}" for module in self._masked for part in PARTS}
         self.entries = {name: stored for name, stored in files.entries.items() if name not in parts}

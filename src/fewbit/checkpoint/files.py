@@ -91,6 +91,17 @@ class Place:
     start: int
 
 
+class View:
+    """A source that shows the tensors of another in another way; its own `entries` and `read` say how."""
+
+    def __init__(self, files: Files) -> None:
+        self.path: Path = files.path
+        self.folder: Traversable = files.folder
+        self.sources: tuple[Path, ...] = files.sources
+        self.config = files.config
+        self._files = files
+
+
 class ModelFiles:
     """A model directory's config.json and the table of its tensors. Opening reads headers only.
 

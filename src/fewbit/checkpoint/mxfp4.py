@@ -12,13 +12,11 @@ and ``down_proj_*`` likewise. They show themselves as ``{e}.gate_proj.weight_pac
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.resources.abc import Traversable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fewbit.checkpoint.files import CPU, Files, read_rows
+from fewbit.checkpoint.files import CPU, Files, View, read_rows
 from fewbit.checkpoint.layout import Stored
 from fewbit.errors import CheckpointError
 
@@ -49,15 +47,11 @@ class _Slice:
     step: int
 
 
-class Unstacked:
+class Unstacked(View):
     """A directory whose stacked experts show themselves one by one. See `Files`."""
 
     def __init__(self, files: Files) -> None:
-        self.path: Path = files.path
-        self.folder: Traversable = files.folder
-        self.sources: tuple[Path, ...] = files.sources
-        self.config = files.config
-        self._files = files
+        super().__init__(files)
         self._slices: dict[str, _Slice] = {}
         self.entries: dict[str, Stored] = {}
         packed = {n.removesuffix("_blocks") for n in files.entries if n.endswith(".down_proj_blocks")}
