@@ -21,6 +21,7 @@ from fewbit.engine.config import EngineOptions
 from fewbit.engine.engine import generate, open_engine
 from fewbit.engine.gpu import GpuRunner
 from fewbit.engine.types import GenerateRequest, SamplingParams
+from fewbit.errors import UnsupportedError
 from fewbit.measure.quality import evaluate
 from fewbit.measure.steptimes import measure
 from fewbit.model import DenseAttend, Loader
@@ -110,7 +111,13 @@ def test_the_times_of_a_step(tmp_path):
         **open_checkpoint(STORY).config, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8,
         "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128, "max_position_embeddings": 4096,
     }  # fmt: skip
-    times = measure(shape, ["none", "int4"], GPU, context=256, layers=2)
+    for last in (False, False, True):  # other guests of the machine may upset a clock, and the tool then says so
+        try:
+            times = measure(shape, ["none", "int4"], GPU, context=256, layers=2)
+            break
+        except UnsupportedError as error:
+            if last or "keeps this machine busy" not in str(error):
+                raise
     assert times.layer > 0
     assert math.isfinite(times.fixed)
     assert sum(by["int4"] for by in times.more.values()) < -0.2 * times.layer  # a quarter of the bytes

@@ -18,6 +18,7 @@ from fewbit.engine.batch import Drawn
 from fewbit.engine.blocks import BlockPool, chain
 from fewbit.engine.engine import generate
 from fewbit.engine.scheduler import Scheduler
+from fewbit.engine.types import TokenLogprobs
 
 OPTIONS = st.fixed_dictionaries(
     {
@@ -32,11 +33,20 @@ OPTIONS = st.fixed_dictionaries(
 # few different tokens, so that prefixes meet often
 PROMPT = st.lists(st.integers(1, 2), min_size=1, max_size=12)
 ACTION = st.one_of(
-    st.tuples(st.just("submit"), PROMPT, st.integers(1, 12)),
+    st.tuples(st.just("submit"), PROMPT, st.integers(0, 12), st.integers(-1, 1), st.booleans()),
     st.tuples(st.just("abort"), st.integers(0, 20)),
     st.tuples(st.just("step"), st.sampled_from([1, 2, 5, EOS]), st.booleans()),
     st.tuples(st.just("fail")),
 )
+
+
+def echoed(piece) -> tuple[TokenLogprobs, ...]:
+    """What a runner would say about a prompt; here each position says its own number."""
+    if piece.echo is None:
+        return ()
+    first, count = piece.echo.first, len(piece.echo.tokens)
+    assert piece.first <= first < first + count <= piece.end, "only what the step computes can be looked at"
+    return tuple(TokenLogprobs(float(i)) for i in range(first, first + count))
 
 
 @settings(max_examples=150, deadline=None)
@@ -45,6 +55,7 @@ def test_no_block_leaks_and_every_request_ends_exactly_once(options, actions, ov
     """`overlapping`: each step is planned before the one before it is committed."""
     scheduler = Scheduler(config(**options))
     submitted, events = [], []
+    echoing: dict[str, int] = {}  # positions of a prompt that are to be reported
     under_way: list[tuple] = []
 
     def commit() -> None:
@@ -53,9 +64,11 @@ def test_no_block_leaks_and_every_request_ends_exactly_once(options, actions, ov
 
     for action in [*actions, *[("step", 5, False)] * 1000]:
         match action:
-            case ("submit", prompt, wanted):
+            case ("submit", prompt, wanted, priority, echo):
                 submitted.append(f"r{len(submitted)}")
-                scheduler.submit(request(prompt, submitted[-1], max_tokens=wanted, ignore_eos=False))
+                echoing[submitted[-1]] = len(prompt) - 1 if echo else 0
+                given = {"max_tokens": wanted, "priority": priority, "prompt_logprobs": 0 if echo else None}
+                scheduler.submit(request(prompt, submitted[-1], ignore_eos=False, **given))
             case ("abort", which) if which < len(submitted):
                 events += scheduler.abort(submitted[which])
             case ("step", token, aborts):
@@ -64,7 +77,7 @@ def test_no_block_leaks_and_every_request_ends_exactly_once(options, actions, ov
                 assert len(batch.pieces) <= scheduler.config.max_batch
                 if not under_way:
                     assert bool(batch.pieces) == bool(scheduler.requests), "whoever can go on does"
-                drawn = {p.id: Drawn(token) for p in batch.pieces if p.draw}
+                drawn = {p.id: Drawn(token, prompt_logprobs=echoed(p)) for p in batch.pieces if p.draw or p.echo}
                 if aborts and batch.pieces:
                     events += scheduler.abort(batch.pieces[0].id)  # while the step runs
                 if overlapping:
@@ -89,6 +102,13 @@ def test_no_block_leaks_and_every_request_ends_exactly_once(options, actions, ov
             ended.add(event.id)
             outputs = sum(e.id == event.id and e.token is not None for e in events)
             assert event.ending.output_tokens == outputs
+            its = [e for e in events if e.id == event.id]
+            said = [x.chosen for e in its for x in e.prompt_logprobs]
+            assert said == list(range(len(said))), "in order, none twice"
+            if event.ending.reason in ("stop", "length"):
+                assert len(said) == echoing[event.id], "none lost"
+            first = next(i for i, e in enumerate(its) if e.token is not None or e.ending)
+            assert not any(e.prompt_logprobs for e in its[first:]), "the prompt comes before the answer"
     assert scheduler.stats().blocks_free == options["num_blocks"]
     if options["policy"] == "guaranteed_no_evict":
         assert scheduler.stats().preemptions_total == 0

@@ -17,8 +17,10 @@ def locate(model: str | Path) -> Path:
         CheckpointError: neither; the message says which command would fetch it.
     """
     path = Path(model).expanduser()
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+    if path.exists():
         return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        raise CheckpointError(f"{path} is not a directory; expected a Hugging Face model directory")
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled

@@ -23,6 +23,7 @@ class Draw(msgspec.Struct, frozen=True):
     tokens: Sequence[int]  # prompt and output so far: the request's own list, read when the step is launched
     prompt_tokens: int  # how many of `tokens` are the prompt
     forbidden: tuple[int, ...] = ()  # ids that may not come now: those that would end a request below its min_tokens
+    mask: bytes | None = None  # what the grammar allows: a bit a token in words of 32, the lowest id in the lowest bit
 
     @property
     def output(self) -> Sequence[int]:
@@ -33,12 +34,22 @@ class Draw(msgspec.Struct, frozen=True):
     def plain(self) -> bool:
         """Whether nothing but the likeliest token is wanted."""
         p = self.params
-        return p.temperature == 0 and p.logprobs is None and not self.forbidden and not looks_back(p)
+        free = not (self.forbidden or p.logit_bias or p.allowed_token_ids is not None or looks_back(p))
+        return free and p.temperature == 0 and p.logprobs is None
 
 
 def looks_back(p: SamplingParams) -> bool:
     """Whether a draw depends on which tokens came before it, beyond the logits."""
-    return bool(p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty or p.bad_words)
+    penalized = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
+    return bool(penalized or p.bad_words or p.grammar is not None)
+
+
+class Echo(msgspec.Struct, frozen=True):
+    """Tokens of a prompt whose log probabilities are wanted: those that follow the positions from `first` on."""
+
+    first: int
+    tokens: list[int]
+    top: int  # how many alternatives to report beside each
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -52,7 +63,8 @@ class Piece(msgspec.Struct, frozen=True):
     tokens: list[int]
     first: int
     blocks: list[int]
-    draw: Draw | None = None  # None: a prefill chunk that stops short of the end, whose logits nobody needs
+    draw: Draw | None = None  # None: nothing is chosen, as for a prefill chunk that stops short of the end
+    echo: Echo | None = None  # of positions of this piece
     serial: int = 0  # of the request: an id may be used again once its request has ended
 
     @property
@@ -77,8 +89,10 @@ class Batch(msgspec.Struct, frozen=True):
 
 
 class Drawn(msgspec.Struct, frozen=True):
-    """The outcome of one `Draw`: a token, or why there is none."""
+    """What came of the `draw` and the `echo` of a piece, or why nothing did."""
 
     token: int = -1
     logprobs: TokenLogprobs | None = None
     fault: str = ""
+    impossible: bool = False  # the fault is what was asked for
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()

@@ -19,8 +19,13 @@ from collections.abc import Iterable, Sequence
 
 
 def chain(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """Digest of a block of `tokens` that follows the block with digest `parent` (``b""``: the first one)."""
+    """Digest of a block of `tokens` that follows the block with digest `parent`, or `root` for the first one."""
     return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
+
+
+def root(salt: str) -> bytes:
+    """What the digests of a sequence begin with: sequences of different salts have no digest in common."""
+    return hashlib.blake2b(salt.encode("utf8", "surrogatepass"), digest_size=16).digest() if salt else b""
 
 
 class BlockPool:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, get_args, get_type_hints
 
 from fewbit.errors import RecipeError
 from fewbit.spec.decoder import DecoderSpec
 
-Policy = Literal["max_utilization", "guaranteed_no_evict"]
+Policy = Literal["max_utilization", "guaranteed_no_evict", "guaranteed_completion"]
+"""The last two are one; `EngineOptions` calls it by the first of its names."""
 STEP_TOKENS = {"cpu": 512, "cuda": 8192}
 """Tokens of prompts that a step takes where nothing else is said."""
+
+_TYPES = {str: "a string", int: "an integer", float: "a number", bool: "True or False", type(None): "None"}
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class EngineOptions:
     """What a user may set. None: decided by `resolve` from the model, the device and its free memory.
 
     Attributes:
-        device: ``cpu`` or ``cuda:N``.
+        device: ``cpu``, ``cuda:N``, or ``auto`` for a GPU if there is one.
         backend: which kernels, see `fewbit.model.load`.
         block_size: tokens of a K/V block; None: 64 on a GPU, where a block is a tile of its kernels, else 16.
         num_blocks, kv_bytes, kv_fraction: size of the K/V cache in blocks, in bytes, or as a fraction of the memory
@@ -28,9 +31,11 @@ class EngineOptions:
         max_model_len: longest sequence, prompt and output together.
         prefix_cache: whether K and V of a known prefix are used again.
         policy: ``max_utilization`` starts a request as soon as its prompt fits and, when blocks run out, puts the
-            youngest back and computes it again later; ``guaranteed_no_evict`` starts one only when its whole possible
-            length fits, and never interrupts it.
+            youngest of the lowest priority back and computes it again later; ``guaranteed_no_evict`` starts one only
+            when its whole possible length fits, and never interrupts it (``guaranteed_completion``: the same).
         max_queued: requests that may wait; more are refused.
+        max_queued_tokens: tokens of prompts that may wait; a request that would make them more is refused, unless
+            nobody waits.
         seed: from which the seeds of requests without one are made; None: from the system.
     """
 
@@ -46,7 +51,19 @@ class EngineOptions:
     prefix_cache: bool = True
     policy: Policy = "max_utilization"
     max_queued: int = 1024
+    max_queued_tokens: int | None = None
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Take the one name of the policy that has two.
+
+        Raises:
+            RecipeError: An option is of the wrong type.
+        """
+        for name, kind in get_type_hints(EngineOptions).items():
+            _check_type(name, getattr(self, name), (str,) if kind is Policy else get_args(kind) or (kind,))
+        if self.policy == "guaranteed_completion":
+            object.__setattr__(self, "policy", "guaranteed_no_evict")
 
 
 @dataclass(frozen=True)
@@ -66,6 +83,7 @@ class EngineConfig:
     seed: int | None
     vocab: int
     eos_token_ids: tuple[int, ...] = ()
+    max_queued_tokens: int | None = None
 
     @property
     def capacity(self) -> int:
@@ -124,6 +142,7 @@ def resolve(
         seed=options.seed,
         vocab=spec.vocab,
         eos_token_ids=eos_token_ids,
+        max_queued_tokens=options.max_queued_tokens,
     )
 
 
@@ -137,6 +156,12 @@ def limits(options: EngineOptions) -> tuple[int, int]:
     return max_batch, budget
 
 
+def _check_type(name: str, value: object, kinds: tuple[type, ...]) -> None:
+    if type(value) not in kinds and not (float in kinds and type(value) is int):  # True is no number here
+        expected = " or ".join(_TYPES[kind] for kind in kinds)
+        raise RecipeError(f"{name} must be {expected}, got {value!r}")
+
+
 def _check_ranges(options: EngineOptions, max_batch: int, budget: int, spec: DecoderSpec) -> None:
     for name, value in (
         ("block_size", options.block_size),
@@ -145,6 +170,7 @@ def _check_ranges(options: EngineOptions, max_batch: int, budget: int, spec: Dec
         ("max_batch", max_batch),
         ("max_batch_tokens", budget),
         ("max_queued", options.max_queued),
+        ("max_queued_tokens", options.max_queued_tokens),
     ):
         if value is not None and value < 1:
             raise RecipeError(f"{name} must be at least 1, got {value}")

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
 
 from fewbit.checkpoint import Checkpoint, open_checkpoint
+from fewbit.checkpoint.sources import text_folder
 from fewbit.engine.attend import token_bytes
 from fewbit.engine.batch import Batch
 from fewbit.engine.config import EngineConfig, EngineOptions, limits, resolve
 from fewbit.engine.eos import eos_token_ids
 from fewbit.engine.fit import Need, check_fit, need
+from fewbit.engine.grammars import Grammars
+from fewbit.engine.request import Matcher
 from fewbit.engine.runner import DecoderLike, free_bytes, runner_for
 from fewbit.engine.scheduler import Scheduler
 from fewbit.engine.types import Ending, EngineInfo, Event, GenerateRequest, Stats, TokenLogprobs
@@ -23,7 +27,10 @@ from fewbit.errors import RequestError
 from fewbit.model.load import load
 from fewbit.numerics.format import FORMATS
 from fewbit.numerics.quantspec import QuantSpec
-from fewbit.ops.device import current
+from fewbit.ops.device import current, device_named
+
+if TYPE_CHECKING:
+    from fewbit.text import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +38,12 @@ log = logging.getLogger(__name__)
 class Engine:
     """Runs requests on one decoder. Everything is called from one thread."""
 
-    def __init__(self, decoder: DecoderLike, config: EngineConfig) -> None:
+    def __init__(
+        self, decoder: DecoderLike, config: EngineConfig, tokenizer: Callable[[], Tokenizer] | None = None
+    ) -> None:
+        """`tokenizer` opens the model's, which nothing but grammars needs."""
         self.config = config
+        self.grammars = Grammars(tokenizer, config.vocab, config.eos_token_ids)
         self.scheduler = Scheduler(config)
         with current(decoder.device):
             self.runner = runner_for(decoder, config)
@@ -47,6 +58,7 @@ class Engine:
             vocab=c.vocab,
             max_model_len=c.max_model_len,
             max_batch=c.max_batch,
+            max_queued=c.max_queued,
             block_size=c.block_size,
             eos_token_ids=c.eos_token_ids,
             device=c.device,
@@ -57,14 +69,20 @@ class Engine:
         """Whether a `step` would do anything."""
         return bool(self.scheduler.waiting or self.scheduler.running or self._under_way)
 
-    def submit(self, request: GenerateRequest) -> None:
+    def submit(self, request: GenerateRequest, matcher: Matcher | None = None) -> None:
         """Queue a request; its events come out of `step` or `abort`.
+
+        Args:
+            request: what is asked.
+            matcher: made by `grammars` for this request alone; None: a grammar is compiled here.
 
         Raises:
             OverloadedError: the queue is full.
             RequestError: it cannot be honoured; nothing was queued and no event will come.
         """
-        self.scheduler.submit(request)
+        if matcher is None and request.params.grammar is not None:
+            matcher = self.grammars.matcher(request.params.grammar)
+        self.scheduler.submit(request, matcher)
 
     def abort(self, request_id: str) -> list[Event]:
         """End a request now; its blocks are free in the next step. No event if it has ended already."""
@@ -147,6 +165,7 @@ def open_engine(
         FewbitError: the model cannot be opened or does not fit.
     """
     options, tell = options or EngineOptions(), progress or (lambda text: None)
+    options = dataclasses.replace(options, device=str(device_named(options.device)))
     tell(f"opening {path}")
     checkpoint = open_checkpoint(path)
     step_bytes = _step_bytes(checkpoint, options)
@@ -166,7 +185,13 @@ def open_engine(
             config.max_model_len, decoder.spec.context, config.capacity,
         )  # fmt: skip
     tell(f"K/V cache: {config.num_blocks} blocks of {config.block_size} tokens")
-    return Engine(decoder, config)
+    return Engine(decoder, config, lambda: _open_tokenizer(Path(path)))
+
+
+def _open_tokenizer(path: Path) -> Tokenizer:
+    from fewbit.text import Tokenizer
+
+    return Tokenizer.load(text_folder(path))
 
 
 def _step_bytes(checkpoint: Checkpoint, options: EngineOptions) -> int:
@@ -207,6 +232,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]  # one a token, if asked for
+    prompt_logprobs: tuple[TokenLogprobs, ...]  # of all prompt tokens but the first, if asked for
     ending: Ending
 
 
@@ -219,6 +245,7 @@ def generate(engine: Engine, requests: Iterable[GenerateRequest]) -> list[Output
     todo = list(requests)
     tokens: dict[str, list[int]] = {r.id: [] for r in todo}
     logprobs: dict[str, list[TokenLogprobs]] = {r.id: [] for r in todo}
+    prompts: dict[str, list[TokenLogprobs]] = {r.id: [] for r in todo}
     endings: dict[str, Ending] = {}
     if len(tokens) < len(todo):
         raise RequestError("two requests have the same id; give each its own", "id")
@@ -230,6 +257,7 @@ def generate(engine: Engine, requests: Iterable[GenerateRequest]) -> list[Output
                 engine.submit(following)
                 following = next(queue, None)
             for event in engine.step():
+                prompts[event.id] += event.prompt_logprobs
                 if event.token is not None:
                     tokens[event.id].append(event.token)
                 if event.logprobs is not None:
@@ -240,5 +268,9 @@ def generate(engine: Engine, requests: Iterable[GenerateRequest]) -> list[Output
         for request in todo:
             engine.abort(request.id)
     return [
-        Output(id=r.id, tokens=tuple(tokens[r.id]), logprobs=tuple(logprobs[r.id]), ending=endings[r.id]) for r in todo
-    ]
+        Output(
+            id=r.id, tokens=tuple(tokens[r.id]), logprobs=tuple(logprobs[r.id]),
+            prompt_logprobs=tuple(prompts[r.id]), ending=endings[r.id],
+        )
+        for r in todo
+    ]  # fmt: skip

@@ -20,6 +20,7 @@ from torch.nn.attention.bias import causal_lower_right
 from fewbit.engine.batch import PENDING, Batch, Drawn, Piece
 from fewbit.engine.config import EngineConfig
 from fewbit.engine.sampler import NOT_FINITE, Choice, choose
+from fewbit.engine.score import Scores, score
 from fewbit.errors import RecipeError
 from fewbit.model.fused import FusedDecoder
 from fewbit.model.step import DecodeStep, Pages
@@ -58,6 +59,7 @@ class Launched:
     ids: list[str]
     outcome: Tensor | None = None  # `DecodeStep.outcome` on the host
     choice: Choice | None = None  # with the reports, where somebody wants more than the likeliest token
+    scores: Scores | None = None  # of tokens of prompts, where somebody asked
     done: torch.cuda.Event | None = None
 
 
@@ -101,18 +103,20 @@ class GpuRunner:
         if batch.wiped:
             self._wipe(batch.wiped)
         drawing = [p for p in pieces if p.draw is not None]
+        launched = Launched([p.id for p in drawing])
         self.computed_tokens += batch.tokens
         replay = len(drawing) == len(pieces) == batch.tokens and len(pieces) <= self.sizes[-1]
         if replay:
             self._replay(pieces)
             logits = self.step.logits[: len(pieces)]
         else:
-            hidden = self._prompt(pieces)
+            hidden, last = self._prompt(pieces)
+            scores = score(pieces, hidden, self.decoder.logits, self.decoder.spec.vocab)
+            launched.scores = None if scores is None else scores.to_host()
             if not drawing:
                 self._rows = {}
-                return self._marked(Launched([]))
-            logits = self.decoder.logits(hidden)
-        launched = Launched([p.id for p in drawing])
+                return self._marked(launched)
+            logits = self.decoder.logits(hidden[self._tensor(last)])
         plain = all(p.draw.plain for p in drawing if p.draw)
         if not (replay and plain):
             choice = choose(logits, [p.draw for p in drawing if p.draw])
@@ -135,9 +139,13 @@ class GpuRunner:
             page.view(torch.uint8 if page.element_size() == 1 else page.dtype)[index] = 0
 
     def collect(self, launched: Launched) -> dict[str, Drawn]:
-        """Wait for a step: what was drawn for each request that was due a token."""
+        """Wait for a step: what came of it for each request that was due a token or asked about its prompt."""
         assert launched.done is not None
         launched.done.synchronize()
+        drawn = self._drawn(launched)
+        return drawn if launched.scores is None else launched.scores.read(drawn)
+
+    def _drawn(self, launched: Launched) -> dict[str, Drawn]:
         if launched.outcome is None:
             return {}
         if launched.choice is not None:
@@ -197,8 +205,8 @@ class GpuRunner:
 
     # ---- prompts ----
 
-    def _prompt(self, pieces: Sequence[Piece]) -> Tensor:
-        """Any mix of chunks and single tokens; the states [n, hidden] of those that are due a token."""
+    def _prompt(self, pieces: Sequence[Piece]) -> tuple[Tensor, list[int]]:
+        """Any mix of chunks and single tokens; all states [T, hidden], and which of them are due a token."""
         tokens: list[int] = []
         sources: list[int] = []
         positions: list[int] = []
@@ -214,8 +222,7 @@ class GpuRunner:
             source = self._tensor(sources)
             ids = torch.where(source >= 0, self.step.chosen[source.clamp(min=0)].long(), ids)
         attend = PageAttend(self.decoder, self.pages, pieces, self.step)
-        hidden = self.decoder.hidden(ids, self._tensor(positions), attend)
-        return hidden[self._tensor(last)]
+        return self.decoder.hidden(ids, self._tensor(positions), attend), last
 
     def _tensor(self, values: list[int]) -> Tensor:
         return to_device(values, torch.int64, self.device)

@@ -7,15 +7,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from fewbit.engine.types import Ending, EngineDownError, Event, GenerateRequest, OverloadedError, Stats
-from fewbit.errors import FewbitError
+from fewbit.engine.types import Ending, EngineDownError, Event, GenerateRequest, OverloadedError, QueueFullError, Stats
+from fewbit.errors import FewbitError, RequestError
 
 if TYPE_CHECKING:  # a process that only talks to an engine needs no torch
     from fewbit.engine.engine import Engine
+    from fewbit.engine.request import Matcher
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,10 @@ class EngineLoop:
         self.info = engine.info
         self.broken: str | None = None
         self._engine, self._emit, self._ended = engine, emit, ended
-        self._inbox: deque[tuple[GenerateRequest, Reply] | str] = deque()  # a request to submit, or an id to abort
+        # a request to submit, or an id to abort
+        self._inbox: deque[tuple[GenerateRequest, Matcher | None, Reply] | str] = deque()
+        self._compiler = ThreadPoolExecutor(1, "fewbit-grammars")  # so that no step waits for a grammar
+        self._compiling: dict[str, bool] = {}  # ids of requests that wait for it: whether they were aborted since
         self._wake = threading.Condition()
         self._submits = 0  # of the inbox
         self._limit = engine.config.max_queued
@@ -52,10 +57,36 @@ class EngineLoop:
         """Queue a request; `reply` is told None once it is accepted, else why not."""
         with self._wake:
             refusal = self._refusal()
+            if refusal is None and request.params.grammar is not None and request.id not in self._compiling:
+                self._compiling[request.id] = False
+                self._compiler.submit(self._compile, request, request.params.grammar, reply)
+            elif refusal is None:
+                self._put(request, None, reply)
+        if refusal is not None:
+            reply(refusal)
+
+    def _put(self, request: GenerateRequest, matcher: Matcher | None, reply: Reply) -> None:
+        self._inbox.append((request, matcher, reply))
+        self._submits += 1
+        self._wake.notify()
+
+    def _compile(self, request: GenerateRequest, grammar: str, reply: Reply) -> None:
+        """On the compiler's thread."""
+        matcher, refusal = None, None
+        try:
+            matcher = self._engine.grammars.matcher(grammar)
+        except FewbitError as error:
+            refusal = error
+        except Exception as fault:  # house: whatever it is, the client waits for an answer
+            log.exception("a grammar could not be compiled")
+            refusal = RequestError(f"the grammar could not be compiled: {type(fault).__name__}", "grammar")
+        with self._wake:
+            aborted = self._compiling.pop(request.id)
+            refusal = refusal or self._refusal()
             if refusal is None:
-                self._inbox.append((request, reply))
-                self._submits += 1
-                self._wake.notify()
+                self._put(request, matcher, reply)
+                if aborted:
+                    self._inbox.append(request.id)
         if refusal is not None:
             reply(refusal)
 
@@ -64,15 +95,18 @@ class EngineLoop:
             return EngineDownError(self.broken)
         if self._draining or self._stopping:
             return OverloadedError("the engine is shutting down and takes no new requests")
-        if self._submits >= self._limit:
-            return OverloadedError(f"{self._submits} requests are waiting to be queued; retry later")
+        if (count := self._submits + len(self._compiling)) >= self._limit:
+            return QueueFullError(f"{count} requests are waiting to be queued; retry later")
         return None
 
     def abort(self, request_id: str) -> None:
         """End a request; its ending is emitted unless it has one already."""
         with self._wake:
-            self._inbox.append(request_id)
-            self._wake.notify()
+            if request_id in self._compiling:
+                self._compiling[request_id] = True
+            else:
+                self._inbox.append(request_id)
+                self._wake.notify()
 
     def stats(self) -> Stats:
         """As of the last step."""
@@ -111,7 +145,8 @@ class EngineLoop:
             self._inbox.clear()
         for command in left:
             if not isinstance(command, str):
-                command[1](self._refusal())
+                command[2](self._refusal())
+        self._compiler.shutdown(wait=False)  # who still waits for it is refused
         self._end_all()
         if self._ended is not None:
             self._ended()
@@ -141,9 +176,9 @@ class EngineLoop:
         self._send(events)
         return True
 
-    def _submit(self, request: GenerateRequest, reply: Reply) -> None:
+    def _submit(self, request: GenerateRequest, matcher: Matcher | None, reply: Reply) -> None:
         try:
-            self._engine.submit(request)
+            self._engine.submit(request, matcher)
         except FewbitError as refusal:
             reply(refusal)
         else:

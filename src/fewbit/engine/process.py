@@ -18,28 +18,31 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 
+from fewbit.engine import jsonlog
 from fewbit.engine.config import EngineOptions
-from fewbit.engine.engine import Engine, open_engine
 from fewbit.engine.server import EngineServer
 from fewbit.errors import FewbitError
 
 log = logging.getLogger(__name__)
 
-Open = Callable[[str, EngineOptions, Callable[[str], None]], Engine]
+if TYPE_CHECKING:
+    from fewbit.engine.engine import Engine
+
+Open = Callable[[str, EngineOptions, Callable[[str], None]], "Engine"]
 
 _PR_SET_PDEATHSIG = 1
 
 
-def main(argv: Sequence[str] | None = None, build: Open = open_engine) -> int:
+def main(argv: Sequence[str] | None = None, build: Open | None = None) -> int:
     """Run an engine until it is told to stop. Returns the exit status.
 
     Args:
         argv: the command line.
-        build: makes the engine from model, options and a callback for progress.
+        build: makes the engine from model, options and a callback for progress; None: `open_engine`.
     """
     parser = argparse.ArgumentParser(prog="python -m fewbit.engine.process", description=__doc__)
     parser.add_argument("--socket", required=True, help="path of the unix socket, in a folder of the parent's")
@@ -47,13 +50,15 @@ def main(argv: Sequence[str] | None = None, build: Open = open_engine) -> int:
     parser.add_argument("--options", default="{}", help="EngineOptions as JSON")
     parser.add_argument("--drain-s", type=float, default=30.0, help="how long a SIGTERM waits for running requests")
     args = parser.parse_args(argv)
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(jsonlog.formatter())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     report = _take_stdout()
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches us too; the parent decides
     try:
         options = msgspec.json.decode(args.options, type=EngineOptions)
-        engine = build(args.model, options, lambda text: _say(report, progress=text))
+        engine = (build or _open)(args.model, options, lambda text: _say(report, progress=text))
     except FewbitError as error:
         _say(report, error={"kind": type(error).__name__, "message": str(error)})
         return 2
@@ -62,6 +67,12 @@ def main(argv: Sequence[str] | None = None, build: Open = open_engine) -> int:
         _say(report, error={"kind": "", "message": f"{type(error).__name__}: {error}"})
         return 1
     return asyncio.run(_serve(engine, args.socket, args.drain_s, report))
+
+
+def _open(model: str, options: EngineOptions, tell: Callable[[str], None]) -> Engine:
+    from fewbit.engine.engine import open_engine  # takes seconds, in which the parent may end
+
+    return open_engine(model, options, tell)
 
 
 async def _serve(engine: Engine, path: str, drain_s: float, report: IO[str]) -> int:

@@ -16,6 +16,7 @@ from fewbit.engine.attend import KVCache, PagedAttend
 from fewbit.engine.batch import Batch, Drawn
 from fewbit.engine.config import EngineConfig
 from fewbit.engine.sampler import Choice, choose
+from fewbit.engine.score import Scores, score
 from fewbit.model.attend import Attend, KVCodec
 from fewbit.ops.device import to_device
 from fewbit.spec.decoder import DecoderSpec
@@ -51,6 +52,7 @@ class Launched:
 
     ids: list[str]  # of the pieces with a draw
     choice: Choice | None  # None: only prefill chunks, nothing was chosen
+    scores: Scores | None  # of tokens of prompts, where somebody asked
 
 
 class Runner:
@@ -96,14 +98,15 @@ class Runner:
         self.computed_tokens += len(tokens)
         draws = [p.draw for p in pieces if p.draw is not None]
         choice = choose(self.decoder.logits(hidden[self._tensor(last)]), draws) if draws else None
-        return Launched([p.id for p in pieces if p.draw is not None], choice)
+        scores = score(pieces, hidden, self.decoder.logits, self.decoder.spec.vocab)
+        return Launched([p.id for p in pieces if p.draw is not None], choice, scores)
 
     @torch.inference_mode()
     def collect(self, launched: Launched) -> dict[str, Drawn]:
-        """Wait for a step: what was drawn for each request that was due a token."""
-        if launched.choice is None:
-            return {}
-        return dict(zip(launched.ids, launched.choice.read(), strict=True))
+        """Wait for a step: what came of it for each request that was due a token or asked about its prompt."""
+        found = [] if launched.choice is None else launched.choice.read()
+        drawn = dict(zip(launched.ids, found, strict=True))
+        return drawn if launched.scores is None else launched.scores.read(drawn)
 
     def _tensor(self, values: list[int]) -> Tensor:
         return to_device(values, torch.int64, self.device)

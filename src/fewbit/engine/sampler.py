@@ -5,16 +5,17 @@ In this order, each step exact:
 1. log probabilities to report: log softmax of the model's own logits, before anything below;
 2. repetition penalty r on every token of prompt and output: logit / r if positive, logit * r if not;
 3. frequency and presence penalty on every token of the output: logit - f * count - p;
-4. forbidden ids: those that would end the request below min_tokens, and the last token of a bad word whose other
-   tokens were just said (prompt and output are looked at);
-5. temperature 0: the largest logit, the lowest id of equals. Otherwise: divide by the temperature;
-6. min-p: drop what is less likely than min_p times the likeliest;
-7. top-k: keep the k likeliest, of equals the lower ids;
-8. top-p, of the distribution that is left: keep the likeliest tokens up to and including the one that reaches p;
-9. draw: the first token, in order of ids, at which the cumulative probability exceeds u.
+4. logit bias: logit + b;
+5. forbidden ids: those that would end the request below min_tokens, the last token of a bad word whose other tokens
+   were just said (prompt and output are looked at), all but the allowed ids, and what the grammar does not allow here;
+6. temperature 0: the largest logit, the lowest id of equals. Otherwise: divide by the temperature;
+7. min-p: drop what is less likely than min_p times the likeliest;
+8. top-k: keep the k likeliest, of equals the lower ids;
+9. top-p, of the distribution that is left: keep the likeliest tokens up to and including the one that reaches p;
+10. draw: the first token, in order of ids, at which the cumulative probability exceeds u.
 
 u comes from (seed, position) alone, so a draw depends on no neighbour, no chunk size and no preemption, and is the
-same on every device as far as the logits are. Steps 5 to 9 are computed in float64.
+same on every device as far as the logits are. Steps 6 to 10 are computed in float64.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +32,10 @@ from fewbit.engine.batch import Draw, Drawn
 from fewbit.engine.types import TokenLogprobs
 from fewbit.ops.device import to_device, to_host
 
-NO_TOKEN = "every token is forbidden by bad_words, min_tokens or both: nothing is left to choose from"
+NO_TOKEN = (
+    "every token is forbidden by min_tokens, bad_words, allowed_token_ids, the grammar, or several of them together: "
+    "nothing is left to choose from"
+)
 NOT_FINITE = "the model's logits are not finite (NaN or infinity), so there is no token to choose"
 
 
@@ -51,7 +56,7 @@ class Choice:
         for draw, token, best in zip(self.draws, self.tokens.tolist(), self.best.tolist(), strict=True):
             report = next(reports) if draw.params.logprobs is not None else None
             if best == float("-inf"):
-                drawn.append(Drawn(fault=NO_TOKEN))
+                drawn.append(Drawn(fault=NO_TOKEN, impossible=True))
             elif not abs(best) < float("inf"):
                 drawn.append(Drawn(fault=NOT_FINITE))
             else:
@@ -89,12 +94,33 @@ def choose(logits: Tensor, draws: Sequence[Draw]) -> Choice:
     if not reporting:
         return Choice(draws, tokens, best)
     index = to_device(reporting, torch.int64, logits.device)
-    logprobs = logits[index].double().log_softmax(-1)
     most = max(draws[i].params.logprobs or 0 for i in reporting)
-    chosen = logprobs.gather(-1, tokens[index, None])
-    # sorted, not topk: equals come in order of ids, so that the likeliest one is the greedy one
-    values, ids = logprobs.sort(stable=True, dim=-1, descending=True) if most else (logprobs, tokens[index, None])
-    return Choice(draws, tokens, best, torch.cat([chosen, values[:, :most]], -1), ids[:, :most])
+    return Choice(draws, tokens, best, *report(logits[index], tokens[index], most))
+
+
+def report(logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Step 1: the log probability of one token a row and of the `most` likeliest ones, and the ids of these.
+
+    Args:
+        logits: float32 [n, vocab].
+        tokens: int64 [n].
+        most: how many of the likeliest; of equals the lower ids first, so the first one is the greedy one.
+
+    Returns:
+        float64 [n, 1 + most] and int64 [n, most].
+    """
+    ids = _likeliest(logits, most) if most else tokens[:, None][:, :0]
+    logprobs = logits.double().log_softmax(-1)
+    return logprobs.gather(-1, torch.cat([tokens[:, None], ids], -1)), ids
+
+
+def _likeliest(logits: Tensor, most: int) -> Tensor:
+    """Ids of the largest logits, in a fifth of the time that a stable sort takes."""
+    # float32 in the order of integers: negative ones are turned round, and -0 is made 0. Below it the id, from the end
+    bits = (logits + 0.0).view(torch.int32)
+    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32
+    order -= torch.arange(logits.shape[-1], device=logits.device)
+    return order.topk(most, -1).indices
 
 
 def uniform(seed: int, position: int) -> float:
@@ -104,13 +130,15 @@ def uniform(seed: int, position: int) -> float:
 
 
 def _shape(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Steps 2 to 4: penalties and bans. A copy, if there is anything to do."""
+    """Steps 2 to 5: penalties, biases and bans. A copy, if there is anything to do."""
     shaped = logits
+    if any(draw.mask is not None for draw in draws):
+        shaped = logits.masked_fill(~_allowed(draws, logits), float("-inf"))
     for row, draw in enumerate(draws):
         p = draw.params
         penalized = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
         banned = [*draw.forbidden, *_bad_endings(draw)]
-        if not penalized and not banned:
+        if not (penalized or banned or p.logit_bias or p.allowed_token_ids is not None):
             continue
         if shaped is logits:
             shaped = logits.clone()
@@ -122,9 +150,27 @@ def _shape(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         if (p.presence_penalty or p.frequency_penalty) and draw.output:
             said, counts = torch.unique(to_device(draw.output, torch.int64, x.device), return_counts=True)
             x[said] -= p.frequency_penalty * counts.to(x.dtype) + p.presence_penalty
+        if p.logit_bias:
+            ids, biases = zip(*p.logit_bias, strict=True)
+            x[to_device(ids, torch.int64, x.device)] += to_device(biases, x.dtype, x.device)
+        if p.allowed_token_ids is not None:
+            allowed = to_device(p.allowed_token_ids, torch.int64, x.device)
+            kept = x[allowed]
+            x.fill_(float("-inf"))
+            x[allowed] = kept
         if banned:
             x[to_device(banned, torch.int64, x.device)] = float("-inf")
     return shaped
+
+
+def _allowed(draws: Sequence[Draw], logits: Tensor) -> Tensor:
+    """What the grammars allow, bool [n, vocab]."""
+    vocab = logits.shape[-1]
+    width = -(-vocab // 32) * 4  # bytes of a mask
+    masks = b"".join(b"\xff" * width if draw.mask is None else draw.mask for draw in draws)
+    words = to_device(np.frombuffer(masks, np.int32), torch.int32, logits.device).view(len(draws), -1)
+    bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)
+    return (bits & 1).bool().flatten(1)[:, :vocab]
 
 
 def _bad_endings(draw: Draw) -> list[int]:
@@ -134,7 +180,7 @@ def _bad_endings(draw: Draw) -> list[int]:
 
 
 def _sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Steps 5 to 9 for rows with a temperature. logits: float32 [n, vocab]; returns int64 [n]."""
+    """Steps 6 to 10 for rows with a temperature. logits: float32 [n, vocab]; returns int64 [n]."""
 
     def column(values: list[float]) -> Tensor:
         return to_device(values, torch.float64, x.device)[:, None]

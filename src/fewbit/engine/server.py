@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
@@ -76,7 +77,8 @@ class EngineServer:
                 message = wire.Accepted(request_id) if error is None else wire.refusal(request_id, error)
                 writer.write(wire.frame(message))
 
-        self._asyncio.call_soon_threadsafe(tell)
+        with contextlib.suppress(RuntimeError):  # the process is ending, and a grammar was still being compiled
+            self._asyncio.call_soon_threadsafe(tell)
 
     def _loop_ended(self) -> None:
         self._asyncio.call_soon_threadsafe(self.ended.set)
@@ -97,7 +99,8 @@ class EngineServer:
         for writer, its in by_owner.items():
             if writer.is_closing():
                 continue
-            writer.write(wire.frame(wire.Events(its)))
+            for frame in wire.event_frames(its):
+                writer.write(frame)
             if writer.transport.get_write_buffer_size() > MAX_UNREAD:
                 log.warning("dropping a client that does not read its events")
                 writer.transport.abort()

@@ -143,14 +143,25 @@ def spawn(
     Raises:
         FewbitError: the engine could not open the model, in the words it would have used here.
     """
-    given = msgspec.json.encode(options or EngineOptions()).decode()
-    child = EngineProcess([*command, "--model", str(model), "--options", given], drain_s)
+    child = launch(model, options, drain_s=drain_s, command=command)
     try:
         child.wait_ready(progress or (lambda text: None))
     except BaseException:
         child.kill()
         raise
     return child
+
+
+def launch(
+    model: str | Path,
+    options: EngineOptions | None = None,
+    *,
+    drain_s: float = 30.0,
+    command: Sequence[str] = COMMAND,
+) -> EngineProcess:
+    """Start an engine process, for whoever waits for it in another way; see `spawn`."""
+    given = msgspec.json.encode(options or EngineOptions()).decode()
+    return EngineProcess([*command, "--model", str(model), "--options", given], drain_s)
 
 
 def _error_named(kind: str, message: str) -> FewbitError:

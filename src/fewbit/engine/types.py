@@ -14,7 +14,7 @@ EndReason = Literal["stop", "length", "abort", "error"]
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How tokens are chosen and when to stop. Limits are checked by `check_request`, never clamped."""
 
-    max_tokens: int = 16
+    max_tokens: int = 16  # 0: nothing is generated, the prompt is only looked at
     min_tokens: int = 0  # until then neither an end-of-sequence nor a stop token may be chosen
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: off
@@ -28,6 +28,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that may not be completed
     ignore_eos: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (id, what is added to its logit)
+    allowed_token_ids: tuple[int, ...] | None = None  # nothing else may be chosen
+    prompt_logprobs: int | None = None  # as `logprobs`, for the tokens of the prompt; None: report nothing
+    prompt_logprobs_from: int = 1  # index of the first prompt token to report; those before may come from the cache
+    grammar: str | None = None  # the output keeps to it: as `fewbit.text.grammar` writes it
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +41,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams = SamplingParams()
+    priority: int = 0  # the lowest number runs first; among equals who came first
+    salt: str = ""  # K and V of known prefixes are shared only among requests with the same one
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
@@ -54,15 +61,21 @@ class Ending(msgspec.Struct, frozen=True):
     prompt_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens whose K and V were found in the prefix cache
     output_tokens: int = 0
+    impossible: bool = False  # of an error: what was asked for cannot be, and asking again will not help
 
 
 class Event(msgspec.Struct, frozen=True):
-    """Something that happened to request `id`: a token, an ending, or (the last token) both."""
+    """Something that happened to request `id`: a token, an ending, or (the last token) both.
+
+    `prompt_logprobs` come before the first token, those of the prompt's second token first (or of
+    `prompt_logprobs_from`), over one or more events.
+    """
 
     id: str
     token: int | None = None
     logprobs: TokenLogprobs | None = None
     ending: Ending | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,6 +83,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
 
     running: int = 0
     waiting: int = 0
+    waiting_tokens: int = 0  # of those who wait
+    waiting_preempted: int = 0  # of those who wait: were running already
     blocks: int = 0  # K/V blocks in all
     blocks_used: int = 0
     blocks_free: int = 0  # blocks_used + blocks_free == blocks
@@ -92,6 +107,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     vocab: int
     max_model_len: int
     max_batch: int
+    max_queued: int
     block_size: int
     eos_token_ids: tuple[int, ...] = ()
     device: str = "cpu"
@@ -99,6 +115,10 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 class OverloadedError(RequestError):
     """The queue is full, or the engine is shutting down: the same request may succeed later or elsewhere."""
+
+
+class QueueFullError(OverloadedError):
+    """As many requests wait as may."""
 
 
 class EngineDownError(FewbitError):

@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import msgspec
 
-from fewbit.engine.types import EngineDownError, EngineInfo, Event, GenerateRequest, OverloadedError, Stats
+from fewbit.engine.types import (
+    EngineDownError,
+    EngineInfo,
+    Event,
+    GenerateRequest,
+    OverloadedError,
+    QueueFullError,
+    Stats,
+)
 from fewbit.errors import FewbitError, RequestError, UnsupportedError
 
-VERSION = 1
+VERSION = 2
 MAX_FRAME = 64 << 20  # bytes; a prompt of a million tokens has some five
+_POSITION = 512  # bytes that one position of a prompt takes at most: 21 numbers of nine, 20 ids of five, and more
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -54,7 +64,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     """The request is not queued and will have no events."""
 
     id: str
-    kind: Literal["request", "overloaded", "down"]
+    kind: Literal["request", "full", "overloaded", "down"]
     message: str
     param: str | None = None
 
@@ -87,6 +97,16 @@ def frame(message: FromClient | FromEngine) -> bytes:
     return struct.pack(">I", len(body)) + body
 
 
+def event_frames(events: Sequence[Event]) -> Iterator[bytes]:
+    """The events of a step in as few frames as hold them: what prompts report may be much. One alone fits always."""
+    if len(events) == 1 or sum(len(e.prompt_logprobs) for e in events) * _POSITION < MAX_FRAME // 2:
+        yield frame(Events(list(events)))
+    else:
+        half = len(events) // 2
+        yield from event_frames(events[:half])
+        yield from event_frames(events[half:])
+
+
 async def read_frame(reader: asyncio.StreamReader) -> bytes:
     """The body of the next frame.
 
@@ -102,6 +122,8 @@ async def read_frame(reader: asyncio.StreamReader) -> bytes:
 
 def refusal(request_id: str, error: FewbitError) -> Refused:
     """An error as a message."""
+    if isinstance(error, QueueFullError):
+        return Refused(request_id, "full", str(error), error.param)
     if isinstance(error, OverloadedError):
         return Refused(request_id, "overloaded", str(error), error.param)
     if isinstance(error, RequestError):
@@ -113,5 +135,5 @@ def refused_error(message: Refused) -> FewbitError:
     """The inverse of `refusal`."""
     if message.kind == "down":
         return EngineDownError(message.message)
-    error = OverloadedError if message.kind == "overloaded" else RequestError
-    return error(message.message, message.param)
+    kinds = {"full": QueueFullError, "overloaded": OverloadedError, "request": RequestError}
+    return kinds[message.kind](message.message, message.param)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fewbit.errors import UnsupportedError
@@ -42,11 +43,13 @@ class DeviceInfo:
 
 
 def device_named(text: str) -> torch.device:
-    """The device a user means by ``cpu``, ``cuda`` or ``cuda:N``.
+    """The device a user means by ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` is a GPU if there is one, else the CPU.
 
     Raises:
         UnsupportedError: no such device here.
     """
+    if text == "auto":
+        text = "cuda:0" if gpu_count() else "cpu"
     if text == "cpu":
         return torch.device("cpu")
     kind, _, index = text.partition(":")
@@ -156,10 +159,12 @@ def rough_products() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def to_device(values: Sequence[Any] | np.ndarray, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Numbers on a device; to a GPU through pinned memory, so that the host waits for nothing that is under way."""
     if device.type == "cpu":
         return torch.tensor(values, dtype=dtype)
+    if isinstance(values, np.ndarray):  # which torch does not pin on the way
+        return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 

@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -28,7 +28,12 @@ _render = threading.local()  # the running render's deadline
 
 
 class ChatTemplate:
-    """One compiled template."""
+    """One compiled template.
+
+    Attributes:
+        source: The Jinja text.
+        variables: Names that it reads and does not set itself.
+    """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
         """Compile a template.
@@ -43,7 +48,9 @@ class ChatTemplate:
         self.source = source
         self._special_tokens = dict(special_tokens or {})
         try:
-            self._template = _environment().from_string(source)
+            environment = _environment()
+            self._template = environment.from_string(source)
+            self.variables = frozenset(meta.find_undeclared_variables(environment.parse(source)))
         except jinja2.TemplateError as e:
             raise CheckpointError(f"the model's chat template does not compile: {e}") from e
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from fewbit.text.tokenizer import Detokenizer, Tokenizer
 
@@ -25,6 +25,7 @@ class TextStream:
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
         after: Sequence[int] = (),
+        visible: Collection[int] = (),
     ) -> None:
         """Start a stream.
 
@@ -35,9 +36,10 @@ class TextStream:
             skip_special_tokens: Whether special tokens are left out of the text.
             min_tokens: Stop strings are looked for only in the text after this many tokens.
             after: The ids of a prompt whose text goes on; none for an answer that is a text of its own.
+            visible: Special tokens that are text all the same.
         """
         self.stopped: str | None = None
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens, after)
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens, after, visible)
         self._stop = sorted((s for s in stop if s), key=len, reverse=True)
         self._include_stop = include_stop
         self._min_tokens = min_tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -30,6 +30,7 @@ class Tokenizer:
         eos_id: The tokenizer's own end-of-sequence id, if it has one.
         eos_ids: Every id that ends a text: the tokenizer's, and those of the model's configuration.
         special_ids: Ids that `decode` leaves out by default.
+        special_tokens: The texts of special tokens by the names of their roles, as `eos_token`.
         vocab_size: Number of tokens, added ones included.
         chat_template: The template for messages; None for a model that only completes text.
     """
@@ -40,6 +41,7 @@ class Tokenizer:
         backend.no_padding()
         self._add_missing(settings)
         roles = {role: backend.token_to_id(text) for role, text in settings.roles.items()}
+        self.special_tokens = dict(settings.roles)
         self.bos_id: int | None = roles.get("bos_token", settings.bos_id)
         self.eos_id: int | None = roles.get("eos_token")
         self.eos_ids = settings.eos_ids | ({self.eos_id} if self.eos_id is not None else set())
@@ -105,6 +107,10 @@ class Tokenizer:
             ) from e
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that is spelled so in the vocabulary."""
+        return self._backend.token_to_id(text)
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids that no token has add nothing."""
         known = [i for i in ids if 0 <= i < 1 << 32]
@@ -122,6 +128,12 @@ class Tokenizer:
         if byte := _BYTE_PIECE.fullmatch(piece):
             return bytes.fromhex(byte[1])
         return str(piece).replace("▁", " ").encode()
+
+    @cached_property
+    def special_texts(self) -> re.Pattern[str]:
+        """Finds the special tokens that a text spells out."""
+        texts = sorted((t.content for i, t in self._added.items() if i in self.special_ids), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, texts)) or "(?!)")
 
     @cached_property
     def byte_ids(self) -> frozenset[int]:
@@ -157,11 +169,18 @@ class Detokenizer:
         tokenizer: Whose tokens will come.
         skip_special_tokens: Whether special tokens are left out of the text.
         after: The ids of the text that the tokens go on with; none for a text of its own.
+        visible: Special tokens that are text all the same.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, after: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool = True,
+        after: Sequence[int] = (),
+        visible: Collection[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
-        self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._hidden = tokenizer.special_ids - frozenset(visible) if skip_special_tokens else frozenset()
         self._window: list[int] = []
         self._sent = 0  # characters of the window's text that were given out
         if after and after[-1] not in tokenizer.special_ids | tokenizer.byte_ids:

@@ -353,7 +353,8 @@ def test_a_hub_id_offline_says_which_command_would_fetch_it(tmp_path, monkeypatc
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(CheckpointError, match="where there is a network: hf download nobody/nothing-at-all"):
         locate("nobody/nothing-at-all")
-    assert locate("a/b/c") == Path("a/b/c")
+    with pytest.raises(CheckpointError, match=r"^a/b/c is not a directory; expected a Hugging Face model directory$"):
+        locate("a/b/c")
     (tmp_path / "here").mkdir()
     assert locate(tmp_path / "here") == tmp_path / "here"
 

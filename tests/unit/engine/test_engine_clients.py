@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 from tiny_engine import engine, request
 
@@ -21,7 +22,7 @@ from fewbit.engine.config import EngineOptions
 from fewbit.engine.engine import generate
 from fewbit.engine.socketclient import SocketClient
 from fewbit.engine.spawn import spawn
-from fewbit.engine.types import EngineDownError, OverloadedError
+from fewbit.engine.types import EngineDownError, Event, OverloadedError, TokenLogprobs
 from fewbit.errors import CheckpointError, RequestError
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("tiny_engine.py")))
@@ -338,3 +339,36 @@ def test_an_engine_that_breaks_down_tells_everybody(monkeypatch, caplog):
 def test_a_client_needs_no_torch():
     code = "import sys, fewbit.engine.spawn, fewbit.engine.client; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_big_prompts_travel_in_frames_that_are_read_again(monkeypatch):
+    position = TokenLogprobs(-1.5, tuple((2**20 + i, -float(i)) for i in range(20)))
+    events = [Event(f"r{i}", prompt_logprobs=(position,) * 512) for i in range(7)]
+    assert len(list(wire.event_frames(events))) == 1
+    monkeypatch.setattr(wire, "MAX_FRAME", 1 << 20)
+    frames = list(wire.event_frames([*events, Event("r7", 5)]))
+    assert len(frames) > 2
+    assert all(len(frame) <= 1 << 20 for frame in frames)
+    read = [event for frame in frames for event in msgspec.msgpack.decode(frame[4:], type=wire.FromEngine).events]
+    assert read == [*events, Event("r7", 5)]
+
+
+def test_everything_a_request_can_ask_arrives_at_the_other_side(connect):
+    async def main():
+        async with connect() as client:
+            asked = {"prompt_logprobs": 2, "logprobs": 1, "logit_bias": ((7, 100.0),), "max_tokens": 2}
+            stream = await client.submit(request([1, 2, 3, 4], priority=-3, salt="mine", **asked))
+            events = [event async for event in stream]
+            said = [x for e in events for x in e.prompt_logprobs]
+            assert len(said) == 3
+            assert all(len(x.top) == 2 for x in said)
+            assert [e.token for e in events if e.token is not None] == [7, 7]
+            stream = await client.submit(request([1, 2], allowed_token_ids=(5,), max_tokens=0))
+            assert [e.ending.reason async for e in stream] == ["length"]
+            with pytest.raises(RequestError, match="without a tokenizer") as caught:
+                await client.submit(request([1, 2], grammar="start: x"))
+            assert caught.value.param == "grammar"
+            with pytest.raises(RequestError, match="priority"):
+                await client.submit(request([1, 2], priority=1 << 40))
+
+    asyncio.run(main())

@@ -40,6 +40,7 @@ def test_a_small_cache_shortens_an_open_model_length_and_refuses_a_given_one():
         ({"kv_bytes": 1 << 21}, "exceeds the 1048576 bytes free"),
         ({"kv_fraction": 1.5}, "in (0, 1]"),
         ({"max_batch": 0}, "at least 1, got 0"),
+        ({"max_queued_tokens": 0}, "max_queued_tokens must be at least 1, got 0"),
         ({"max_batch": 64, "max_batch_tokens": 32}, "max_batch_tokens 32 is less than max_batch 64"),
         ({"max_model_len": 129}, "the 128 positions"),
         ({"max_model_len": 1}, "at least 2"),
@@ -51,3 +52,25 @@ def test_settings_that_cannot_be_carried_out(options, words):
         resolved(**options)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_batch": "x"}, "max_batch must be an integer or None, got 'x'"),
+        ({"max_batch": True}, "max_batch must be an integer or None, got True"),
+        ({"num_blocks": 1.5}, "num_blocks must be an integer or None, got 1.5"),
+        ({"prefix_cache": "no"}, "prefix_cache must be True or False, got 'no'"),
+        ({"kv_fraction": "0.5"}, "kv_fraction must be a number or None, got '0.5'"),
+        ({"device": None}, "device must be a string, got None"),
+    ],
+)
+def test_a_wrong_type_is_named(options, words):
+    with pytest.raises(RecipeError) as caught:
+        EngineOptions(**options)
+    assert str(caught.value) == words
+
+
+def test_a_whole_number_is_a_number_and_one_policy_has_two_names():
+    assert resolved(kv_fraction=1).num_blocks > 0
+    assert resolved(policy="guaranteed_completion") == resolved(policy="guaranteed_no_evict")

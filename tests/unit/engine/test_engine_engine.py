@@ -172,3 +172,19 @@ def test_eos_ids_of_the_generation_config_go_before_those_of_the_config(tmp_path
         file.write_text(wrong)
         with pytest.raises(CheckpointError, match=r"generation_config\.json"):
             eos_token_ids({}, file)
+
+
+def test_biases_and_allowed_ids_choose_and_leave_the_reported_logprobs_alone():
+    wishes = [
+        {},
+        {"logit_bias": ((40, 100.0),)},
+        {"allowed_token_ids": (7, 8), "temperature": 5.0, "seed": 1},
+        {"allowed_token_ids": (7, 8), "logit_bias": ((8, -100.0), (40, 100.0))},
+    ]
+    outputs = generate(engine(), [request([1, 2, 3], logprobs=3, max_tokens=1, **w) for w in wishes])
+    plain, biased, allowed, both = outputs
+    assert biased.tokens == (40,)
+    assert allowed.tokens[0] in (7, 8)
+    assert both.tokens == (7,)
+    assert biased.logprobs[0].top == allowed.logprobs[0].top == plain.logprobs[0].top
+    assert biased.logprobs[0].chosen < plain.logprobs[0].chosen

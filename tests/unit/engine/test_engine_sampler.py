@@ -11,9 +11,16 @@ from fewbit.engine.batch import Draw
 from fewbit.engine.sampler import NO_TOKEN, NOT_FINITE, choose, uniform
 from fewbit.engine.types import SamplingParams
 
+VOCAB = 50
 
-def draw(tokens=(1, 2), prompt=1, seed=0, forbidden=(), **params):
-    return Draw(SamplingParams(**params), seed, list(tokens), prompt, tuple(forbidden))
+
+def draw(tokens=(1, 2), prompt=1, seed=0, forbidden=(), mask=None, **params):
+    return Draw(SamplingParams(**params), seed, list(tokens), prompt, tuple(forbidden), mask)
+
+
+def bits(ids, vocab=VOCAB):
+    """A mask that allows these ids."""
+    return sum(1 << i for i in set(ids)).to_bytes(-(-vocab // 32) * 4, "little")
 
 
 def reference(logits, d):
@@ -24,7 +31,11 @@ def reference(logits, d):
         x[t] = x[t] / p.repetition_penalty if x[t] > 0 else x[t] * p.repetition_penalty
     for t in set(output):
         x[t] -= p.frequency_penalty * output.count(t) + p.presence_penalty
-    for t in d.forbidden:
+    for t, bias in p.logit_bias:
+        x[t] += bias
+    masked = {i for i in range(len(x)) if d.mask is not None and not int.from_bytes(d.mask, "little") >> i & 1}
+    others = set() if p.allowed_token_ids is None else set(range(len(x))) - set(p.allowed_token_ids)
+    for t in {*d.forbidden, *masked, *others}:
         x[t] = -math.inf
     for word in p.bad_words:
         head = list(word[:-1])
@@ -70,6 +81,8 @@ def random_params(rng):
         "frequency_penalty": pick(0.0, 0.0, 0.6, -0.4),
         "bad_words": pick((), (), ((3,), (1, 2, 4))),
         "logprobs": pick(None, None, 0, 4),
+        "logit_bias": pick((), (), ((5, 100.0), (6, -3.5)), ((0, -100.0), (49, 2.0))),
+        "allowed_token_ids": pick(None, None, None, (49, 3, 8, 11, 20, 21, 22)),
     }
 
 
@@ -82,7 +95,8 @@ def test_a_mixed_batch_equals_the_plain_reference(trial):
         tokens = [rng.randrange(50) for _ in range(rng.randint(1, 20))] + rng.choice([[], [1, 2]])
         prompt = rng.randint(1, len(tokens))
         forbidden = rng.choice([(), (0, 7)])
-        draws.append(draw(tokens, prompt, rng.getrandbits(64), forbidden, **random_params(rng)))
+        mask = rng.choice([None, None, bits([0, 7, 8, 11, 20, 31, 32, 33, 49])])
+        draws.append(draw(tokens, prompt, rng.getrandbits(64), forbidden, mask, **random_params(rng)))
     before = logits.clone()
     drawn = choose(logits, draws).read()
     assert torch.equal(logits, before)
@@ -143,6 +157,19 @@ def test_top_p_keeps_the_token_that_reaches_it():
     for top_p, kept in ((1e-9, {0}), (0.45, {0}), (0.55, {0, 1}), (0.85, {0, 1, 2})):
         d = [draw(seed=s, temperature=1.0, top_p=top_p) for s in range(300)]
         assert {x.token for x in choose(logits, d).read()} == kept
+
+
+def test_a_mask_shorter_than_a_word_of_32_or_longer_than_the_vocabulary():
+    for vocab in (1, 31, 32, 33, 64, 65):
+        logits = torch.arange(vocab * 2.0).view(2, vocab)
+        only = vocab // 2
+        mask = bits([only, vocab, vocab + 1], vocab + 2)[: -(-vocab // 32) * 4]
+        first, second = choose(logits, [draw(temperature=0.0, mask=mask), draw(temperature=0.0)]).read()
+        assert (first.token, second.token) == (only, vocab - 1)
+
+
+def test_a_mask_that_allows_nothing_is_a_fault():
+    assert choose(torch.zeros(1, 50), [draw(mask=bytes(8))]).read()[0].fault == NO_TOKEN
 
 
 def test_no_token_left_and_broken_logits_are_faults_of_their_row_only():

@@ -5,7 +5,7 @@ from tiny_engine import EOS, VOCAB, config, request
 
 from fewbit.engine.batch import Drawn
 from fewbit.engine.scheduler import Scheduler
-from fewbit.engine.types import OverloadedError
+from fewbit.engine.types import Ending, Event, OverloadedError
 from fewbit.errors import RequestError
 
 
@@ -103,6 +103,45 @@ def test_the_youngest_is_put_back_and_comes_first_again():
     assert [e.id for e in finish(s) if e.ending] == ["old", "young", "waiting"]
 
 
+def test_the_lowest_priority_number_runs_first():
+    s = Scheduler(config(num_blocks=5, max_batch=2, prefix_cache=False))
+    for name, priority in (("low", 5), ("plain", 0), ("late", 0), ("urgent", -1)):
+        s.submit(request([priority + 10] * 5, name, max_tokens=9, priority=priority))
+    assert [r.id for r in s.waiting] == ["urgent", "plain", "late", "low"]
+    assert [e.id for e in finish(s) if e.ending] == ["urgent", "plain", "late", "low"]
+
+
+def test_a_better_priority_takes_the_blocks_of_who_came_before():
+    s = Scheduler(config(num_blocks=5, prefix_cache=False))
+    s.submit(request([1] * 5, "low", max_tokens=9, priority=1))
+    step(s)
+    s.submit(request([2] * 5, "urgent", max_tokens=9))
+    while not s.stats().preemptions_total:
+        step(s)
+    assert [r.id for r in s.running] == ["urgent"]
+    assert [e.id for e in finish(s) if e.ending] == ["urgent", "low"]
+
+
+def test_equal_prompts_under_different_salts_share_nothing():
+    s = Scheduler(config())
+    cached = {}
+    for name, salt in (("a", ""), ("b", "one"), ("c", "two"), ("d", "one"), ("e", "")):
+        s.submit(request(range(1, 13), name, max_tokens=2, salt=salt))
+        (event,) = [e for e in finish(s) if e.ending]
+        cached[name] = event.ending.cached_tokens
+    assert cached == {"a": 0, "b": 0, "c": 0, "d": 8, "e": 8}
+
+
+@pytest.mark.parametrize("length", [1, 8, 9, 30])
+def test_without_output_a_prompt_is_only_stored(length):
+    s = Scheduler(config(max_batch_tokens=8))
+    s.submit(request(range(1, length + 1), "a", max_tokens=0))
+    (event,) = finish(s)
+    assert event == Event("a", ending=Ending("length", prompt_tokens=length))
+    assert s.stats().computed_tokens_total == length
+    assert s.stats().blocks_cached == length // 4, "what it stored is known to those who follow"
+
+
 def test_a_repeated_prompt_computes_only_its_last_block():
     s = Scheduler(config())
     s.submit(request(range(1, 13), "a", max_tokens=2))
@@ -181,14 +220,15 @@ def test_abort_frees_everything_and_happens_once():
         ([-1], {}, "prompt", "prompt[0] is token id -1"),
         ([1] * 128, {}, "prompt", "128 tokens and the model length is 128"),
         ([1] * 100, {"max_tokens": 29}, "max_tokens", "100 + max_tokens 29 = 129 tokens exceed"),
-        ([1], {"max_tokens": 0}, "max_tokens", "at least 1, got 0"),
+        ([1], {"max_tokens": -1}, "max_tokens", "at least 0, got -1"),
+        ([1] * 129, {"max_tokens": 0}, "prompt", "shorten it to at most 128"),
         ([1], {"min_tokens": 9}, "min_tokens", "at most max_tokens (8), got 9"),
         ([1], {"temperature": float("nan")}, "temperature", "got nan"),
         ([1], {"temperature": -1.0}, "temperature", "at least 0"),
         ([1], {"top_p": 0.0}, "top_p", "in (0, 1], got 0.0"),
         ([1], {"top_k": -2}, "top_k", "got -2"),
         ([1], {"min_p": 1.5}, "min_p", "in [0, 1]"),
-        ([1], {"repetition_penalty": 0.0}, "repetition_penalty", "above 0"),
+        ([1], {"repetition_penalty": 0.0}, "repetition_penalty", "0.001, 1000"),
         ([1], {"presence_penalty": 2.5}, "presence_penalty", "in [-2, 2]"),
         ([1], {"frequency_penalty": -2.5}, "frequency_penalty", "in [-2, 2]"),
         ([1], {"logprobs": 21}, "logprobs", "in [0, 20]"),
@@ -196,6 +236,16 @@ def test_abort_frees_everything_and_happens_once():
         ([1], {"stop_token_ids": (VOCAB,)}, "stop_token_ids", "outside the vocabulary"),
         ([1], {"bad_words": ((),)}, "bad_words", "an empty sequence"),
         ([1], {"bad_words": ((1,),) * 129}, "bad_words", "at most 128 words, got 129"),
+        ([1], {"prompt_logprobs": 21}, "prompt_logprobs", "in [0, 20]"),
+        ([1], {"logit_bias": ((VOCAB, 1.0),)}, "logit_bias", "outside the vocabulary"),
+        ([1], {"logit_bias": ((1, 101.0),)}, "logit_bias", "in [-100, 100], got 101.0 for token id 1"),
+        ([1], {"logit_bias": ((1, float("nan")),)}, "logit_bias", "got nan for token id 1"),
+        ([1], {"logit_bias": ((1, 1.0), (1, 2.0))}, "logit_bias", "token id 1 more than once"),
+        ([1], {"logit_bias": ((1, 1.0),) * 1025}, "logit_bias", "at most 1024 entries, got 1025"),
+        ([1], {"allowed_token_ids": ()}, "allowed_token_ids", "1 to 4096 ids, got 0"),
+        ([1], {"allowed_token_ids": (-1,)}, "allowed_token_ids", "token id -1"),
+        ([1], {"priority": 2**31}, "priority", "got 2147483648"),
+        ([1], {"salt": "x" * 257}, "salt", "at most 256 characters long, got 257"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_in_one_line(prompt, params, param, words):
@@ -227,6 +277,21 @@ def test_an_id_in_use_and_a_full_queue_are_refused():
         s.submit(request([1], "c"))
     finish(s)
     s.submit(request([1], "a"))
+
+
+def test_prompts_that_wait_are_limited_in_tokens():
+    s = Scheduler(config(max_queued_tokens=20))
+    s.submit(request([1] * 30, "alone"))  # longer than all that may wait, and nobody waits
+    with pytest.raises(OverloadedError, match="30 tokens are waiting already, and a prompt of 2 would make them more"):
+        s.submit(request([1] * 2))
+    step(s)
+    s.submit(request([1] * 12, "a"))
+    s.submit(request([1] * 8, "b"))
+    assert (s.stats().waiting, s.stats().waiting_tokens, s.stats().waiting_preempted) == (2, 20, 0)
+    with pytest.raises(OverloadedError, match="max_queued_tokens"):
+        s.submit(request([1]))
+    finish(s)
+    s.submit(request([1]))
 
 
 def test_seeds_are_kept_or_drawn_reproducibly():

@@ -100,7 +100,8 @@ _serial = itertools.count()
 def request(prompt, id: str | None = None, **params) -> GenerateRequest:
     given = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True} | params
     name = id or f"r{next(_serial)}"
-    return GenerateRequest(id=name, prompt=tuple(prompt), params=SamplingParams(**given))
+    outer = {key: given.pop(key) for key in ("priority", "salt") if key in given}
+    return GenerateRequest(id=name, prompt=tuple(prompt), params=SamplingParams(**given), **outer)
 
 
 def run(machine: Engine, check: bool = True):
