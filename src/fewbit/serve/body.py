@@ -1,21 +1,62 @@
-"""A request's body: read with a limit, parsed as JSON with nothing let through that JSON does not allow."""
+"""A request's body: read with a limit, unpacked with a limit, parsed as JSON with nothing that JSON does not allow."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+import zlib
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 from starlette.requests import Request
 
+from fewbit.engine.types import OverloadedError
 from fewbit.errors import RequestError
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 LIMIT_BYTES = 32 << 20
-_DISCARD_S = 2.0  # how long the rest of a body that is too long is read and thrown away, so that the client reads us
+MAX_HELD_BYTES = 256 << 20  # of all large bodies that are being read and parsed
+_LARGE_BYTES = 1 << 18  # from here on bodies are worked on beside the event loop
+ENCODINGS = {"gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
+"""How a body may be packed, and what zlib calls that."""
+
+
+class _Share:
+    """What one body takes of the memory that all of them have until they are parsed; small ones need none."""
+
+    in_use = 0
+
+    def __init__(self) -> None:
+        self._mine = 0
+
+    def take(self, size_bytes: int) -> None:
+        """So much in all.
+
+        Raises:
+            OverloadedError: The others have left too little.
+        """
+        if size_bytes < _LARGE_BYTES:
+            return
+        more = size_bytes - self._mine
+        if _Share.in_use + more > MAX_HELD_BYTES:
+            raise OverloadedError(f"the bodies of requests take {MAX_HELD_BYTES} bytes already; retry later")
+        _Share.in_use += more
+        self._mine = size_bytes
+
+    def free(self) -> None:
+        """Give it back."""
+        _Share.in_use -= self._mine
+        self._mine = 0
 
 
 class TooLargeError(RequestError):
     """The body exceeds the limit."""
+
+
+class EncodingError(RequestError):
+    """The body is packed in a way that is not known here."""
 
 
 async def read_object(request: Request, limit_bytes: int = LIMIT_BYTES) -> dict[str, Any]:
@@ -27,9 +68,85 @@ async def read_object(request: Request, limit_bytes: int = LIMIT_BYTES) -> dict[
 
     Raises:
         TooLargeError: The body is longer.
+        EncodingError: It is packed in an unknown way.
+        OverloadedError: Other bodies take all the memory that there is for them.
         RequestError: It is no JSON object.
     """
-    return parse_object(await _read(request, limit_bytes))
+    return await read_body(request, parse_object, limit_bytes)
+
+
+async def aside(size_bytes: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """`work`, beside the event loop if so many bytes are much."""
+    return work(*args, **kwargs) if size_bytes < _LARGE_BYTES else await asyncio.to_thread(work, *args, **kwargs)
+
+
+async def read_body(request: Request, parse: Callable[[bytes], T], limit_bytes: int = LIMIT_BYTES) -> T:
+    """What `parse` makes of the bytes that a request carries, unpacked as its Content-Encoding says.
+
+    Args:
+        request: The request; its body has not been read.
+        parse: Called beside the event loop if the body is large.
+        limit_bytes: Longest body, packed and unpacked.
+
+    Raises:
+        TooLargeError: The body is longer.
+        EncodingError: It is packed in an unknown way.
+        OverloadedError: Other bodies take all the memory that there is for them.
+        RequestError: It cannot be unpacked.
+    """
+    encodings = [e.strip().lower() for e in ",".join(request.headers.getlist("content-encoding")).split(",")]
+    named = [e for e in encodings if e not in ("", "identity")]
+    if len(named) > 1 or (named and named[0] not in ENCODINGS):
+        raise EncodingError(
+            f"Content-Encoding '{shown(', '.join(named))}' is not supported: send the body as it is, or packed once "
+            f"with {' or '.join(ENCODINGS)}"
+        )
+    share = _Share()
+    try:
+        body = await _read(request, limit_bytes, share)
+        if named:
+            body = await asyncio.to_thread(_unpacked, body, named[0], limit_bytes)
+            share.take(len(body))
+        return await aside(len(body), parse, body)
+    finally:
+        share.free()
+
+
+def _unpacked(body: bytes, encoding: str, limit_bytes: int) -> bytes:
+    """What was packed. The limit holds on the way: a small body may stand for a very long one."""
+    packed = zlib.decompressobj(ENCODINGS[encoding])
+    try:
+        found = packed.decompress(body, limit_bytes + 1)
+    except zlib.error as e:
+        raise RequestError(f"the body is not {encoding}, as Content-Encoding says it is ({e})") from e
+    if len(found) > limit_bytes:
+        raise TooLargeError(f"the unpacked body is larger than the limit of {limit_bytes} bytes")
+    if not packed.eof:
+        raise RequestError(f"the body ends in the middle of its {encoding} data")
+    if packed.unused_data:
+        raise RequestError(f"{len(packed.unused_data)} bytes follow the end of the body's {encoding} data")
+    return found
+
+
+def packed(body: bytes, accepted: str) -> tuple[str, bytes]:
+    """An answer's body as the client likes it best: by what it is packed ("": by nothing), and the bytes.
+
+    Args:
+        body: As it is.
+        accepted: The request's Accept-Encoding.
+    """
+    for choice in accepted.split(","):
+        name, _, weight = choice.partition(";")
+        encoding = name.strip().lower()
+        if encoding in ENCODINGS and weight.replace(" ", "") not in ("q=0", "q=0.0"):
+            packer = zlib.compressobj(wbits=ENCODINGS[encoding])
+            return encoding, packer.compress(body) + packer.flush()
+    return "", body
+
+
+def parse_optional(body: bytes) -> dict[str, Any]:
+    """`parse_object`, where no body is an object of nothing."""
+    return parse_object(body) if body.strip() else {}
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -62,30 +179,18 @@ def parse_object(body: bytes) -> dict[str, Any]:
 _KINDS = {list: "an array", str: "a string", int: "a number", float: "a number", bool: "a boolean", type(None): "null"}
 
 
-async def _read(request: Request, limit_bytes: int) -> bytes:
+async def _read(request: Request, limit_bytes: int, share: _Share) -> bytes:
     too_large = TooLargeError(f"the body is larger than the limit of {limit_bytes} bytes")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > limit_bytes:
-        await _discard(request)
         raise too_large
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > limit_bytes:
-            body.clear()
-            await _discard(request)
             raise too_large
+        share.take(len(body))
     return bytes(body)
-
-
-async def _discard(request: Request) -> None:
-    """Many clients read nothing before they have sent everything."""
-    try:
-        async with asyncio.timeout(_DISCARD_S):
-            while (message := await request.receive())["type"] == "http.request" and message.get("more_body"):
-                pass
-    except TimeoutError:
-        pass
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

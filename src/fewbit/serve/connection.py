@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Coroutine
 from typing import TypeVar
 
@@ -13,6 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 
+SILENCE_S = 15.0  # a stream that has nothing to say for so long says a comment
+PING = b": still here\n\n"
 SLOW_S = 60.0  # a client that takes nothing for so long is dropped
 
 
@@ -50,8 +53,12 @@ class EventStream(Response):
     The generator is closed in every case: at its end, when the client leaves, takes nothing, or the server stops.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], slow_s: float = SLOW_S) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], slow_s: float = SLOW_S, silence_s: float | None = None
+    ) -> None:
         self._events, self._slow_s = events, slow_s
+        self._silence_s = SILENCE_S if silence_s is None else silence_s
+        self._spoke_s = time.monotonic()
         self.status_code = 200
         self.background = None
         self.media_type = "text/event-stream"
@@ -63,12 +70,25 @@ class EventStream(Response):
             await while_connected(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        try:
-            async for block in self._events:
-                # send waits while the connection's buffer is full, so a slow reader holds at most that much
-                async with asyncio.timeout(self._slow_s):
-                    await send({"type": "http.response.body", "body": block, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            await self._events.aclose()
+        async with contextlib.aclosing(self._events):
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            pinging = asyncio.create_task(self._ping(send))
+            try:
+                async for block in self._events:
+                    self._spoke_s = time.monotonic()
+                    # send waits while the connection's buffer is full, so a slow reader holds at most that much
+                    async with asyncio.timeout(self._slow_s):
+                        await send({"type": "http.response.body", "body": block, "more_body": True})
+                pinging.cancel()
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            finally:
+                pinging.cancel()
+
+    async def _ping(self, send: Send) -> None:
+        """A comment after each long silence, so that nobody between here and the client takes the stream for dead."""
+        with contextlib.suppress(OSError):
+            while True:
+                await asyncio.sleep(self._spoke_s + self._silence_s - time.monotonic())
+                if time.monotonic() >= self._spoke_s + self._silence_s:
+                    self._spoke_s = time.monotonic()
+                    await send({"type": "http.response.body", "body": PING, "more_body": True})

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 
-from fewbit.engine.types import EngineDownError, OverloadedError
+from fewbit.engine.types import EngineDownError, OverloadedError, QueueFullError
 from fewbit.errors import FewbitError, RequestError, nearest_name
-from fewbit.serve.body import TooLargeError, shown
+from fewbit.serve.body import ENCODINGS, EncodingError, TooLargeError, shown
+from fewbit.serve.exchange import RequestTimeoutError
 
 log = logging.getLogger(__name__)
 
@@ -21,11 +22,25 @@ _PLAIN = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=F
 _ESCAPED = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 M = TypeVar("M", bound=BaseModel)
+_HEADERS = {
+    401: {"WWW-Authenticate": 'Bearer realm="fewbit"'},
+    429: {"Retry-After": "1"},
+    503: {"Retry-After": "1"},
+    415: {"Accept-Encoding": ", ".join(ENCODINGS)},
+}
 _NOTHING: Mapping[str, type[BaseModel]] = MappingProxyType({})
 
 
 class UnknownModelError(RequestError):
     """A model that is not served here."""
+
+
+class ForbiddenError(RequestError):
+    """Something that this server lets nobody do who asks it this way."""
+
+
+class UnimplementedError(RequestError):
+    """A part of a protocol that this server does not have."""
 
 
 class GenerationError(Exception):
@@ -46,8 +61,18 @@ def problem_of(error: Exception) -> Problem:
     param = error.param if isinstance(error, RequestError) else None
     if isinstance(error, TooLargeError):
         return Problem(413, "RequestEntityTooLargeError", str(error))
+    if isinstance(error, EncodingError):
+        return Problem(415, "UnsupportedMediaTypeError", str(error))
     if isinstance(error, UnknownModelError):
         return Problem(404, "NotFoundError", str(error), param)
+    if isinstance(error, ForbiddenError):
+        return Problem(403, "PermissionDeniedError", str(error), param)
+    if isinstance(error, UnimplementedError):
+        return Problem(501, "NotImplementedError", str(error), param)
+    if isinstance(error, QueueFullError):
+        return Problem(429, "TooManyRequestsError", str(error), param)
+    if isinstance(error, RequestTimeoutError):
+        return Problem(504, "TimeoutError", str(error))
     if isinstance(error, (OverloadedError, EngineDownError)):
         return Problem(503, "ServiceUnavailableError", str(error), param)
     if isinstance(error, FewbitError):
@@ -72,8 +97,7 @@ def kserve_error(problem: Problem) -> dict[str, Any]:
 def error_response(problem: Problem, path: str) -> Response:
     """An error in the shape of the protocol that `path` belongs to."""
     content = kserve_error(problem) if path.startswith("/v2") else openai_error(problem)
-    headers = {"Retry-After": "1"} if problem.status == 503 else None
-    return json_response(content, problem.status, headers)
+    return json_response(content, problem.status, _HEADERS.get(problem.status))
 
 
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -93,9 +117,10 @@ def validated(model: type[M], fields: dict[str, Any], nested: Mapping[str, type[
     """`fields` as a `model`.
 
     Args:
-        model: Strict, and without fields of other names than the JSON's.
+        model: Strict.
         fields: The parsed body.
-        nested: The models of the fields that are objects themselves, for the names in error messages.
+        nested: The models of the fields that are objects themselves (`a.b`: of field b of field a), for the names in
+            error messages.
 
     Raises:
         RequestError: The first thing that is wrong, with the field's name; for an unknown field the nearest known one.
@@ -109,7 +134,8 @@ def validated(model: type[M], fields: dict[str, Any], nested: Mapping[str, type[
     loc, text, given = error["loc"], error["msg"], error["input"]
     param = _path(loc)
     if error["type"] == "extra_forbidden":
-        _check_name(param, str(loc[-1]), nested[str(loc[0])])
+        holder = ".".join(part for part in loc[:-1] if isinstance(part, str))
+        _check_name(param, str(loc[-1]), nested[holder])
     if error["type"] == "model_type":
         text = "must be an object"  # pydantic's own words name our class
     text = (
@@ -122,10 +148,9 @@ def validated(model: type[M], fields: dict[str, Any], nested: Mapping[str, type[
 
 
 def _check_name(path: str, name: str, model: type[BaseModel]) -> None:
-    if name not in model.model_fields:
-        raise RequestError(
-            f"unknown field '{shown(path)}': {nearest_name(name[:100], model.model_fields)}", shown(path)
-        )
+    known = {field.alias or own for own, field in model.model_fields.items()}
+    if name not in known:
+        raise RequestError(f"unknown field '{shown(path)}': {nearest_name(name[:100], known)}", shown(path))
 
 
 def _path(loc: tuple[int | str, ...]) -> str:

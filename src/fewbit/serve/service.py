@@ -1,28 +1,32 @@
-"""What the routes share: the engine, the tokenizer, the model's name, and whether the server is shutting down."""
+"""One model, ready to answer: its engine, its tokenizer, and how what a client says becomes jobs."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import msgspec
 
 from fewbit.engine.check import check_params
-from fewbit.engine.types import EngineDownError, OverloadedError, SamplingParams, Stats
+from fewbit.engine.types import EngineDownError, GenerateRequest, SamplingParams, Stats
 from fewbit.errors import FewbitError, RequestError
-from fewbit.serve.body import shown
+from fewbit.serve.exchange import current
 from fewbit.serve.generation import Job, Running, start
-from fewbit.serve.metrics import Metrics
-from fewbit.serve.problems import UnknownModelError
+from fewbit.serve.metrics import ModelMetrics
+from fewbit.serve.schema import MAX_CUT_CHARS, MAX_REPORTED
 from fewbit.text import Tokenizer
 
 if TYPE_CHECKING:
     from fewbit.engine.client import EngineClient
 
+_GENERATE_S = 10.0
+_FIRST = -1000  # before requests of any sensible priority
 _PROBE_S = 4.0  # an engine that does not answer within this is down
 _LONG_CHARS = 20_000  # texts from here on are tokenized beside the event loop
 
@@ -30,35 +34,30 @@ _LONG_CHARS = 20_000  # texts from here on are tokenized beside the event loop
 class Service:
     """One model, served.
 
-    Attributes:
-        draining: No new work is taken; what runs may finish.
-        in_flight: Requests that are being answered.
+    Args:
+        client: The engine; it belongs to the caller, who closes it.
+        tokenizer: The model's.
+        name: What requests call the model.
+        metrics: Where its requests are counted.
+        max_model_len: Prompt and output together; None: what the engine allows.
     """
 
     def __init__(
-        self, client: EngineClient, tokenizer: Tokenizer, model_name: str, max_model_len: int | None = None
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        name: str,
+        metrics: ModelMetrics,
+        max_model_len: int | None = None,
     ) -> None:
         self.client = client
         self.tokenizer = tokenizer
-        self.model_name = model_name
+        self.name = name
         self.max_model_len = min(max_model_len or client.info.max_model_len, client.info.max_model_len)
-        self.metrics = Metrics(model_name)
-        self.draining = False
-        self.in_flight = 0
+        self.metrics = metrics
         self._running: WeakSet[Running] = WeakSet()
 
     # ---- is it well? ----
-
-    def check_ready(self) -> None:
-        """Return if new work is welcome.
-
-        Raises:
-            OverloadedError: The server is shutting down.
-            EngineDownError: The engine is dead or hung.
-        """
-        if self.draining:
-            raise OverloadedError("the server is shutting down and takes no new requests")
-        self.client.health()
 
     async def probe(self) -> Stats:
         """The engine's figures, as a proof that it answers.
@@ -72,38 +71,59 @@ class Service:
         except TimeoutError as e:
             raise EngineDownError(f"the engine did not answer within {_PROBE_S:g} s") from e
 
-    @contextlib.contextmanager
-    def answering(self) -> Iterator[None]:
-        """Counts a request that shutting down waits for."""
-        self.in_flight += 1
+    async def generate_one(self) -> None:
+        """Return if the engine makes a token, before whatever waits.
+
+        Raises:
+            EngineDownError: It does not, or not in time.
+        """
+        params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+        request = GenerateRequest(id=f"health-{uuid.uuid4().hex}", prompt=(0,), params=params, priority=_FIRST)
         try:
-            yield
-        finally:
-            self.in_flight -= 1
+            async with asyncio.timeout(_GENERATE_S), aclosing(await self.client.submit(request)) as stream:
+                async for event in stream:
+                    if event.ending is not None and event.ending.reason == "error":
+                        raise EngineDownError(f"the engine failed to make a token: {event.ending.detail}")
+        except TimeoutError as e:
+            raise EngineDownError(f"the engine did not make a token within {_GENERATE_S:g} s") from e
 
     # ---- from what a client says to jobs ----
-
-    def check_model(self, name: str | None, *aliases: str) -> None:
-        """Raise unless `name` is the model that is served (None: the client does not care)."""
-        if name is not None and name not in (self.model_name, *aliases):
-            raise UnknownModelError(f"the model '{shown(name)}' is not served here, '{self.model_name}' is", "model")
 
     def check_params(self, params: SamplingParams) -> None:
         """Raise a RequestError for a value that the engine would refuse."""
         check_params(params, self.client.info.vocab)
 
-    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Tokens of a prompt; hopelessly long ones are refused before any work is done on them."""
+    async def encode(self, text: str, add_special_tokens: bool = True, last: int | None = None) -> list[int]:
+        """Tokens of a prompt; hopelessly long ones are refused before any work is done on them.
+
+        Args:
+            text: The prompt.
+            add_special_tokens: As `Tokenizer.encode` has it.
+            last: Only the last so many; None: all.
+
+        Raises:
+            RequestError: It is too long, or no text.
+        """
+        self.check_length(text, last)
+        if last is not None:
+            return (await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens))[-last:]
+        if len(text) < _LONG_CHARS:
+            return self.tokenizer.encode(text, add_special_tokens)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+
+    def check_length(self, text: str, last: int | None = None) -> None:
+        """Raise a RequestError for a text that is too long to be looked at; see `encode`."""
+        if last is not None:
+            if len(text) > MAX_CUT_CHARS:
+                raise RequestError(f"the prompt has {len(text)} characters, more than {MAX_CUT_CHARS} to cut", "prompt")
+            return
         least = -(-len(text) // self.tokenizer.longest_token)
-        if least >= self.max_model_len:
+        if least > self.max_model_len:
             raise RequestError(
                 f"the prompt has {len(text)} characters, {least} tokens at the very least, and the model length is "
                 f"{self.max_model_len}, prompt and output together: shorten it",
                 "prompt",
             )
-        if len(text) < _LONG_CHARS:
-            return self.tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
 
     async def render(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Tokens of a chat, up to where the assistant speaks."""
@@ -131,10 +151,11 @@ class Service:
         if not (min(prompt) >= 0 and max(prompt) < vocab):
             wrong = next(t for t in prompt if not 0 <= t < vocab)
             raise RequestError(f"the prompt holds token id {wrong}, outside the vocabulary of {vocab}", "prompt")
-        if room < 1:
+        least = 1 if params.max_tokens else 0
+        if room < least:
             raise RequestError(
                 f"the prompt has {len(prompt)} tokens and the model length is {self.max_model_len}, prompt and output "
-                f"together: shorten it to at most {self.max_model_len - 1}",
+                f"together: shorten it to at most {self.max_model_len - least}",
                 "prompt",
             )
         wanted = params.max_tokens if limited else min(params.max_tokens, room)
@@ -150,6 +171,9 @@ class Service:
 
     async def start(self, jobs: Sequence[Job]) -> list[Running]:
         """Submit jobs, or raise before anything runs."""
+        _check_reported(jobs)
+        exchange = current()
+        exchange.model, exchange.submitted = self.name, time.perf_counter()
         running = await start(self.client, self.tokenizer, self.metrics, jobs)
         self._running.update(running)
         return running
@@ -167,6 +191,18 @@ def renamed(error: FewbitError, names: dict[str, str]) -> FewbitError:
         text = str(error) if error.param == "prompt" else str(error).replace(error.param, name)
         return RequestError(text, name)
     return error
+
+
+def _check_reported(jobs: Sequence[Job]) -> None:
+    """What is told about prompts must be possible to tell."""
+    about = [job for job in jobs if job.params.prompt_logprobs is not None]
+    reported = sum(len(job.prompt) * ((job.params.prompt_logprobs or 0) + 1) for job in about)
+    if reported > MAX_REPORTED:
+        raise RequestError(
+            f"the prompts have {sum(len(job.prompt) for job in about)} tokens, which with their alternatives are "
+            f"{reported} log-probabilities, more than {MAX_REPORTED}: send fewer prompts or ask for fewer alternatives",
+            "prompt",
+        )
 
 
 def with_seed(job: Job, seed: int | None) -> Job:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from contextlib import asynccontextmanager
+import threading
 
 import httpx
 import pytest
 from fake_engine import FakeEngine
-from serve_names import SAYS, write_model
+from serve_names import SAYS, client_of, models_of, write_model
 
-from fewbit.serve import create_app
+from fewbit.serve import bind, create_app, serve_app
 from fewbit.text import Tokenizer
 
 
@@ -29,7 +29,7 @@ def engine(tokenizer) -> FakeEngine:
 
 @pytest.fixture
 def app(engine, tokenizer):
-    return create_app(engine, tokenizer, "storyteller")
+    return create_app(models_of(tokenizer, storyteller=engine))
 
 
 @pytest.fixture
@@ -54,8 +54,23 @@ def run():
     return asyncio.run
 
 
-@asynccontextmanager
-async def client_of(app):
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        yield client
+@pytest.fixture
+def live(engine, tokenizer):
+    """The URL of a server in a thread of this process, so that tests can look at its engine."""
+    listener, ready, box = bind(port=0), threading.Event(), {}
+
+    def thread():
+        async def main():
+            app = create_app(models_of(tokenizer, storyteller=engine))
+            box["models"], box["loop"] = app.state.models, asyncio.get_running_loop()
+            await serve_app(app, listener, drain_s=2, on_ready=lambda url: (box.update(url=url), ready.set()))
+
+        asyncio.run(main())
+
+    t = threading.Thread(target=thread)
+    t.start()
+    assert ready.wait(10)
+    yield box["url"]
+    box["models"].draining = True
+    t.join(10)
+    assert not t.is_alive()

@@ -14,7 +14,7 @@ from fewbit.engine.types import (
     EngineInfo,
     Event,
     GenerateRequest,
-    OverloadedError,
+    QueueFullError,
     Stats,
     TokenLogprobs,
 )
@@ -28,9 +28,11 @@ class FakeEngine:
     def __init__(self, vocab: int, max_model_len: int = 256) -> None:
         self.says: list[int] = []  # the tokens that follow any prompt; then the end of the text
         self.delay_s = 0.0
+        self.admit_s = 0.0  # how long it takes to accept a request
         self.fail_after: int | None = None  # so many tokens, then an error
         self.abort_after: int | None = None
         self.die_after: int | None = None
+        self.room = math.inf  # for so many requests
         self.down = self.full = self.hung = False
         self.running: dict[str, Stream] = {}
         self.seen: list[GenerateRequest] = []
@@ -57,12 +59,19 @@ class FakeEngine:
     def info(self) -> EngineInfo:
         c = self._config
         return EngineInfo(
-            vocab=c.vocab, max_model_len=c.max_model_len, max_batch=64, block_size=16, eos_token_ids=(EOS,)
+            vocab=c.vocab,
+            max_model_len=c.max_model_len,
+            max_batch=c.max_batch,
+            max_queued=c.max_queued,
+            block_size=c.block_size,
+            eos_token_ids=c.eos_token_ids,
         )
 
     async def submit(self, request: GenerateRequest) -> Stream:
-        if self.full:
-            raise OverloadedError("64 requests are waiting; retry later")
+        if self.admit_s:
+            await asyncio.sleep(self.admit_s)
+        if self.full or len(self.running) >= self.room:
+            raise QueueFullError("64 requests are waiting; retry later")
         check_request(request, self._config)
         assert request.id not in self.running
         self.seen.append(request)
@@ -96,6 +105,13 @@ class FakeEngine:
     async def _say(self, request: GenerateRequest, stream: Stream) -> None:
         p = request.params
         said = 0
+        if p.prompt_logprobs is not None:
+            self._echo(request, stream, p.prompt_logprobs)
+        if p.max_tokens == 0:
+            await asyncio.sleep(self.delay_s)
+            if request.id in self.running:
+                self._end(stream, request, 0, "length")
+            return None
         for token in [*self.says, EOS]:
             await asyncio.sleep(self.delay_s)
             if request.id not in self.running:
@@ -110,15 +126,22 @@ class FakeEngine:
                 return self._end(stream, request, said, "stop", stop_token=token)
             said += 1
             self.output_tokens += 1
-            logprobs = None
-            if p.logprobs is not None:
-                values = (-0.5, -1.5, -math.inf, -3.0, -4.0)
-                top = tuple((token + i, values[i % 5]) for i in range(p.logprobs))
-                logprobs = TokenLogprobs(-0.5, top)
+            logprobs = None if p.logprobs is None else self._logprobs(token, p.logprobs)
             if said == p.max_tokens:
                 return self._end(stream, request, said, "length", token=token, logprobs=logprobs)
             stream.push(Event(request.id, token, logprobs))
         return self._end(stream, request, said, "length")
+
+    def _logprobs(self, token: int, count: int) -> TokenLogprobs:
+        values = (-0.5, -1.5, -math.inf, -3.0, -4.0)
+        vocab = self._config.vocab
+        return TokenLogprobs(-0.5, tuple(((token + i) % vocab, values[i % 5]) for i in range(count)))
+
+    def _echo(self, request: GenerateRequest, stream: Stream, count: int) -> None:
+        """Log probabilities of all prompt tokens but the first, over several events as a long prompt has them."""
+        known = [self._logprobs(token, count) for token in request.prompt[1:]]
+        for at in range(0, len(known), 4):
+            stream.push(Event(request.id, prompt_logprobs=tuple(known[at : at + 4])))
 
     def _end(self, stream, request, said, reason, token=None, logprobs=None, **more) -> None:
         self.running.pop(request.id, None)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from fake_engine import FakeEngine
-from serve_names import SAYS
+from serve_names import SAYS, models_of
 
 from fewbit.serve import bind, create_app, serve_app
 from fewbit.text import Tokenizer
@@ -19,7 +19,7 @@ async def main() -> None:
     engine = FakeEngine(tokenizer.vocab_size)
     engine.says = tokenizer.encode(SAYS, add_special_tokens=False)
     engine.delay_s = float(sys.argv[2])
-    app = create_app(engine, tokenizer, "storyteller")
+    app = create_app(models_of(tokenizer, storyteller=engine))
     await serve_app(app, bind(port=0), drain_s=float(sys.argv[3]), on_ready=lambda url: print(url, flush=True))
 
 

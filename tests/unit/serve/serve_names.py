@@ -1,14 +1,34 @@
 """What several test files use."""
 
 import json
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+import httpx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from fewbit.serve import Models
+from fewbit.serve.metrics import Metrics
+from fewbit.serve.service import Service
 
 COMPLETION = "/v1/completions"
 CHAT = "/v1/chat/completions"
 GENERATE = "/v2/models/ensemble/generate"
 SAYS = "un, deux, trois 🙂 quatre\ncinq"
+
+
+def models_of(tokenizer, **engines) -> Models:
+    """Clients of engines by the names that requests call them, as the models of one server."""
+    metrics = Metrics()
+    return Models([Service(engine, tokenizer, name, metrics.of(name)) for name, engine in engines.items()], metrics)
+
+
+@asynccontextmanager
+async def client_of(app):
+    """An HTTP client of an application, without a socket."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
 
 
 def sse(text: str) -> list:

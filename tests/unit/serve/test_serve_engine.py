@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serve_names import CHAT, COMPLETION, sse
+from serve_names import CHAT, COMPLETION, models_of, sse
 
 from fewbit.engine.client import InProcessClient
 from fewbit.serve import create_app
@@ -34,7 +34,7 @@ def over(machine, tokenizer):
     def go(work):
         async def main():
             client = InProcessClient(machine)
-            app = create_app(client, tokenizer, "tiny")
+            app = create_app(models_of(tokenizer, tiny=client))
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://t") as http:
                 try:
@@ -101,6 +101,16 @@ def test_refusals_come_from_the_engine_as_they_are(over):
     long, hot = over(work)
     assert (long.status_code, long.json()["error"]["param"]) == (400, "max_tokens")
     assert hot.status_code == 200
+
+
+def test_what_turns_out_to_be_impossible_is_the_requests_fault(over):
+    async def work(http, client):
+        forms = {"allowed_token_ids": [5], "stop_token_ids": [5], "min_tokens": 3}
+        return await http.post(COMPLETION, json=ASKED | forms), await http.post(COMPLETION, json=ASKED)
+
+    refused, good = over(work)
+    assert (refused.status_code, good.status_code) == (400, 200)
+    assert "every token is forbidden" in refused.json()["error"]["message"]
 
 
 def test_a_client_that_leaves_frees_real_blocks(over):

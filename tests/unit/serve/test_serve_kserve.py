@@ -73,7 +73,7 @@ def test_stop_words_and_without_the_input(ask):
         ({"text_input": 3}, "text_input must be a valid string, got 3"),
         ({"text_input": ["a", "b"]}, "text_input must be a valid string"),
         ({"text_input": "x", "max_tokens": "10"}, 'max_tokens must be a valid integer, got "10"'),
-        ({"text_input": "x", "max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"text_input": "x", "max_tokens": -1}, "max_tokens must be at least 0, got -1"),
         ({"text_input": "x", "max_tokens": 1000}, "exceed the model length"),
         ({"text_input": "x", "max_tokns": 1}, "unknown field 'max_tokns': did you mean 'max_tokens'?"),
         ({"text_input": "x", "parameters": [1]}, "parameters must be an object"),
@@ -106,7 +106,7 @@ def test_engine_failures(ask, engine):
     assert (r.status_code, r.json()) == (500, {"error": "a step of the engine failed: out of memory"})
     engine.full = True
     r = ask(GENERATE, PUBLISHED)
-    assert (r.status_code, r.headers["retry-after"]) == (503, "1")
+    assert (r.status_code, r.headers["retry-after"]) == (429, "1")
 
 
 def test_wrong_method_and_path(ask):

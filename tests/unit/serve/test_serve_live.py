@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
+import uvicorn
 from serve_names import CHAT, COMPLETION, GENERATE, SAYS, write_model
 
 from fewbit.errors import RecipeError
-from fewbit.serve import bind, create_app, serve_app
+from fewbit.serve import bind
+from fewbit.serve import run as serving
 
 PUBLISHED = (
     '{"text_input":"How do I count to nine in French?",'
@@ -28,33 +28,19 @@ PUBLISHED = (
 TALK = {"messages": [{"role": "user", "content": "Count!"}]}
 
 
-@pytest.fixture
-def live(engine, tokenizer):
-    """The URL of a server in a thread of this process, so that tests can look at its engine."""
-    listener, ready, box = bind(port=0), threading.Event(), {}
-
-    def thread():
-        async def main():
-            app = create_app(engine, tokenizer, "storyteller")
-            box["service"], box["loop"] = app.state.service, asyncio.get_running_loop()
-            await serve_app(app, listener, drain_s=2, on_ready=lambda url: (box.update(url=url), ready.set()))
-
-        asyncio.run(main())
-
-    t = threading.Thread(target=thread)
-    t.start()
-    assert ready.wait(10)
-    yield box["url"]
-    box["service"].draining = True
-    t.join(10)
-    assert not t.is_alive()
-
-
 def until(true, limit_s=5.0):
     end = time.monotonic() + limit_s
     while not true():
         assert time.monotonic() < end, "it never came"
         time.sleep(0.005)
+
+
+def test_small_packets_wait_for_nobody():
+    """Else a stream's second piece is held back for the client's acknowledgement: 40 ms."""
+    with bind(port=0) as listener, socket.create_connection(listener.getsockname()):
+        taken, _ = listener.accept()
+        with taken:
+            assert taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_curl_with_the_published_line(live):
@@ -185,8 +171,8 @@ def test_health_and_metrics(live, engine):
         f"fewbit:kv_cache_blocks{one} 64.0",
         f"fewbit:engine_up{one} 1.0",
         'fewbit:request_success_total{finished_reason="stop",model_name="storyteller"} 2.0',
-        'fewbit:http_responses_total{model_name="storyteller",path="/v1/chat/completions",status="200"} 2.0',
-        'fewbit:http_responses_total{model_name="storyteller",path="/v1/chat/completions",status="400"} 1.0',
+        'fewbit:http_responses_total{path="/v1/chat/completions",status="200"} 2.0',
+        'fewbit:http_responses_total{path="/v1/chat/completions",status="400"} 1.0',
         f"fewbit:time_to_first_token_seconds_count{one} 2.0",
         f"fewbit:e2e_request_latency_seconds_count{one} 2.0",
         f"fewbit:request_prompt_tokens_count{one} 2.0",
@@ -259,6 +245,15 @@ def test_sigterm_when_idle_and_ctrl_c(child):
     process, _ = child(0, 20)
     process.send_signal(signal.SIGINT)
     assert process.wait(5) == 130
+
+
+def test_a_drain_that_was_asked_for_is_no_signal(app):
+    server = serving._Server(uvicorn.Config(app), app.state.models, 20, None, "")
+    app.state.models.draining = True
+    server.handle_exit(signal.SIGTERM, None)
+    assert not server.force_exit
+    server.handle_exit(signal.SIGTERM, None)
+    assert server.force_exit
 
 
 @pytest.mark.parametrize("second", [True, False])
