@@ -1,0 +1,87 @@
+"""Who answers: an engine, asked for many things at a time."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Protocol
+
+from fewbit.engine.client import EngineClient
+from fewbit.engine.types import GenerateRequest, SamplingParams, TokenLogprobs
+from fewbit.errors import FewbitError
+from fewbit.measure.tasks.prompts import Continuation
+from fewbit.text import Tokenizer
+from fewbit.text.stream import TextStream
+
+
+class AnswerError(FewbitError):
+    """A model could not go on with a question."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """What a model thinks of a continuation.
+
+    Attributes:
+        total: Natural-log probability of all its tokens.
+        greedy: Whether greedy decoding gives exactly these tokens.
+        tokens: How many.
+        characters: How many.
+    """
+
+    total: float
+    greedy: bool
+    tokens: int
+    characters: int
+
+
+class Answerer(Protocol):
+    """A model that can be asked."""
+
+    async def likelihood(self, asked: Continuation) -> Likelihood:
+        """What it thinks of a continuation."""
+        ...
+
+    async def text(self, prompt: Sequence[int], max_tokens: int, stop: Sequence[str]) -> str:
+        """What it generates, always the likeliest token, up to a stop string, the end or the limit."""
+        ...
+
+
+class EngineAnswerer:
+    """Asks an engine. Contexts that several questions share are computed once, as far as its prefix cache reaches."""
+
+    def __init__(self, client: EngineClient, tokenizer: Tokenizer) -> None:
+        self._client, self._tokenizer = client, tokenizer
+        self._names = (f"task-{os.getpid()}-{n}" for n in itertools.count())
+
+    async def likelihood(self, asked: Continuation) -> Likelihood:
+        """See `Answerer`."""
+        params = SamplingParams(max_tokens=0, temperature=0, prompt_logprobs=1, prompt_logprobs_from=len(asked.context))
+        request = GenerateRequest(id=next(self._names), prompt=asked.context + asked.continuation, params=params)
+        found: list[TokenLogprobs] = []
+        async with aclosing(await self._client.submit(request)) as stream:
+            async for event in stream:
+                found += event.prompt_logprobs
+                if event.ending is not None and event.ending.reason != "length":
+                    raise AnswerError(event.ending.detail or "the engine ended a question early")
+        assert len(found) == len(asked.continuation)
+        greedy = all(entry.chosen >= entry.top[0][1] for entry in found)
+        return Likelihood(sum(entry.chosen for entry in found), greedy, len(found), asked.characters)
+
+    async def text(self, prompt: Sequence[int], max_tokens: int, stop: Sequence[str]) -> str:
+        """See `Answerer`."""
+        params = SamplingParams(max_tokens=max_tokens, temperature=0)
+        request = GenerateRequest(id=next(self._names), prompt=tuple(prompt), params=params)
+        text, made = TextStream(self._tokenizer, stop, after=tuple(prompt)), ""
+        async with aclosing(await self._client.submit(request)) as stream:
+            async for event in stream:
+                if event.token is not None:
+                    made += text.push(event.token)
+                if text.stopped is not None:
+                    return made
+                if event.ending is not None and event.ending.reason not in ("stop", "length"):
+                    raise AnswerError(event.ending.detail or "the engine ended a question early")
+        return made + text.finish()

@@ -1,0 +1,195 @@
+"""Running a task: every item asked, many at a time, each outcome on disk as soon as it is known."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from fewbit.errors import RecipeError
+from fewbit.measure.paired import interval
+from fewbit.measure.tasks.answer import Answerer, Likelihood
+from fewbit.measure.tasks.prompts import Prompts
+from fewbit.measure.tasks.task import Item, Task
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one item.
+
+    Attributes:
+        index: Of its row.
+        score: 1 if right, else 0.
+        given: What the model chose or said.
+        group: The item's.
+    """
+
+    index: int
+    score: float
+    given: str
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a model made of a task.
+
+    Attributes:
+        task: Which.
+        outcomes: In the order of the items.
+    """
+
+    task: Task
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """The mean over all items."""
+        return sum(o.score for o in self.outcomes) / len(self.outcomes)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Its 95 % interval, over items."""
+        return interval([o.score for o in self.outcomes])
+
+    @property
+    def above_chance(self) -> float:
+        """(accuracy - baseline) / (1 - baseline): 0 is guessing, 1 is all right."""
+        return (self.accuracy - self.task.baseline) / (1 - self.task.baseline)
+
+    @property
+    def groups(self) -> dict[str, float]:
+        """Accuracy of each group."""
+        found: dict[str, list[float]] = {}
+        for o in self.outcomes:
+            if o.group is not None:
+                found.setdefault(o.group, []).append(o.score)
+        return {group: sum(scores) / len(scores) for group, scores in found.items()}
+
+
+async def run_task(
+    task: Task,
+    items: Sequence[Item],
+    prompts: Prompts,
+    answerer: Answerer,
+    *,
+    journal: Path | None = None,
+    key: str = "",
+    at_once: int = 64,
+    progress: Progress = lambda name, done, total: None,
+) -> Result:
+    """Ask a model everything.
+
+    Args:
+        task: What.
+        items: Which of its items.
+        prompts: Of this task and the model's tokenizer.
+        answerer: The model.
+        journal: A file of outcomes, one a line, that a stopped run goes on with; None: nothing is kept.
+        key: Names the model and what else decides the outcomes; a journal of another key is refused.
+        at_once: Items under way at a time.
+        progress: Told name, items done, items in all.
+
+    Raises:
+        RecipeError: The journal is of something else, or a question does not fit the model.
+        FewbitError: The model could not go on; what was known is in the journal.
+    """
+    known = {} if journal is None else _opened(journal, task, key)
+    todo = iter([item for item in items if item.index not in known])
+    done = len(items) - sum(item.index not in known for item in items)
+    progress(task.name, done, len(items))
+
+    async def work(file: IO[str] | None) -> None:
+        nonlocal done
+        for item in todo:  # one iterator for all workers: each takes the next
+            outcome = await ask(task, item, prompts, answerer)
+            known[item.index] = outcome
+            if file is not None:
+                file.write(json.dumps(asdict(outcome)) + "\n")
+                file.flush()
+            done += 1
+            progress(task.name, done, len(items))
+
+    file = None if journal is None else journal.open("a", encoding="utf8")
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(at_once, len(items))):
+                group.create_task(work(file))
+    except ExceptionGroup as many:
+        raise many.exceptions[0] from None
+    finally:
+        if file is not None:
+            file.close()
+    return Result(task, tuple(known[item.index] for item in items))
+
+
+async def ask(task: Task, item: Item, prompts: Prompts, answerer: Answerer) -> Outcome:
+    """One item."""
+    if task.kind == "generation":
+        said = await answerer.text(prompts.question(item), task.max_tokens, task.stop)
+        return Outcome(item.index, float(is_right(task, item, said)), said, item.group)
+    asked = prompts.continuations(item)
+    found = await asyncio.gather(*(answerer.likelihood(one) for one in asked))
+    if task.kind == "language_modeling":
+        return Outcome(item.index, float(found[0].greedy), repr(found[0].total), item.group)
+    best = choose(found, task)
+    return Outcome(item.index, float(best == item.gold), str(best), item.group)
+
+
+def choose(found: Sequence[Likelihood], task: Task) -> int:
+    """The likeliest of several, after dividing by length as the task says; of equals the first."""
+
+    def value(one: Likelihood) -> float:
+        if task.length == "none":
+            return one.total
+        return one.total / (one.tokens if task.length == "tokens" else max(one.characters, 1))
+
+    return max(range(len(found)), key=lambda i: (value(found[i]), -i))
+
+
+def is_right(task: Task, item: Item, said: str) -> bool:
+    """Whether a generated text is one of the accepted answers."""
+    if task.reasoning:
+        said = said.rpartition(task.reasoning)[2]
+    clean = normalized if task.normalize else str.strip
+    text, answers = clean(said), tuple(clean(answer) for answer in item.answers)
+    return text.startswith(answers) if task.match == "begins" else text in answers
+
+
+def normalized(text: str) -> str:
+    """Lower case, no punctuation, no articles, single spaces: what SQuAD's and TriviaQA's scripts compare."""
+    kept = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
+
+
+def _opened(journal: Path, task: Task, key: str) -> dict[int, Outcome]:
+    """The outcomes that a journal holds; a new one gets its first line."""
+    head = {"task": task.fingerprint(), "key": key}
+    if not journal.exists():
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        journal.write_text(json.dumps(head) + "\n", "utf8")
+        return {}
+    lines = journal.read_text("utf8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):  # a run was killed while it wrote this line
+        lines.pop()
+        journal.write_text("".join(lines), "utf8")
+    if not lines:
+        journal.unlink()
+        return _opened(journal, task, key)
+    try:
+        found: dict[str, Any] = json.loads(lines[0])
+        outcomes = [Outcome(**json.loads(line)) for line in lines[1:]]
+    except (ValueError, TypeError) as e:
+        raise RecipeError(f"{journal}: not a journal of a task ({e}); remove it") from e
+    if found != head:
+        raise RecipeError(
+            f"{journal}: holds outcomes of another model, task or setting; remove it or choose another -o"
+        )
+    return {o.index: o for o in outcomes}

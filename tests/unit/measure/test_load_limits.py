@@ -1,0 +1,49 @@
+"""MBU and MFU of a run whose figures are known, against the arithmetic by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from fewbit import open_checkpoint
+from fewbit.demo import demo_model
+from fewbit.errors import CheckpointError, RequestError
+from fewbit.measure.load import Sample
+from fewbit.measure.load.answer import Record
+from fewbit.measure.load.drive import Run
+from fewbit.measure.load.limits import Peak, peak_named, utilization
+from fewbit.measure.load.report import result_of
+
+
+def test_by_hand():
+    """Two answers of 11 tokens, 10 ms each, one streaming from 0.1 s to 0.2 s, the other from 0.15 s to 0.25 s."""
+    try:
+        model = open_checkpoint(demo_model())
+    except CheckpointError as error:
+        pytest.skip(f"NO STORYTELLER, so nothing was computed: {error}")
+    records = [
+        Record(
+            index, sent=0.0, ended=0.3, first_chunk=start, arrivals=[start + 0.01 * i for i in range(11)],
+            texts=["x"] * 11, usage={"prompt_tokens": 100, "completion_tokens": 11},
+        )
+        for index, start in enumerate((0.1, 0.15))
+    ]  # fmt: skip
+    result = result_of(Run(records, []), [Sample("p")] * 2)
+    found = utilization(result, model, Peak(1e9, 1e12))
+    assert found["batch"] == pytest.approx(0.2 / 0.15)
+    assert found["context"] == pytest.approx(105.5)
+    weights = 2 * (6_881_280 + 4096 * 256)  # bfloat16; of the linears and the head
+    kv = 105.5 * 10 * 2 * 2 * 64 * 2  # layers, K and V, heads, head size, bytes
+    assert found["bytes_per_step"] == pytest.approx(weights + found["batch"] * kv)
+    assert found["bytes_per_s"] == pytest.approx(found["bytes_per_step"] / 0.01)
+    assert found["mbu"] == pytest.approx(found["bytes_per_s"] / 1e9)
+    attention = 4 * 10 * 4 * 64 * 111 * 112 / 2  # multiply and add, of scores and of values
+    each = 2 * (6_881_280 * 111 + 4096 * 256) + attention
+    assert found["flops_per_s"] == pytest.approx(2 * each / 0.25)
+    assert found["mfu"] == pytest.approx(2 * each / 0.25 / 1e12)
+    assert utilization(result, model, None)["mbu"] is None
+
+
+def test_peaks_by_name():
+    assert peak_named("H100").bytes_per_s == 3.35e12
+    with pytest.raises(RequestError, match="did you mean 'h100'"):
+        peak_named("h101")
