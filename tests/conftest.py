@@ -27,7 +27,17 @@ hypothesis.settings.register_profile("fewbit", deadline=None, derandomize="CI" i
 hypothesis.settings.load_profile("fewbit")
 
 TESTS = Path(__file__).parent
-LIMITS_S = {"unit": 60, "laws": 120, "parity": 180, "e2e": 600, "gpu": 600, "multi_gpu": 900}
+LIMITS_S = {
+    "unit": 60,
+    "robust": 120,
+    "laws": 120,
+    "parity": 180,
+    "e2e": 600,
+    "browser": 120,
+    "clients": 600,
+    "gpu": 600,
+    "multi_gpu": 900,
+}
 """Seconds a single test of a folder may take; a test that needs more carries its own ``timeout`` marker."""
 NEEDS_GPU = {"gpu": 1, "multi_gpu": 2}
 

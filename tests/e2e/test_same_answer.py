@@ -128,6 +128,27 @@ def test_however_it_is_scheduled(models, recipe, kv):
             assert machine.runner.computed_tokens - before < sum(map(len, PROMPTS))
 
 
+@pytest.mark.parametrize(("recipe", "kv"), [(None, None), pytest.param("int8", "int8", marks=pytest.mark.slow)])
+def test_a_text_echoed_has_the_floats_it_was_generated_with(models, recipe, kv):
+    path = models(recipe, kv)
+    answers = alone(path, PROMPTS)
+    texts = [[*prompt, *o.tokens] for prompt, o in zip(PROMPTS, answers, strict=True)]
+    expected = [generate(engine(path), [r])[0] for r in requests(texts, 16, prompt_logprobs=4)]
+    for prompt, answer, echo in zip(PROMPTS, answers, expected, strict=True):
+        assert len(echo.prompt_logprobs) == len(prompt) + len(answer.tokens) - 1
+        assert echo.prompt_logprobs[len(prompt) - 1 :] == answer.logprobs
+    for way, options in WAYS.items():
+        if way in LONG:
+            continue
+        machine = engine(path, **options)
+        found = generate(machine, requests(texts, 16, prompt_logprobs=4))
+        same(found, expected)
+        assert [o.prompt_logprobs for o in found] == [o.prompt_logprobs for o in expected], way
+        assert machine.stats().preemptions_total > 0 or way != "preempted"
+        only = generate(machine, requests(texts, 0, prompt_logprobs=4))
+        assert [o.prompt_logprobs for o in only] == [o.prompt_logprobs for o in expected], way
+
+
 def test_a_prefix_that_another_request_computed(models):
     """Blocks of a neighbour that is still running count too."""
     path = models("int8", "int8")

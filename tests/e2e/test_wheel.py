@@ -101,6 +101,8 @@ def test_the_wheel(built):
         names = archive.namelist()
     recipes = {p.name for p in (ROOT / "src" / "fewbit" / "compress" / "recipes").glob("*.yaml")}
     assert recipes == {n.rpartition("/")[2] for n in names if n.startswith("fewbit/compress/recipes/")}
+    page = {p.name for p in (ROOT / "src" / "fewbit" / "serve" / "page" / "static").iterdir()}
+    assert page == {n.rpartition("/")[2] for n in names if n.startswith("fewbit/serve/page/static/")} != set()
     for name in ("fewbit/compress/calibration.txt.gz", "fewbit/py.typed", "fewbit/cli/__init__.py"):
         assert name in names
     assert any(n.endswith("dist-info/licenses/LICENSE") for n in names)

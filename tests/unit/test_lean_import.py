@@ -17,6 +17,7 @@ import pytest
         "fewbit.engine.types",
         "fewbit.engine.scheduler",
         "fewbit.engine.blocks",
+        "fewbit.measure.load",
     ],
 )
 def test_imports_no_torch(module):
@@ -24,3 +25,10 @@ def test_imports_no_torch(module):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [], f"import {module} also imports {done.stdout.strip()}"
+
+
+def test_the_process_that_serves_imports_no_torch():
+    """Its engines do, in processes of their own."""
+    code = "import sys, fewbit.cli, fewbit.serve.launch; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["False"], done.stderr

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from fewbit.cli import bench, convert, demo, look, make, serve
+from fewbit.cli import bench, convert, demo, look, make, serve, talk
 from fewbit.cli.common import settings
 from fewbit.errors import FewbitError
 from fewbit.version import __version__
@@ -31,7 +31,7 @@ for command in (
     look.plan,
     make.compress,
     convert.export,
-    serve.run,
+    talk.run,
     serve.serve,
     make.evaluate,
     look.explain,
@@ -75,26 +75,30 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (FewbitError, typer.TyperException) as error:
-        if settings.verbose:
-            traceback.print_exc()
         text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
-        _say(" ".join(text.split()))
+        _fail(" ".join(text.split()))
         return 2
     except OSError as error:
         # a disk that is full, a folder that may not be entered: the machine's word is the best there is
-        if settings.verbose:
-            traceback.print_exc()
-        _say(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         return 2
     except Exception as error:  # house: told to the user, with the traceback on request
-        if settings.verbose:
-            traceback.print_exc()
-        _say(f"internal error: {type(error).__name__}: {error} (run again with -v for the traceback, and report it)")
+        _fail(f"internal error: {type(error).__name__}: {error} (run again with -v for the traceback, and report it)")
         return 1
     return 0
 
 
-def _say(text: str) -> None:
+def _fail(text: str) -> None:
+    """Say what the error that is being handled means."""
+    _say(text, traced=settings.verbose)
+
+
+def _say(text: str, traced: bool = False) -> None:
+    if settings.log is not None:
+        settings.log.error("%s", text, exc_info=traced)
+        return
+    if traced:
+        traceback.print_exc()
     print(f"fewbit: {text}", file=sys.stderr)
 
 

@@ -1,16 +1,19 @@
-"""Commands that time things: bench offline, bench quantize, bench step."""
+"""Commands that time things: bench offline, serve (in `load`), startup, quantize, step."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fewbit.cli import load
 from fewbit.cli.common import (
     DeviceOption,
     JsonOption,
+    ModelArgument,
     QuietOption,
     VerboseOption,
     device_of,
@@ -71,6 +74,51 @@ def offline(
             _print(found)
     if json:
         return print_json("bench offline", {"cells": cells})
+    return None
+
+
+app.command()(load.serve)
+
+
+@app.command()
+def startup(
+    model: ModelArgument,
+    command: Annotated[
+        str | None,
+        typer.Option("--command", help="Another server's: 'vllm serve DIR --port {port}' [default: fewbit's]"),
+    ] = None,
+    cold: Annotated[
+        bool, typer.Option("--cold/--warm", help="The model's files out of the page cache, or in it.")
+    ] = True,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Starts.")] = 3,
+    timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds until a start is given up.")] = 600,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Time from the start of a server's process to its first token."""
+    from fewbit.checkpoint import locate
+    from fewbit.measure.startup import command_of, start_once, words_of
+
+    folder = locate(model)
+    words = words_of(command) if command else command_of(folder)
+    found = []
+    for number in range(repeats):
+        note(f"start {number + 1} of {repeats}")
+        found.append(start_once(folder, words, cold=cold, timeout_s=timeout))
+    if json:
+        return print_json(
+            "bench startup", {"command_line": words, "cold": cold, "starts": [asdict(one) for one in found]}
+        )
+    stages = (("listening", "listening_s"), ("ready", "ready_s"), ("first token", "first_token_s"))
+    times = {words: sorted(getattr(one, name) for one in found) for words, name in stages}
+    table(
+        [f"seconds, {repeats} starts", "median", "least", "most"],
+        [(name, *(f"{t:.2f}" for t in (median(each), each[0], each[-1]))) for name, each in times.items()],
+    )
+    shares = [one.cached for one in found]
+    print()
+    pairs([("page cache", f"{min(shares):.0%} to {max(shares):.0%} of {size(found[0].file_bytes)} in it before")])
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import sys
 import time
@@ -27,7 +28,11 @@ SCHEMA = 1
 
 
 class Settings:
-    """What -q, -v and --seed said."""
+    """What -q, -v and --seed said.
+
+    Attributes:
+        log: Where what is for the user goes instead of standard error, if that is to be a log.
+    """
 
     def __init__(self) -> None:
         self.reset()
@@ -35,6 +40,7 @@ class Settings:
     def reset(self) -> None:
         """Forget the last command."""
         self.quiet, self.verbose, self.seed = False, False, 0
+        self.log: logging.Logger | None = None
 
 
 settings = Settings()
@@ -84,10 +90,10 @@ def device_of(text: str | None) -> torch.device:
     """The device asked for, else a GPU if there is one, else the CPU."""
     import torch
 
-    from fewbit.ops.device import device_named, gpu_count, make_current
+    from fewbit.ops.device import device_named, make_current
 
     torch.manual_seed(settings.seed)
-    device = device_named(text or ("cuda:0" if gpu_count() else "cpu"))
+    device = device_named(text or "auto")
     make_current(device)
     return device
 
@@ -101,7 +107,11 @@ def open_model(model: str) -> Checkpoint:
 
 def note(text: str) -> None:
     """A line for the user that is not the result."""
-    if not settings.quiet:
+    if settings.quiet:
+        return
+    if settings.log is not None:
+        settings.log.info("%s", text)
+    else:
         print(text, file=sys.stderr)
 
 

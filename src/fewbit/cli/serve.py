@@ -1,205 +1,122 @@
-"""Commands that run a model: run, serve."""
+"""`fewbit serve`: one model, or a folder of them, over HTTP and gRPC."""
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Literal
 
 import typer
 
-from fewbit.cli.common import (
-    BackendOption,
-    DeviceOption,
-    JsonOption,
-    ModelArgument,
-    QuietOption,
-    SeedOption,
-    VerboseOption,
-    device_of,
-    note,
-    print_json,
-    settings,
-)
+from fewbit.cli.common import BackendOption, DeviceOption, QuietOption, SeedOption, VerboseOption, note, settings
+from fewbit.cli.talk import LengthOption
 from fewbit.engine.config import Policy
-from fewbit.errors import RequestError
+from fewbit.errors import RecipeError
 
-if TYPE_CHECKING:
-    from fewbit.engine.engine import Engine
-    from fewbit.engine.types import Ending
-    from fewbit.text.tokenizer import Tokenizer
-
-BatchOption = Annotated[int | None, typer.Option("--max-batch", min=1, help="Sequences that run at a time.")]
-LengthOption = Annotated[int | None, typer.Option("--max-model-len", min=2, help="Longest sequence, prompt included.")]
-
-
-def run(
-    model: ModelArgument,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What to answer; none: a chat.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text, without the chat template.")] = False,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")] = 0.7,
-    top_p: Annotated[float, typer.Option("--top-p", help="Choose among the likeliest tokens of this mass.")] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")] = None,
-    max_model_len: LengthOption = None,
-    backend: BackendOption = "auto",
-    json: JsonOption = False,
-    device: DeviceOption = None,
-    seed: SeedOption = 0,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Answer a prompt, or chat. The text goes to stdout as it is made."""
-    from fewbit.checkpoint import locate, text_folder
-    from fewbit.engine.config import EngineOptions
-    from fewbit.engine.engine import open_engine
-    from fewbit.engine.types import SamplingParams
-    from fewbit.text.tokenizer import Tokenizer
-
-    if json and prompt is None:
-        raise RequestError("--json needs --prompt: a chat has no single result")
-    if any(not text for text in stop or []):
-        raise RequestError("--stop needs a text that is not empty")
-    path = locate(model)
-    options = EngineOptions(str(device_of(device)), backend, max_batch=1, max_model_len=max_model_len)
-    engine = open_engine(path, options, progress=note if settings.verbose else None)
-    tokenizer = Tokenizer.load(text_folder(path))
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=settings.seed)
-    talk = _Talk(engine, tokenizer, params, tuple(stop or ()), raw or tokenizer.chat_template is None)
-    if prompt is None:
-        return talk.chat()
-    text = talk.say(prompt, show=not json)
-    if json:
-        print_json("run", {"text": text, **talk.figures()})
-    else:
-        print()
-        note(talk.summary())
-    return None
-
-
-class _Talk:
-    """One conversation with an engine in this process."""
-
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, params: Any, stop: tuple[str, ...], raw: bool) -> None:
-        self.engine, self.tokenizer, self.params, self.stop, self.raw = engine, tokenizer, params, stop, raw
-        self.history: list[dict[str, str]] = []
-        self.turns = 0
-        self.ending: Ending | None = None
-        self.first_s = self.total_s = 0.0
-
-    def chat(self) -> None:
-        """Answer lines from stdin until there are no more."""
-        interactive = sys.stdin.isatty()
-        if interactive:
-            note("One line is one message; Ctrl-D ends the chat." if not self.raw else "Each line is continued.")
-        while True:
-            if interactive:
-                print("> ", end="", file=sys.stderr, flush=True)
-            line = sys.stdin.readline()
-            if not line:
-                return
-            if line.strip():
-                self.say(line.rstrip("\n"), show=True)
-                print()
-
-    def say(self, text: str, show: bool) -> str:
-        """The answer to one message, printed as it comes if `show`."""
-        if self.raw:
-            ids = self.tokenizer.encode(text)
-        else:
-            self.history.append({"role": "user", "content": text})
-            assert self.tokenizer.chat_template is not None
-            rendered = self.tokenizer.chat_template.render(self.history, add_generation_prompt=True)
-            ids = self.tokenizer.encode(rendered, add_special_tokens=False)
-        answer = ""
-        for piece in self._pieces(tuple(ids)):
-            answer += piece
-            if show:
-                print(piece, end="", flush=True)
-        self.history.append({"role": "assistant", "content": answer})
-        return answer
-
-    def _pieces(self, prompt: tuple[int, ...]) -> Iterator[str]:
-        from fewbit.engine.types import GenerateRequest
-        from fewbit.text.stream import TextStream
-
-        stream = TextStream(self.tokenizer, self.stop, after=prompt if self.raw else ())
-        self.turns += 1
-        start = time.perf_counter()
-        request = GenerateRequest(id=f"turn-{self.turns}", prompt=prompt, params=self.params)
-        self.engine.submit(request)
-        self.ending, self.first_s = None, 0.0
-        try:
-            while self.ending is None:
-                for event in self.engine.step():
-                    self.first_s = self.first_s or time.perf_counter() - start
-                    if event.token is not None and stream.stopped is None:
-                        yield stream.push(event.token)
-                    self.ending = event.ending or self.ending
-                if stream.stopped is not None and self.ending is None:
-                    (last,) = self.engine.abort(request.id)
-                    self.ending = last.ending
-        finally:
-            self.engine.abort(request.id)
-        self.total_s = time.perf_counter() - start
-        yield stream.finish()
-        if self.ending is not None and self.ending.reason == "error":
-            raise RequestError(self.ending.detail)
-
-    def figures(self) -> dict[str, Any]:
-        """Counts and times of the last answer."""
-        assert self.ending is not None
-        reason = "stop" if self.ending.reason == "abort" else self.ending.reason
-        return {
-            "finish_reason": reason,
-            "prompt_tokens": self.ending.prompt_tokens,
-            "output_tokens": self.ending.output_tokens,
-            "first_token_s": self.first_s,
-            "total_s": self.total_s,
-        }
-
-    def summary(self) -> str:
-        """The same in words."""
-        f = self.figures()
-        rate = (f["output_tokens"] - 1) / max(f["total_s"] - f["first_token_s"], 1e-9)
-        return (
-            f"{f['prompt_tokens']} prompt tokens, {f['output_tokens']} generated ({f['finish_reason']}); "
-            f"first after {f['first_token_s'] * 1e3:.0f} ms, then {rate:.1f} tokens/s"
-        )
+GIB = 2**30
 
 
 def serve(
-    model: ModelArgument,
+    model: Annotated[str | None, typer.Argument(metavar="[DIR]", help="Model directory, or a Hub id.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Model name of the API [default: the folder's]")] = None,
+    model_dir: Annotated[
+        Path | None,
+        typer.Option("--model-dir", metavar="ROOT", help="Serve every model of a folder, each loaded when asked for."),
+    ] = None,
+    preload: Annotated[
+        list[str] | None,
+        typer.Option("--preload", metavar="NAME", help="Load at once; not ready without it. May be repeated."),
+    ] = None,
+    max_loaded: Annotated[
+        int | None, typer.Option("--max-loaded", min=1, help="Models of the folder that are loaded at a time.")
+    ] = None,
+    memory_budget: Annotated[
+        float | None,
+        typer.Option("--memory-budget", min=0.01, metavar="GIB", help="For all models [default: most of what is free]"),
+    ] = None,
+    model_control: Annotated[
+        Literal["on-demand", "explicit"],
+        typer.Option("--model-control", help="Whether a request loads its model, or only the repository's load does."),
+    ] = "on-demand",
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0: a free one.")] = 8000,
-    name: Annotated[str | None, typer.Option("--name", help="Model name of the API [default: the folder's]")] = None,
-    max_batch: BatchOption = None,
+    grpc_port: Annotated[
+        int | None,
+        typer.Option(
+            "--grpc-port", min=0, max=65535, help="Of gRPC; 0: none [default: 8001 if it is free; none with --port 0]"
+        ),
+    ] = None,
+    triton_flavor: Annotated[
+        Literal["ensemble", "nemo", "both"],
+        typer.Option("--triton-flavor", help="What a model's own name is to Triton's clients: see docs/serving.md."),
+    ] = "ensemble",
+    control: Annotated[
+        str | None,
+        typer.Option("--control", metavar="PATH|PORT", help="Control routes: a unix socket, or a port of 127.0.0.1."),
+    ] = None,
+    repository_control: Annotated[
+        bool,
+        typer.Option("--repository-control", help="Answer /v2/repository/models/M/load and unload to clients too."),
+    ] = False,
+    max_batch: Annotated[int | None, typer.Option("--max-batch", min=1, help="Sequences that run at a time.")] = None,
     max_model_len: LengthOption = None,
     max_batch_tokens: Annotated[
         int | None, typer.Option("--max-batch-tokens", min=1, help="Tokens of one step: how prompts are cut.")
     ] = None,
     kv_blocks: Annotated[int | None, typer.Option("--kv-blocks", min=1, help="Size of the K/V cache.")] = None,
     policy: Annotated[
-        Policy, typer.Option("--policy", help="Start early and interrupt if need be, or never interrupt.")
+        Policy,
+        typer.Option("--policy", help="Start early and interrupt if need be, or never interrupt (two names)."),
     ] = "max_utilization",
     prefix_cache: Annotated[bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Reuse K/V.")] = True,
+    max_queued: Annotated[
+        int, typer.Option("--max-queued", min=1, help="Requests that may wait; more get 429.")
+    ] = 1024,
+    max_queued_tokens: Annotated[
+        int | None, typer.Option("--max-queued-tokens", min=1, help="Tokens of prompts that may wait [default: any]")
+    ] = None,
+    request_timeout: Annotated[
+        float | None,
+        typer.Option("--request-timeout", min=0.001, metavar="SECONDS", help="Longest answer [default: any]"),
+    ] = None,
     drain: Annotated[float, typer.Option("--drain", min=0.0, help="Seconds to finish in after SIGTERM.")] = 30.0,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option("--api-key-file", help="Keys, one a line; else FEWBIT_API_KEY of the environment has one."),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option("--allowed-host", metavar="NAME", help="One more name that the server may be called by."),
+    ] = None,
+    trust_request_chat_template: Annotated[
+        bool,
+        typer.Option("--trust-request-chat-template", help="Requests may bring chat templates and variables for them."),
+    ] = False,
+    metrics_compat: Annotated[
+        str, typer.Option("--metrics-compat", metavar="KINDS", help="Metrics under other names too: vllm,triton")
+    ] = "",
+    log_format: Annotated[Literal["text", "json"], typer.Option("--log-format", help="Of standard error.")] = "text",
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"] | None,
+        typer.Option("--log-level", help="info has a line a request [default: warning; info for json]"),
+    ] = None,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option("--otlp-endpoint", metavar="URL", help="OpenTelemetry traces (fewbit[otel]).")
+    ] = None,
     backend: BackendOption = "auto",
     device: DeviceOption = None,
     seed: SeedOption = 0,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Serve a model over HTTP: the OpenAI protocol and Triton's generate."""
-    from fewbit.checkpoint import locate
+    """Serve a model, or many, over HTTP: the OpenAI protocol, and KServe v2 as Triton speaks it."""
     from fewbit.engine.config import EngineOptions
-    from fewbit.serve.launch import serve_model
+    from fewbit.serve import logs
+    from fewbit.serve.launch import ServeOptions, serve_models
 
-    path = Path(locate(model))
-    options = EngineOptions(
-        device=str(device_of(device)),
+    logs.set_up(log_format, "debug" if settings.verbose and log_level is None else log_level)
+    settings.log = logs.progress if log_format == "json" else None
+    engine = EngineOptions(
+        device=device or "auto",
         backend=backend,
         num_blocks=kv_blocks,
         max_batch=max_batch,
@@ -207,6 +124,49 @@ def serve(
         max_model_len=max_model_len,
         prefix_cache=prefix_cache,
         policy=policy,
+        max_queued=max_queued,
+        max_queued_tokens=max_queued_tokens,
         seed=settings.seed,
     )
-    serve_model(path, options, host=host, port=port, name=name, drain_s=drain, progress=note)
+    options = ServeOptions(
+        model=None if model is None else _located(model),
+        model_dir=model_dir,
+        name=name,
+        host=host,
+        port=port,
+        drain_s=drain,
+        preload=tuple(preload or ()),
+        max_loaded=max_loaded,
+        memory_bytes=None if memory_budget is None else int(memory_budget * GIB),
+        on_demand=model_control == "on-demand",
+        grpc_port=grpc_port,
+        triton_flavor=triton_flavor,
+        repository_control=repository_control or model_control == "explicit",
+        control=control,
+        api_key_file=api_key_file,
+        allowed_hosts=tuple(allowed_host or ()),
+        request_timeout_s=request_timeout,
+        trust_request_chat_template=trust_request_chat_template,
+        metrics_compat=_kinds(metrics_compat),
+        otlp_endpoint=otlp_endpoint,
+    )
+    serve_models(options, engine, progress=note)
+
+
+def _located(model: str) -> Path:
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    from fewbit.checkpoint import locate  # imports torch, which this process does without where it can
+
+    return locate(model)
+
+
+def _kinds(text: str) -> tuple[str, ...]:
+    from fewbit.serve.aliases import COMPAT
+
+    kinds = tuple(kind.strip() for kind in text.split(",") if kind.strip())
+    for kind in kinds:
+        if kind not in COMPAT:
+            raise RecipeError(f"--metrics-compat '{kind}': known are {', '.join(COMPAT)}")
+    return kinds
