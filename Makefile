@@ -16,17 +16,24 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
 # The libraries that fewbit is compared with agree on no versions with it: they have an environment of their own.
 PEERS := .venv-peers
 
+# Neither do the clients that a server is tested with, nor with each other: an environment for each tests/clients/*.txt.
+CLIENTS := .venv-clients
+CLIENT_STAMPS := $(patsubst tests/clients/%.txt,$(CLIENTS)/%/.all,$(wildcard tests/clients/*.txt))
+
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 TRITON_HINT := echo "if it is triton they disagree about: the tests' triton goes with the CPU build of torch;" \
 	"make clean, then add TORCH_INDEX=https://download.pytorch.org/whl/cpu" >&2
 FAST := not slow and not gpu and not multi_gpu
 SLOW := slow and not gpu and not multi_gpu
+# Tests run in so many processes at a time, a file in one of them; each takes up to 2 GiB.
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest -q -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all peers check clean
+.PHONY: help venv demo test test-all soak test-clients peers check clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.all ## make .venv with everything for work on fewbit
 
@@ -34,10 +41,16 @@ demo: $(VENV)/.demo ## compress the bundled model, compare the formats, serve on
 	@$(BIN)/fewbit demo
 
 test: check ## what must always hold: check, then the fast tests on the CPU
-	@$(BIN)/pytest -q -m "$(FAST)"
+	@$(PYTEST) -m "$(FAST)"
 
 test-all: $(VENV)/.all ## the slow tests that `make test` leaves out
-	@$(BIN)/pytest -q -m "$(SLOW)"
+	@$(PYTEST) -m "$(SLOW)"
+
+test-clients: $(VENV)/.all $(CLIENT_STAMPS) ## serve to lm-eval, aiperf, guidellm and PyTriton's client; 3 GB at first
+	@$(BIN)/pytest -q tests/clients
+
+soak: $(VENV)/.all ## ten minutes of mixed traffic on a real server; MINUTES=1 for a shorter one
+	@$(BIN)/python tests/robust/soak.py --minutes $(or $(MINUTES),10)
 
 peers: $(PEERS)/.all ## make .venv-peers with the real libraries that the slow tests and benchmarks compare with
 
@@ -85,4 +98,14 @@ $(PEERS)/.all: benchmarks/peers.txt Makefile
 	@$(PEERS)/bin/python -m pip -qq --disable-pip-version-check install \
 		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	@$(PEERS)/bin/python -m pip -qq --disable-pip-version-check install -r benchmarks/peers.txt
+	@touch $@
+
+# As above where a client wants torch. One of them alone: make .venv-clients/pytriton/.all
+$(CLIENTS)/%/.all: tests/clients/%.txt
+	@test -n "$(PYTHON)" || { echo "clients need Python 3.11 or newer; say where: make PYTHON=... $@" >&2; exit 1; }
+	@echo "making $(@D) with $$($(PYTHON) --version); this takes some minutes" >&2
+	@$(PYTHON) -m venv $(@D)
+	@if grep -q '^torch' $<; then $(@D)/bin/python -m pip -qq --disable-pip-version-check install \
+		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"; fi
+	@$(@D)/bin/python -m pip -qq --disable-pip-version-check install -r $<
 	@touch $@

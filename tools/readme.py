@@ -28,17 +28,25 @@ from fewbit.cli import app
 from fewbit.compress import built_in, read_recipe
 from fewbit.engine import check
 from fewbit.engine.config import EngineOptions
-from fewbit.engine.types import EngineDownError, OverloadedError, Stats
+from fewbit.engine.types import EngineDownError, OverloadedError, QueueFullError, Stats
 from fewbit.errors import RequestError
 from fewbit.measure import facts
 from fewbit.measure import support as kinds
 from fewbit.numerics.element import Element
 from fewbit.numerics.format import ALL, FORMATS, Format
 from fewbit.ops.device import DeviceInfo
-from fewbit.serve import body, connection, schema
-from fewbit.serve.kserve import _NEUTRAL, GenerateBody
+from fewbit.serve import body, connection, openai, schema, transport
+from fewbit.serve.exchange import RequestTimeoutError
+from fewbit.serve.kserve import messages, signatures, tensors
 from fewbit.serve.metrics import Metrics
-from fewbit.serve.problems import GenerationError, UnknownModelError, problem_of
+from fewbit.serve.problems import (
+    ForbiddenError,
+    GenerationError,
+    Problem,
+    UnimplementedError,
+    UnknownModelError,
+    problem_of,
+)
 from fewbit.spec.families import families
 from fewbit.text import chat
 
@@ -140,11 +148,10 @@ def fields() -> str:
     """The fields of each body: what is honoured, what is taken without effect, what only where it asks for nothing."""
     parts = []
     kinds = {
-        "`POST /v1/completions`": (schema.CompletionRequest, schema.CompletionRequest.neutral),
-        "`POST /v1/chat/completions`": (schema.ChatRequest, schema.ChatRequest.neutral),
-        "`POST /v2/models/M/generate`": (GenerateBody, _NEUTRAL),
+        "`POST /v1/completions`": (openai.CompletionRequest, openai.CompletionRequest.neutral),
+        "`POST /v1/chat/completions`": (openai.ChatRequest, openai.ChatRequest.neutral),
     }
-    idle = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "pad_id"}
+    idle = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
     for route, (model, neutral) in kinds.items():
         honoured = [name for name in model.model_fields if name not in idle]
         parts.append(
@@ -156,39 +163,88 @@ def fields() -> str:
     return "\n".join(parts)
 
 
+def triton() -> str:
+    """The models of the v2 protocol: what each input means here, and which outputs there are."""
+    ensemble, bls = signatures.TRITON["ensemble"], signatures.TRITON["tensorrt_llm_bls"]
+    told = {f"`{n}`": s for n, s in signatures.TRITON.items() if s is not bls}
+    parts = []
+    for title, one in (told | {"for NeMo's query classes": signatures.NEMO}).items():
+        if one is ensemble:
+            title += ", a model's own name"
+        honoured = [f"`{i.name}` {i.datatype}" + " (required)" * i.required for i in one.honoured()]
+        neutral = [f"`{i.name}`" for i in one.inputs if not i.means]
+        given = [f"`{o.name}` {o.datatype}" for o in one.outputs if not o.when]
+        asked = [f"`{o.name}`" for o in one.outputs if o.when]
+        parts.append(f"### {title}\n\n- honoured: {', '.join(honoured)}\n")
+        if one is ensemble:
+            drafts = code(*(i.name for i in bls.inputs if i not in ensemble.inputs))
+            parts[-1] += f"- `tensorrt_llm_bls` is the same; it also takes {drafts} where they ask for nothing\n"
+        if neutral:
+            parts[-1] += f"- taken only where it asks for nothing, else 400: {', '.join(neutral)}\n"
+        parts[-1] += f"- answers {', '.join(given)}" + (f"; on request {', '.join(asked)}" if asked else "") + "\n"
+    return "\n".join(parts)
+
+
 def errors() -> str:
     rows = {
         "the body, a field, a value, a prompt that does not fit": RequestError(""),
+        "loading and unloading without `--repository-control`": ForbiddenError(""),
         "a model that is not served": UnknownModelError(""),
-        "a body that is too large": body.TooLargeError(""),
-        "too many requests wait, or the server is shutting down": OverloadedError(""),
+        "a body that is too large, packed or unpacked": body.TooLargeError(""),
+        "a body packed with anything but gzip or deflate": body.EncodingError(""),
+        "no API key, or a wrong one": Problem(401, "AuthenticationError", ""),
+        "a name in the header Host that is not this server's": Problem(403, "PermissionDeniedError", ""),
+        "as many requests wait as may (`--max-queued`)": QueueFullError(""),
+        "the server is shutting down, or models in use leave no room for this one": OverloadedError(""),
+        "the request's time limit came first": RequestTimeoutError(""),
         "the engine is gone or does not answer": EngineDownError(""),
         "the engine failed on this request": GenerationError(""),
         "a fault of fewbit's own": ValueError(""),
+        "a part of a protocol that is not there": UnimplementedError(""),
     }
     with mock.patch("fewbit.serve.problems.log"):
-        told = [(text, problem_of(error)) for text, error in rows.items()]
+        told = [(text, e if isinstance(e, Problem) else problem_of(e)) for text, e in rows.items()]
     return table(["what", "status", "`type`"], [(text, str(p.status), f"`{p.kind}`") for text, p in told])
 
 
 def limits() -> str:
     rows = [
         ("body", f"{body.LIMIT_BYTES >> 20} MiB"),
+        ("large bodies that are being read, together", f"{body.MAX_HELD_BYTES >> 20} MiB"),
         ("prompts times `n` of a request", f"{schema.MAX_CHOICES}"),
         ("stop strings", f"{schema.MAX_STOPS}, of {schema.MAX_STOP_CHARS} characters each"),
         ("`stop_token_ids`", f"{check.MAX_STOP_TOKENS}"),
         ("`bad_words`", f"{check.MAX_BAD_WORDS}, of {check.MAX_BAD_WORD_TOKENS} tokens in all"),
-        ("`logprobs`, `top_logprobs`", f"{check.MAX_LOGPROBS}"),
+        ("`logit_bias`", f"{check.MAX_BIASES} entries, from -{check.MAX_BIAS:g} to {check.MAX_BIAS:g}"),
+        ("`allowed_token_ids`", f"{check.MAX_ALLOWED_TOKENS}"),
+        ("`logprobs`, `top_logprobs`, `prompt_logprobs`", f"{check.MAX_LOGPROBS}"),
+        ("log-probabilities about the prompts of a request", f"{schema.MAX_REPORTED}"),
+        ("tools", f"{schema.MAX_TOOLS}"),
+        ("a JSON schema", f"{schema.MAX_SCHEMA_CHARS} characters, {schema.MAX_SCHEMA_DEPTH} levels deep"),
+        ("a regular expression, a grammar, all choices", f"{schema.MAX_GRAMMAR_CHARS} characters"),
+        ("a prompt that `truncate_prompt_tokens` cuts", f"{schema.MAX_CUT_CHARS} characters"),
+        ("a chat template in a request", f"{schema.MAX_TEMPLATE_CHARS} characters"),
+        ("`request_id`, `cache_salt`", f"128 and {check.MAX_SALT} characters"),
+        ("rows of a v2 request", f"{signatures.BATCHES}"),
+        ("inputs, and outputs, of a v2 request", f"{messages.MAX_TENSORS}"),
+        ("elements of a tensor", f"{tensors.MAX_ELEMENTS}"),
         ("requests that wait", f"{EngineOptions().max_queued}"),
         ("time for the chat template", f"{chat.LIMIT_S:g} s"),
-        ("a reader of a stream that takes nothing is dropped after", f"{connection.SLOW_S:g} s"),
+        ("a silent stream says a comment after", f"{connection.SILENCE_S:g} s"),
+        ("a reader that takes nothing is dropped after", f"{connection.SLOW_S:g} s"),
+        ("head of a request", f"{transport.HEAD_BYTES >> 10} KiB, {transport.HEAD_FIELDS} fields"),
+        (
+            "a request must arrive within",
+            f"{transport.ARRIVE_S:g} s, and a second more for every {transport.SLOWEST_BYTES_PER_S >> 10} KiB",
+        ),
+        ("connections, after which those that are idle make room", f"{transport.MAX_CONNECTIONS}"),
     ]
     return table(["limit", ""], rows)
 
 
 def metrics() -> str:
-    found = Metrics("storyteller")
-    found.render(Stats(blocks=1))  # the engine's own figures appear with its answer
+    found = Metrics()
+    found.render({"storyteller": Stats(blocks=1)})  # the engine's own figures appear with its answer
     rows = []
     for metric in found.registry.collect():
         suffix = "_total" if metric.type == "counter" else ""
@@ -260,6 +316,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "families_and_formats": families_and_formats,
     "commands": commands,
     "fields": fields,
+    "triton": triton,
     "errors": errors,
     "limits": limits,
     "metrics": metrics,
