@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from fake_engine import FakeEngine
@@ -22,8 +23,10 @@ class FakeWorker:
         self.client.says = [5, 6, 7]
         self.status: str | None = None
         self.killed = False
+        self.looks = 0  # how often it was looked after
 
     def ended(self) -> str | None:
+        self.looks += 1
         return self.status
 
     async def end(self) -> None:
@@ -34,15 +37,20 @@ class FakeWorker:
 
 
 class Factory:
-    """Starts workers; fails where told to."""
+    """Starts workers; fails where told to, and waits while its gate is closed."""
 
     def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.asked = 0
         self.workers: list[FakeWorker] = []
         self.failures = 0
         self.restarts = 0
         self.lost: list[str] = []
 
     async def start(self) -> FakeWorker:
+        self.asked += 1
+        await self.gate.wait()
         if self.failures:
             self.failures -= 1
             raise CheckpointError("the disk is gone")
@@ -56,17 +64,31 @@ class Factory:
         return await supervise(self.start, self.restarted, self.lost.append)
 
 
+class Clock:
+    """What the supervisor takes for the time; it goes on where a test says so."""
+
+    now = 0.0
+
+
 @pytest.fixture(autouse=True)
-def quickly(monkeypatch):
+def clock(monkeypatch) -> Clock:
     monkeypatch.setattr(supervisor, "LOOK_S", 0.005)
     monkeypatch.setattr(supervisor, "BACKOFF_S", 0.01)
-    monkeypatch.setattr(supervisor, "DOWN_S", 0.05)
+    made = Clock()
+    monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: made.now))
+    return made
 
 
 async def until(true) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not true():
             await asyncio.sleep(0.002)
+
+
+async def looked_after(worker: FakeWorker) -> None:
+    """The supervisor has seen how the worker is now, and has gone on: it looks no more at one that it gave up."""
+    seen = worker.looks
+    await until(lambda: worker.looks >= seen + 2)
 
 
 REQUEST = GenerateRequest(id="r", prompt=(1,), params=SamplingParams(max_tokens=3))
@@ -83,15 +105,18 @@ def test_one_that_dies_is_started_again(run):
         assert await answer(client) == [5, 6, 7]
         assert client.info.vocab == 300
         assert (await client.stats()).blocks == 64
+        factory.gate.clear()
         factory.workers[0].die()
         with pytest.raises(EngineDownError):  # at once, whoever looks first
             client.health()
-        await until(lambda: factory.workers[0].killed)
+        await until(lambda: factory.asked == 2)
+        assert factory.workers[0].killed
         with pytest.raises(
             EngineDownError, match=r"was ended by SIGKILL; it is being started again \(attempt 1 of 5\)"
         ):
             await client.submit(REQUEST)
         client.abort("r")  # no engine, no matter
+        factory.gate.set()
         await until(lambda: factory.restarts == 1)
         client.health()
         assert await answer(client) == [5, 6, 7]
@@ -104,19 +129,30 @@ def test_one_that_dies_is_started_again(run):
     run(main())
 
 
-def test_one_that_hangs_is_ended_first(run):
+def test_one_that_hangs_is_ended_first(run, clock):
     async def main():
         factory = Factory()
         client = await factory.supervise()
-        factory.workers[0].client.down = True  # no sign of life, but its process is there
+        first = factory.workers[0]
+        first.client.down = True  # no sign of life, but its process is there
+        await looked_after(first)
+        clock.now += 0.9 * supervisor.DOWN_S
+        await looked_after(first)
+        assert not first.killed
+        clock.now = supervisor.DOWN_S
         await until(lambda: factory.restarts == 1)
-        assert factory.workers[0].killed
+        assert first.killed
         client.health()
-        factory.workers[1].client.down = True
-        await asyncio.sleep(0.02)
-        factory.workers[1].client.down = False  # it was only slow
-        await asyncio.sleep(0.1)
-        assert not factory.workers[1].killed
+        second = factory.workers[1]
+        for _ in range(3):  # it is only slow, and each time counts for itself
+            second.client.down = True
+            await looked_after(second)
+            clock.now += 0.9 * supervisor.DOWN_S
+            await looked_after(second)
+            second.client.down = False
+            await looked_after(second)
+        assert not second.killed
+        assert factory.restarts == 1
         await client.close()
 
     run(main())
@@ -167,17 +203,20 @@ def test_one_that_is_being_ended_is_ended_whatever_happens(run, monkeypatch):
     async def main():
         factory = Factory()
         client = await factory.supervise()
-        ending = asyncio.Event()
+        ending, gate = asyncio.Event(), asyncio.Event()
 
         async def end() -> None:
             ending.set()
-            await asyncio.sleep(0.05)
+            await gate.wait()
             factory.workers[0].killed = True
 
         monkeypatch.setattr(factory.workers[0], "end", end)
         factory.workers[0].die()
         await ending.wait()
-        await client.close()
+        closing = asyncio.create_task(client.close())
+        assert not (await asyncio.wait([closing], timeout=0.05))[0]
+        gate.set()
+        await closing
         assert factory.workers[0].killed
 
     run(main())
@@ -195,13 +234,15 @@ def test_loading_takes_no_thread_from_requests(run, monkeypatch, tmp_path):
         busy, told = threading.Event(), []
         loop = asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(1))
-        held = loop.run_in_executor(None, busy.wait, 10)
+        held = loop.run_in_executor(None, busy.wait)
         monkeypatch.setattr(supervisor, "launch", lambda *args, **kwargs: Process())
-        async with asyncio.timeout(5):
-            worker = await start_process(tmp_path, EngineOptions(), told.append, 0)
+        try:
+            async with asyncio.timeout(30):
+                worker = await start_process(tmp_path, EngineOptions(), told.append, 0)
+        finally:
+            busy.set()
         assert worker.client.info.vocab == 300
         assert told == ["reading weights"]
-        busy.set()
         await held
 
     run(main())
