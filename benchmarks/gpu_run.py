@@ -28,7 +28,7 @@ from digest import ops_digest
 from fewbit.compress.recipe import AS_IT_WAS, read_recipe
 from fewbit.errors import FewbitError
 from fewbit.measure.dummy import shape_named
-from fewbit.measure.offline import Bench
+from fewbit.measure.offline import Bench, Cell
 from fewbit.version import __version__
 
 ROWS = "none:none,fp8:fp8,int8:fp8,int4:fp8,w4a8:fp8,nvfp4_wo:fp8"
@@ -103,10 +103,10 @@ def measure(options: argparse.Namespace, row: str, path: Path) -> None:
     named = {"config": options.config, "recipe": name, "kv": kv, "head": options.head, "input": 2048, "output": 512}
     try:
         shape, gpu = shape_named(options.config), torch.device("cuda", 0)
-        bench = Bench(shape, recipe, gpu, prompt=2048, output=512, largest=max(sizes))
+        bench = Bench.of_shape(shape, recipe, gpu, [Cell(size, 2048, 512) for size in sizes])
         for size, runs in sorted(sizes.items()):
             before = card_now()
-            r = bench.run(size, runs)
+            r = bench.run(Cell(size, 2048, 512), runs)
             found = json.loads(path.read_text())
             found["cells"].append(named | {"batch": size} | asdict(r) | {"card": [before, card_now()]})
             save(found, path)

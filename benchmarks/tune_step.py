@@ -25,8 +25,8 @@ import torch
 
 from fewbit.compress.recipe import AS_IT_WAS, read_recipe
 from fewbit.engine.gpu import make_pages
+from fewbit.measure.ceilings import seconds
 from fewbit.measure.dummy import dummy_checkpoint, shape_named
-from fewbit.measure.offline import seconds
 from fewbit.model.load import Loader
 from fewbit.model.step import DecodeStep
 from fewbit.ops.attention.decode import stored_as

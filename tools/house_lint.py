@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "fewbit"
-CUDA_HOMES = ("ops/", "engine/", "model/load.py", "measure/offline.py")
+CUDA_HOMES = ("ops/", "engine/", "model/load.py", "measure/offline.py", "measure/ceilings.py")
 PRINT_HOMES = ("cli.py", "cli/")
 MAX_LINES = 400
 _EXCUSE = re.compile(r"#\s*house:\s*\S")

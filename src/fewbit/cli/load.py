@@ -270,6 +270,7 @@ def _settled(environment: dict[str, Any], **settings: Any) -> dict[str, Any]:
 
 
 def _utilization(result: Result, model_dir: str, gpu: str | None) -> dict[str, Any] | None:
-    from fewbit.measure.load.limits import peak_named, utilization
+    from fewbit.measure.load.limits import utilization
+    from fewbit.measure.peaks import peak_named
 
     return utilization(result, open_model(model_dir), peak_named(gpu) if gpu else None)

@@ -155,6 +155,16 @@ def decode_bytes(checkpoint: Checkpoint, batch: int, context: float) -> tuple[fl
     return weights, kv
 
 
+def stored_bits(checkpoint: Checkpoint) -> float:
+    """Bits per weight of the quantized linears, or of all where none is, by their formats: no weight is looked at."""
+    bits = numbers = 0.0
+    for linear in checkpoint.spec.linears():
+        if not checkpoint.quant or linear.name in checkpoint.quant:
+            count, kind = linear.out_features * linear.in_features, checkpoint.quant.get(linear.name, QuantSpec())
+            numbers, bits = numbers + count, bits + count * file_bits(kind, count, linear.in_features, checkpoint.dtype)
+    return bits / numbers
+
+
 def prefill_flops(checkpoint: Checkpoint, tokens: int) -> tuple[float, float]:
     """Floating-point operations of one prompt: linears (the head for one position), and causal attention."""
     spec = checkpoint.spec

@@ -1,4 +1,4 @@
-"""Offline speed: a static batch through the real engine, against ceilings measured in the same run.
+"""Offline speed: a static batch through the real engine, against the device's peaks and ceilings of the same run.
 
 Protocol: `batch` prompts of `prompt` random tokens at once, greedy, `output` tokens each, no prefix cache;
 tok/s = batch * output / wall time with the prompts in it; the median of several runs after one that is not counted.
@@ -6,42 +6,52 @@ tok/s = batch * output / wall time with the prompts in it; the median of several
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from fewbit.checkpoint import Checkpoint
+from fewbit.compress import bits_per_weight
 from fewbit.compress.recipe import Recipe, read_recipe
+from fewbit.engine import config as engine_config
 from fewbit.engine.attend import token_bytes
 from fewbit.engine.config import EngineOptions, resolve
 from fewbit.engine.engine import Engine
 from fewbit.engine.fit import Need, check_fit, need
-from fewbit.engine.gpu import SIZES
+from fewbit.engine.gpu import SIZES, GpuRunner
 from fewbit.engine.runner import free_bytes
 from fewbit.engine.types import GenerateRequest, SamplingParams
 from fewbit.errors import UnsupportedError
-from fewbit.measure.dummy import decode_bytes, dummy_checkpoint, prefill_flops
+from fewbit.measure.ceilings import Ceilings, ceilings, seconds
+from fewbit.measure.dummy import decode_bytes, dummy_checkpoint, prefill_flops, stored_bits
+from fewbit.measure.peaks import Peak, peak_of
 from fewbit.measure.slice import compare_slice
 from fewbit.model.load import Loader
+from fewbit.ops.device import device_info, peak_bytes
 
 Tell = Callable[[str], None]
-STEP_TOKENS = 16384
+STEP_TOKENS = {"cpu": engine_config.STEP_TOKENS["cpu"], "cuda": 16384}
 """Most tokens of prompts in one step."""
-TIMED_STEPS = 64
+TIMED_STEPS = {"cpu": 16, "cuda": 64}
 """Steps of the full batch that are timed alone."""
+_BLOCK = 64  # tokens of the K/V cache: what a GPU's kernels have
 
 
 @dataclass(frozen=True)
-class Ceilings:
-    """What the GPU reaches in this run: a large copy (read and written bytes a second), large products (FLOP/s)."""
+class Cell:
+    """Sequences at a time, tokens of each prompt, tokens of each answer."""
 
-    copy: float
-    bf16: float
-    eight: float  # FP8, or INT8 where there is none
+    batch: int
+    prompt: int
+    output: int
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, {self.prompt} + {self.output} tokens"
 
 
 @dataclass
@@ -50,14 +60,23 @@ class Offline:
 
     Attributes:
         tokens_per_s: median over runs; slowest, fastest: of them.
-        first_token_s: mean time to the first token, of the median run.
-        per_token_s: mean time between tokens of a sequence after its first, of the median run.
+        first_token_s: mean time to the first token, of the median run (TTFT).
+        per_token_s: mean time between tokens of a sequence after its first, of the median run (TPOT).
         step_s: one step of the engine at the full batch: schedule, launch, collect, commit.
-        graph_s: one replay of the same step's graph, nothing else.
-        bytes_per_s: what a step must read over its time; of the copy: `bandwidth`.
+        graph_s: one replay of the same step's graph, nothing else; None: no graph runs it.
+        step_bytes: what a step must read: weights as stored, scales included, and K and V in the middle of the answers.
+        mbu: step_bytes / TPOT over the peak of the device's memory.
+        mfu: operations of the prompts over the time to the last first token, over the peak of its arithmetic.
+        peak: whose peaks these are: `vendor: h100`, or `measured` in this run where the vendor's are not known.
+        peak_bytes_per_s, peak_flops_per_s: the peaks; with inputs of 8 bits those of 8-bit products.
+        bytes_per_s: step_bytes over step_s; of the copy measured in this run: `bandwidth`.
         flops_per_s: of the prompts, over the time to the last first token; of the ceiling: `compute`.
         limit_tokens_per_s: of the protocol at the ceilings; `of_limit`: what was reached of it.
-        difference: of the logits of a two-layer slice from the reference, see `compare_slice`.
+        bits_per_weight: of the quantized linears as stored, or of all where none is.
+        weight_bytes: weights as the kernels hold them.
+        kv_bytes: K and V.
+        peak_bytes: most memory of the GPU; on a CPU of the process so far.
+        difference: of the logits of a two-layer slice from the reference, see `compare_slice`; None: not compared.
         agreement: fraction of these steps in which both choose the same token.
     """
 
@@ -67,152 +86,202 @@ class Offline:
     first_token_s: float
     per_token_s: float
     step_s: float
-    graph_s: float
+    graph_s: float | None
+    step_bytes: float
+    mbu: float
+    mfu: float
+    peak: str
+    peak_bytes_per_s: float
+    peak_flops_per_s: float
     bytes_per_s: float
     bandwidth: float
     flops_per_s: float
     compute: float
     limit_tokens_per_s: float
     of_limit: float
+    bits_per_weight: float
     weight_bytes: int
     kv_bytes: int
     peak_bytes: int
-    difference: float
-    agreement: float
+    difference: float | None
+    agreement: float | None
     ceilings: Ceilings
     runs: list[float] = field(default_factory=list)
     kernels: dict[str, dict[str, float]] = field(default_factory=dict)  # with `profile`: seconds of a step by kernel
 
 
-def ceilings(device: torch.device) -> Ceilings:
-    """Measure them; about half a second."""
-    ends = torch.empty(2, 1 << 30, dtype=torch.uint8, device=device)
-    copy = ends.numel() / seconds(lambda: ends[0].copy_(ends[1]))
-    size = 8192
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    flops = 2.0 * size**3
-    bf16 = flops / seconds(lambda: a @ b.t())
-    if torch.cuda.get_device_capability(device) >= (8, 9):
-        a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
-        one = torch.ones((), device=device)
-        eight = flops / seconds(
-            lambda: torch._scaled_mm(
-                a8, b8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
-            )
-        )
-    else:
-        a8, b8 = a.to(torch.int8), b.to(torch.int8)
-        eight = flops / seconds(lambda: torch._int_mm(a8, b8.t()))
-    return Ceilings(copy, bf16, eight)
-
-
-def seconds(call: Callable[[], Any], times: int = 10, repeats: int = 5) -> float:
-    """Median time of one call on the GPU."""
-    call()
-    found: list[float] = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(times):
-            call()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(start.elapsed_time(end) * 1e-3 / times)
-    return statistics.median(found)
-
-
 class Bench:
-    """A model of random weights on a GPU, ready to be measured at one batch size after another.
+    """A model on a device, ready to be measured in one cell after another.
 
     Args:
-        config: a config.json.
-        recipe: numerics of the weights and of K and V; `AS_IT_WAS`: as they are.
-        device: a GPU.
-        prompt: tokens of each prompt.
-        output: tokens of each answer.
-        largest: the largest batch that will be asked for.
+        checkpoint: the model.
+        device: where it runs.
+        cells: all that will be asked for.
+        shape: config.json and recipe of a model of random weights; None: the weights are a model's own.
         tell: told in words what is going on.
 
     Raises:
-        UnsupportedError: no GPU, or the model does not fit: the sum, and settings that would.
+        UnsupportedError: no cell fits: of the smallest the sum, and settings that would.
     """
 
     def __init__(
-        self, config: Mapping[str, Any], recipe: Recipe, device: torch.device, *, prompt: int, output: int,
-        largest: int, tell: Tell = lambda text: None,
+        self, checkpoint: Checkpoint, device: torch.device, cells: Sequence[Cell], *,
+        shape: tuple[Mapping[str, Any], Recipe] | None = None, tell: Tell = lambda text: None,
     ) -> None:  # fmt: skip
-        if device.type != "cuda":
-            raise UnsupportedError("bench offline with random weights needs an NVIDIA GPU; give --device cuda:0")
-        self.config, self.recipe, self.device, self.tell = config, recipe, device, tell
-        self.prompt, self.output = prompt, output
-        if largest > SIZES[-1]:
-            raise UnsupportedError(f"batch {largest}: the largest recorded step holds {SIZES[-1]} sequences")
-        self.checkpoint = dummy_checkpoint(config, recipe, device)
-        if prompt + output > self.checkpoint.spec.context:
-            raise UnsupportedError(
-                f"prompts of {prompt} and answers of {output} tokens exceed the {self.checkpoint.spec.context} "
-                "positions the model was made for; ask for fewer"
-            )
-        _check_fit(self.checkpoint, config, recipe, device, largest, prompt + output)
+        self.checkpoint, self.device, self.shape, self.tell = checkpoint, device, shape, tell
+        self.weight_bytes = 0
+        self._check(min(cells, key=lambda cell: cell.batch * (cell.prompt + cell.output)))
         tell("measuring the ceilings")
         self.top = ceilings(device)
-        torch.cuda.empty_cache()
-        tell("making the weights")
-        before = torch.cuda.memory_allocated(device)
-        self.loader = Loader(self.checkpoint, device)
-        if reason := self.loader.fused_why_not():
+        self._release()
+        tell("loading the weights" if shape is None else "making the weights")
+        before = _allocated(device)
+        self.loader = Loader(checkpoint, device)
+        reason = self.loader.fused_why_not()
+        if reason and device.type == "cuda" and shape:
             raise UnsupportedError(f"this model does not run on the fused path: {reason}")
-        self.decoder = self.loader.fused()
-        torch.cuda.empty_cache()
-        self.weight_bytes = torch.cuda.memory_allocated(device) - before
+        self.decoder = self.loader.decoder() if reason else self.loader.fused()
+        self._release()
+        self.weight_bytes = _allocated(device) - before or _need(checkpoint, device, Cell(1, 1, 1)).weights
+        self.known = peak_of(device_info(device).name) if device.type == "cuda" else None
 
-    def run(self, batch: int, runs: int = 3, profile: bool = False) -> Offline:
-        """Measure one batch size: the median of `runs`; `profile`: also the time of each kernel in a step."""
-        device, prompt, output, checkpoint, top = self.device, self.prompt, self.output, self.checkpoint, self.top
-        self.tell(f"batch {batch}: comparing a slice of two layers with the reference")
-        difference, agreement = compare_slice(self.loader, self.decoder, self.config, self.recipe, batch)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        engine = self._engine(batch)
-        self.tell("recording graphs")
-        engine.runner.graph(batch)
-        generator = torch.Generator().manual_seed(0)
-        prompts = torch.randint(0, self.decoder.spec.vocab, (batch, prompt), generator=generator).tolist()
+    @classmethod
+    def of_shape(
+        cls, config: Mapping[str, Any], recipe: Recipe, device: torch.device, cells: Sequence[Cell],
+        tell: Tell = lambda text: None,
+    ) -> Self:  # fmt: skip
+        """Of a model of random weights: a config.json, and numerics of its weights, K and V (`AS_IT_WAS`: its own)."""
+        return cls(dummy_checkpoint(config, recipe, device), device, cells, shape=(config, recipe), tell=tell)
+
+    def run(self, cell: Cell, runs: int = 3, seed: int = 0, profile: bool = False) -> Offline:
+        """Measure one cell: the median of `runs`.
+
+        Args:
+            cell: what.
+            runs: that are counted.
+            seed: of the prompts.
+            profile: on a GPU also the time of each kernel in a step.
+
+        Raises:
+            UnsupportedError: it does not fit.
+            torch.OutOfMemoryError: it did not fit all the same.
+        """
+        device, checkpoint, top, batch = self.device, self.checkpoint, self.top, cell.batch
+        self._release()
+        self._check(cell)
+        difference = agreement = None
+        if self.shape and device.type == "cuda":
+            self.tell(f"{cell}: comparing a slice of two layers with the reference")
+            difference, agreement = compare_slice(self.loader, self.decoder, *self.shape, batch)  # type: ignore[arg-type]
+        self._release()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        engine = self._engine(cell)
+        if graphs := isinstance(engine.runner, GpuRunner):
+            self.tell("recording graphs")
+            engine.runner.graph(batch)
+        generator = torch.Generator().manual_seed(seed)
+        prompts = torch.randint(0, self.decoder.spec.vocab, (batch, cell.prompt), generator=generator).tolist()
         found = []
         for index in range(runs + 1):
-            self.tell("warming up" if index == 0 else f"run {index} of {runs}")
-            found.append(_run(engine, prompts, output if index else min(output, 8), f"r{index}"))
+            self.tell(f"{cell}: " + ("warming up" if index == 0 else f"run {index} of {runs}"))
+            found.append(_run(engine, prompts, cell.output if index else min(cell.output, 8), f"r{index}"))
         counted = sorted(found[1:], key=lambda run: run[0])
         _, first, between, last_first = counted[len(counted) // 2]
-        step, graph = _step_times(engine, prompts, prompt + output // 2)
+        step, graph = _step_times(engine, prompts, cell.prompt + cell.output // 2)
         step = between if step is None else step
-        read = sum(decode_bytes(checkpoint, batch, prompt + output / 2))
-        linear, scores = (batch * f for f in prefill_flops(checkpoint, prompt))
-        ceiling = top.eight if _eight_bit_prompts(checkpoint) else top.bf16
-        limit = batch * output / (linear / ceiling + scores / top.bf16 + (output - 1) * read / top.copy)
-        speeds = [batch * output / run[0] for run in found[1:]]
+        read = sum(decode_bytes(checkpoint, batch, cell.prompt + cell.output / 2))
+        linear, scores = (batch * f for f in prefill_flops(checkpoint, cell.prompt))
+        eight = _eight_bit_prompts(checkpoint)
+        ceiling = top.eight if eight else top.bf16
+        limit = batch * cell.output / (linear / ceiling + scores / top.bf16 + (cell.output - 1) * read / top.copy)
+        speeds = [batch * cell.output / run[0] for run in found[1:]]
         reached = statistics.median(speeds)
+        whose, peak = self.known or ("", Peak(top.copy, top.bf16, top.eight))
+        peak_flops = peak.eight_bit_flops_per_s if eight else peak.flops_per_s
         return Offline(
             tokens_per_s=reached, slowest=min(speeds), fastest=max(speeds), first_token_s=first, per_token_s=between,
-            step_s=step, graph_s=graph, bytes_per_s=read / step, bandwidth=read / step / top.copy,
-            flops_per_s=(linear + scores) / last_first, compute=(linear + scores) / last_first / ceiling,
-            limit_tokens_per_s=limit, of_limit=reached / limit, weight_bytes=self.weight_bytes,
-            kv_bytes=engine.runner.kv_bytes, peak_bytes=torch.cuda.max_memory_allocated(device), difference=difference,
-            agreement=agreement, ceilings=top, runs=speeds, kernels=_profile(engine, prompts) if profile else {},
+            step_s=step, graph_s=graph, step_bytes=read, mbu=read / between / peak.bytes_per_s,
+            mfu=(linear + scores) / last_first / peak_flops, peak=f"vendor: {whose}" if self.known else "measured",
+            peak_bytes_per_s=peak.bytes_per_s, peak_flops_per_s=peak_flops, bytes_per_s=read / step,
+            bandwidth=read / step / top.copy, flops_per_s=(linear + scores) / last_first,
+            compute=(linear + scores) / last_first / ceiling, limit_tokens_per_s=limit, of_limit=reached / limit,
+            bits_per_weight=stored_bits(checkpoint) if self.shape else bits_per_weight(checkpoint),
+            weight_bytes=self.weight_bytes, kv_bytes=engine.runner.kv_bytes,
+            peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes(),
+            difference=difference, agreement=agreement, ceilings=top, runs=speeds,
+            kernels=_profile(engine, prompts) if profile and graphs else {},
         )  # fmt: skip
 
-    def _engine(self, batch: int) -> Engine:
+    def _engine(self, cell: Cell) -> Engine:
         """With as many tokens to a step as memory was counted for, and room to time single steps."""
-        middle = self.prompt + self.output // 2
-        timed = middle + -(-batch * middle // STEP_TOKENS) + TIMED_STEPS + 8
-        longest = min(max(self.prompt + self.output, timed), self.decoder.spec.context)
+        middle, batch, step_tokens = cell.prompt + cell.output // 2, cell.batch, STEP_TOKENS[self.device.type]
+        timed = middle + -(-batch * middle // step_tokens) + TIMED_STEPS[self.device.type] + 8
+        longest = min(max(cell.prompt + cell.output, timed), self.decoder.spec.context)
         options = EngineOptions(
-            device=str(self.device), max_batch=batch, max_model_len=longest, prefix_cache=False,
-            num_blocks=batch * (-(-longest // 64) + 1) + 1, max_batch_tokens=STEP_TOKENS + batch,
+            device=str(self.device), max_batch=batch, max_model_len=longest, prefix_cache=False, block_size=_BLOCK,
+            num_blocks=batch * (-(-longest // _BLOCK) + 1) + 1, max_batch_tokens=step_tokens + batch,
         )  # fmt: skip
         spec, stored = self.decoder.spec, token_bytes(self.decoder.spec, self.decoder.codecs)
         resolved = resolve(options, spec=spec, token_bytes=stored, free_bytes=free_bytes(self.device))
         return Engine(self.decoder, resolved)
+
+    def _release(self) -> None:
+        """Give back what nobody uses: the engine of the cell before lies in a cycle with its graphs."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _check(self, cell: Cell) -> None:
+        """Raise if a cell cannot be measured; weights that are loaded already are counted as free."""
+        context = self.checkpoint.spec.context
+        if self.device.type == "cuda" and cell.batch > SIZES[-1]:
+            raise UnsupportedError(f"batch {cell.batch}: the largest recorded step holds {SIZES[-1]} sequences")
+        if cell.prompt + cell.output > context:
+            raise UnsupportedError(
+                f"prompts of {cell.prompt} and answers of {cell.output} tokens exceed the {context} "
+                "positions the model was made for; ask for fewer"
+            )
+        takes = _need(self.checkpoint, self.device, cell)
+        free = free_bytes(self.device) + self.weight_bytes
+        check_fit(takes, free, str(cell), self._smaller(cell, takes, free))
+
+    def _smaller(self, cell: Cell, takes: Need, free: int) -> Iterator[tuple[str, Need]]:
+        """What might fit instead."""
+        checkpoint, device, batch = self.checkpoint, self.device, cell.batch
+        if 0 < (fits := (free - takes.total + takes.kv) // (takes.kv // batch)) < batch:
+            yield f"--batch {fits}", _need(checkpoint, device, Cell(fits, cell.prompt, cell.output))
+
+        def made(recipe: Recipe, sequences: int = batch) -> Need:
+            assert self.shape is not None
+            one = Cell(sequences, cell.prompt, cell.output)
+            return _need(dummy_checkpoint(self.shape[0], recipe, device), device, one)
+
+        if self.shape:
+            if not checkpoint.kv:
+                yield "--kv fp8", made(self.shape[1].with_kv("fp8"))
+            for name in ("fp8", "int4"):
+                yield f"--recipe {name}", made(read_recipe(name).with_kv("fp8" if checkpoint.kv else None))
+        half = Cell(batch, cell.prompt // 2, cell.output // 2)
+        yield f"--input and --output of {half.prompt + half.output} tokens together", _need(checkpoint, device, half)
+        if self.shape:
+            yield "--batch 1 --recipe int4 --kv fp8", made(read_recipe("int4").with_kv("fp8"), 1)
+
+
+def _need(checkpoint: Checkpoint, device: torch.device, cell: Cell) -> Need:
+    """What a cell takes, the weights with it."""
+    c, cached = checkpoint, cell.batch * -(-(cell.prompt + cell.output) // _BLOCK) * _BLOCK
+    step = min(STEP_TOKENS[device.type], cached) + cell.batch
+    return need(c.spec, c.quant, c.kv, c.dtype, device, cell.batch, cached, step)
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _eight_bit_prompts(checkpoint: Checkpoint) -> bool:
@@ -220,39 +289,10 @@ def _eight_bit_prompts(checkpoint: Checkpoint) -> bool:
     return quant is not None and quant.input is not None
 
 
-def _check_fit(
-    checkpoint: Checkpoint, config: Mapping[str, Any], recipe: Recipe, device: torch.device, batch: int,
-    longest: int,
-) -> None:  # fmt: skip
-    """Raise if the model with its cache cannot fit."""
-    longest = -(-longest // 64) * 64
-
-    def of(c: Checkpoint, sequences: int = batch, tokens: int = longest) -> Need:
-        cached = sequences * tokens
-        return need(c.spec, c.quant, c.kv, c.dtype, device, sequences, cached, min(STEP_TOKENS, cached) + sequences)
-
-    def made(small: Recipe, sequences: int = batch) -> Need:
-        return of(dummy_checkpoint(config, small, device), sequences)
-
-    free, takes = free_bytes(device), of(checkpoint)
-
-    def others() -> Iterator[tuple[str, Need]]:
-        if 0 < (fits := (free - takes.total + takes.kv) // (takes.kv // batch)) < batch:
-            yield f"--batch {fits}", of(checkpoint, fits)
-        if not checkpoint.kv:
-            yield "--kv fp8", made(recipe.with_kv("fp8"))
-        for name in ("fp8", "int4"):
-            yield f"--recipe {name}", made(read_recipe(name).with_kv("fp8" if checkpoint.kv else None))
-        yield f"--input and --output of {longest // 2} tokens together", of(checkpoint, batch, longest // 2)
-        yield "--batch 1 --recipe int4 --kv fp8", made(read_recipe("int4").with_kv("fp8"), 1)
-
-    check_fit(takes, free, f"batch {batch} x {longest} tokens", others())
-
-
 def _run(engine: Engine, prompts: list[list[int]], output: int, name: str) -> tuple[float, float, float, float]:
     """Seconds in all, mean to the first token, mean between tokens, to the last first token."""
     params = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
-    torch.cuda.synchronize()
+    _synchronize(engine.runner.device)
     start = time.perf_counter()
     first: dict[str, float] = {}
     last: dict[str, float] = {}
@@ -273,11 +313,12 @@ def _run(engine: Engine, prompts: list[list[int]], output: int, name: str) -> tu
     return total, statistics.mean(first.values()), between, max(first.values())
 
 
-def _step_times(engine: Engine, prompts: list[list[int]], length: int) -> tuple[float | None, float]:
+def _step_times(engine: Engine, prompts: list[list[int]], length: int) -> tuple[float | None, float | None]:
     """Seconds of one engine step at the full batch in the middle of the answers, and of one bare graph replay.
 
-    None: the model's context has no room for so many more tokens.
+    None: the model's context has no room for so many more tokens; there is no graph.
     """
+    device = engine.runner.device
     params = SamplingParams(max_tokens=engine.config.max_model_len - length, temperature=0.0, ignore_eos=True)
     for index, tokens in enumerate(prompts):
         longer = (tokens * (length // len(tokens) + 1))[:length]
@@ -287,15 +328,16 @@ def _step_times(engine: Engine, prompts: list[list[int]], length: int) -> tuple[
         started |= {event.id for event in engine.step()}
     for _ in range(4):
         engine.step()
-    torch.cuda.synchronize()
+    _synchronize(device)
     begin = time.perf_counter()
     count = 0
-    while engine.has_work and count < TIMED_STEPS and len(engine.scheduler.running) == len(prompts):
+    while engine.has_work and count < TIMED_STEPS[device.type] and len(engine.scheduler.running) == len(prompts):
         engine.step()
         count += 1
-    torch.cuda.synchronize()
+    _synchronize(device)
     step = (time.perf_counter() - begin) / count if count else None
-    graph = seconds(engine.runner.graph(len(prompts)).replay, times=20)
+    runner = engine.runner
+    graph = seconds(runner.graph(len(prompts)).replay, times=20) if isinstance(runner, GpuRunner) else None
     for index in range(len(prompts)):
         engine.abort(f"step-{index}")
     while engine.has_work:

@@ -151,7 +151,7 @@ def _step(
     if len(engine.scheduler.running) < batch:
         raise UnsupportedError(f"{batch} sequences of {context} tokens do not run at the same time here; ask for fewer")
     if device.type == "cuda":
-        from fewbit.measure.offline import seconds
+        from fewbit.measure.ceilings import seconds
 
         return seconds(engine.runner.graph(batch).replay, times=20)
     times: list[float] = []

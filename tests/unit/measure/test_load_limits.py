@@ -10,8 +10,9 @@ from fewbit.errors import CheckpointError, RequestError
 from fewbit.measure.load import Sample
 from fewbit.measure.load.answer import Record
 from fewbit.measure.load.drive import Run
-from fewbit.measure.load.limits import Peak, peak_named, utilization
+from fewbit.measure.load.limits import utilization
 from fewbit.measure.load.report import result_of
+from fewbit.measure.peaks import Peak, peak_named, peak_of
 
 
 def test_by_hand():
@@ -28,7 +29,7 @@ def test_by_hand():
         for index, start in enumerate((0.1, 0.15))
     ]  # fmt: skip
     result = result_of(Run(records, []), [Sample("p")] * 2)
-    found = utilization(result, model, Peak(1e9, 1e12))
+    found = utilization(result, model, Peak(1e9, 1e12, 2e12))
     assert found["batch"] == pytest.approx(0.2 / 0.15)
     assert found["context"] == pytest.approx(105.5)
     weights = 2 * (6_881_280 + 4096 * 256)  # bfloat16; of the linears and the head
@@ -47,3 +48,11 @@ def test_peaks_by_name():
     assert peak_named("H100").bytes_per_s == 3.35e12
     with pytest.raises(RequestError, match="did you mean 'h100'"):
         peak_named("h101")
+
+
+def test_the_peaks_of_a_device_are_those_of_its_own_card():
+    assert peak_of("NVIDIA H100 80GB HBM3") == ("h100", peak_named("h100"))
+    assert peak_of("NVIDIA A100-SXM4-80GB") == ("a100", peak_named("a100"))
+    assert peak_of("NVIDIA L40S") == ("l40s", peak_named("l40s"))
+    for other in ("NVIDIA H100 PCIe", "NVIDIA A100-SXM4-40GB", "AMD EPYC 9575F", "NVIDIA GeForce RTX 4090"):
+        assert peak_of(other) is None

@@ -12,38 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fewbit.checkpoint import Checkpoint
-from fewbit.errors import RequestError, nearest_name
 from fewbit.measure.dummy import decode_bytes, prefill_flops
 from fewbit.measure.load.report import Result
-
-
-@dataclass(frozen=True)
-class Peak:
-    """What a vendor says of a GPU: bytes/s of its memory, dense BF16 FLOP/s."""
-
-    bytes_per_s: float
-    flops_per_s: float
-
-
-PEAKS = {
-    "l4": Peak(0.30e12, 121e12),
-    "l40s": Peak(0.864e12, 362e12),
-    "a100": Peak(2.039e12, 312e12),
-    "h100": Peak(3.35e12, 989e12),
-    "h200": Peak(4.8e12, 989e12),
-    "b200": Peak(8.0e12, 2250e12),
-}
-
-
-def peak_named(name: str) -> Peak:
-    """The peaks of a GPU.
-
-    Raises:
-        RequestError: it is not in the table.
-    """
-    if name.lower() not in PEAKS:
-        raise RequestError(f"--gpu {name}: its peaks are not known; {nearest_name(name.lower(), PEAKS)}")
-    return PEAKS[name.lower()]
+from fewbit.measure.peaks import Peak
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,50 @@
+"""What figures depend on besides the model: the device, its driver, and the versions of what ran."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from fewbit.ops.device import device_info
+from fewbit.version import __version__
+
+_ASKED = {
+    "driver": "driver_version", "sm_clock_mhz": "clocks.sm", "memory_clock_mhz": "clocks.mem",
+    "power_limit_w": "power.limit", "temperature_c": "temperature.gpu",
+}  # fmt: skip
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Names and versions; of a GPU also the driver, and clocks, power limit and temperature as they are now."""
+    found: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": str(device_info(device)),
+        "fewbit": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+    }
+    if device.type != "cuda":
+        return found | {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    try:
+        found["triton"] = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        found["triton"] = None
+    return found | {"cuda": torch.version.cuda} | _card(device.index or 0)
+
+
+def _card(index: int) -> dict[str, str]:
+    """What the driver's own tool says; nothing where it is not there."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(_ASKED.values())}", "--format=csv,noheader,nounits", f"--id={index}"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    values = told.stdout.strip().split(", ")
+    return dict(zip(_ASKED, values, strict=True)) if len(values) == len(_ASKED) else {}

@@ -1,0 +1,106 @@
+"""A run's folder: one JSON file for each row, written when the row ends, so that a run that stops goes on later.
+
+A row's file is named after what was measured and a hash of everything that decides it. It holds the object that the
+command prints with ``--json``, so that what any command printed can be put beside it. A row that failed is a row, too:
+its file says why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewbit.checkpoint import Checkpoint
+from fewbit.errors import RequestError
+
+SCHEMA = 1
+"""Of the objects in the files; the same as of what commands print."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing to be measured.
+
+    Attributes:
+        command: that measures it: ``bench offline``, ``eval``.
+        name: for the file, to be read by people.
+        key: everything that decides the figures, as JSON has it.
+    """
+
+    command: str
+    name: str
+    key: Mapping[str, Any]
+
+    @property
+    def file(self) -> str:
+        """Its file in a folder."""
+        digest = hashlib.sha256(json.dumps([self.command, self.key], sort_keys=True).encode()).hexdigest()[:10]
+        words = re.sub(r"[^A-Za-z0-9_.]+", "-", f"{self.command} {self.name}").strip("-")[:100]
+        return f"{words}-{digest}.json"
+
+
+class RunFolder:
+    """The rows of one folder; several processes may use it at a time.
+
+    Raises:
+        RequestError: the folder cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RequestError(f"--run-dir {path}: cannot be made ({error.strerror}); name another folder") from None
+
+    def read(self, row: Row) -> dict[str, Any] | None:
+        """What is known of a row; None: it has not been measured.
+
+        Raises:
+            RequestError: its file is damaged.
+        """
+        file = self.path / row.file
+        return read_object(file) if file.exists() else None
+
+    def write(self, row: Row, found: Mapping[str, Any]) -> Path:
+        """Keep what a row gave; readers see the whole file or none."""
+        file = self.path / row.file
+        whole = {"schema": SCHEMA, "command": row.command, "key": row.key, **found}
+        beside = file.with_name(f".{file.name}.{os.getpid()}")
+        beside.write_text(json.dumps(whole, indent=1, default=str) + "\n", "utf8")
+        beside.replace(file)
+        return file
+
+    def objects(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """All files that hold a command's object, this folder's and those of folders in it, by name."""
+        for file in sorted(self.path.rglob("*.json")):
+            if not any(part.startswith(".") for part in file.relative_to(self.path).parts):
+                yield file, read_object(file)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        RequestError: there is none.
+    """
+    try:
+        found = json.loads(file.read_text("utf8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{file}: not JSON ({error}); remove it, and its row is measured again") from None
+    if not isinstance(found, dict):
+        raise RequestError(f"{file}: expected a JSON object; remove the file or take it out of the folder")
+    return found
+
+
+def identity(checkpoint: Checkpoint) -> str:
+    """A word for what a model directory holds now: its config and its weights' names, sizes and times."""
+    files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in map(Path, checkpoint.sources))
+    text = json.dumps([checkpoint.config, files], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
