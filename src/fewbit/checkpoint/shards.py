@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,6 +30,9 @@ class PlannedFiles:
         groups: what goes into each file.
         metadata: strings for the header of each.
         called: the name under which a tensor stands in its file; all names here are different.
+
+    Raises:
+        CheckpointError: they would not fit on the disk.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class PlannedFiles:
         self._places: dict[str, tuple[int, int, Stored]] = {}  # file descriptor, offset
         self._files: list[int] = []
         self._parts: dict[str, dict[int, int]] = {}  # of each tensor: where parts begin, and their bytes
+        _check_room(folder, groups)
         for name, group in groups.items():
             header: dict[str, Any] = {"__metadata__": dict(metadata)}
             offset = 0
@@ -58,7 +63,7 @@ class PlannedFiles:
             text += b" " * (-len(text) % 8)  # data starts aligned
             file = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
             self._files.append(file)
-            os.write(file, struct.pack("<Q", len(text)) + text)
+            _put(file, struct.pack("<Q", len(text)) + text, 0)
             os.truncate(file, 8 + len(text) + offset)
             for tensor, start in offsets.items():
                 self._places[tensor] = file, 8 + len(text) + start, group[tensor]
@@ -92,10 +97,8 @@ class PlannedFiles:
         for piece in raw.split(STAGE_BYTES):
             if piece.device.type != "cpu":
                 piece = torch.empty_like(piece, device="cpu", pin_memory=True).copy_(piece)
-            data: Any = memoryview(piece.numpy())
-            while data:
-                done = os.pwrite(file, data, offset)
-                data, offset = data[done:], offset + done
+            _put(file, piece.numpy(), offset)
+            offset += piece.nbytes
         put = self._parts.setdefault(name, {})
         put[start] = part.nbytes
         if sum(put.values()) == stored.nbytes:
@@ -112,6 +115,29 @@ class PlannedFiles:
             with contextlib.suppress(OSError):
                 os.close(file)
         self._files = []
+
+
+def _put(file: int, data: Any, offset: int) -> None:
+    """Write all bytes of a buffer: a disk that is nearly full takes a part of them, and refuses only the rest."""
+    rest = memoryview(data)
+    while rest:
+        done = os.pwrite(file, rest, offset)
+        rest, offset = rest[done:], offset + done
+
+
+def _check_room(folder: Path, groups: Mapping[str, Mapping[str, Stored]]) -> None:
+    """Raise if the tensors, less what an earlier run has written of them, exceed what is free on the disk.
+
+    The files are made with holes, which take nothing: without this the disk would be found too small at the end.
+    """
+    wanted = sum(stored.nbytes for group in groups.values() for stored in group.values())
+    there = sum((folder / name).stat().st_blocks * 512 for name in groups if (folder / name).exists())
+    free = shutil.disk_usage(folder).free
+    if wanted - there > free:
+        raise CheckpointError(
+            f"the disk of {folder.parent} is too full: the tensors take {wanted - there} bytes, {free} are free; "
+            "make room there, or choose another folder"
+        )
 
 
 class Shards(PlannedFiles):

@@ -120,7 +120,8 @@ class CheckpointWriter:
             self._shards = self._open_shards({"format": "pt", "fewbit": __version__, **meta})
             self._shards.missing -= written
             self._write_files()
-        except BaseException:
+        except BaseException as error:
+            self._place_error(error)
             self._leave(keep=True)
             raise
 
@@ -325,8 +326,14 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._place_error(error)
         self._shards.close()
         self._leave(keep=not self._finished and not isinstance(error, FewbitError))
+
+    def _place_error(self, error: BaseException | None) -> None:
+        """Say where the disk is that was full: a write that fails does not know."""
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(self.target)
 
     def _leave(self, keep: bool) -> None:
         """Let go of the folder, and take it away if there is nothing to go on with."""

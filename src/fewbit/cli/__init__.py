@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import typer
 
 from fewbit.cli import bench, convert, demo, look, make, serve, talk
-from fewbit.cli.common import settings
+from fewbit.cli.common import FULL, settings, tell
 from fewbit.errors import FewbitError
 from fewbit.version import __version__
 
@@ -80,7 +80,9 @@ def run(arguments: Sequence[str]) -> int:
         return 2
     except OSError as error:
         # a disk that is full, a folder that may not be entered: the machine's word is the best there is
-        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        place = f": {error.filename}" if error.filename else ""
+        hint = "; make room there, or choose another place" if error.errno in FULL else ""
+        _fail(f"{error.strerror or error}{place}{hint}")
         return 2
     except Exception as error:  # house: told to the user, with the traceback on request
         _fail(f"internal error: {type(error).__name__}: {error} (run again with -v for the traceback, and report it)")
@@ -98,8 +100,8 @@ def _say(text: str, traced: bool = False) -> None:
         settings.log.error("%s", text, exc_info=traced)
         return
     if traced:
-        traceback.print_exc()
-    print(f"fewbit: {text}", file=sys.stderr)
+        tell(traceback.format_exc().rstrip())
+    tell(f"fewbit: {text}")
 
 
 def main() -> None:

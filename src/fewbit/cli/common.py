@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 """Version of the JSON that ``--json`` prints."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""How a write to a disk fails that is full, or of which this user may have no more."""
 
 
 class Settings:
@@ -112,7 +115,16 @@ def note(text: str) -> None:
     if settings.log is not None:
         settings.log.info("%s", text)
     else:
+        tell(text)
+
+
+def tell(text: str) -> None:
+    """A line on standard error. Where that goes to a full disk the line is lost, and the work goes on."""
+    try:
         print(text, file=sys.stderr)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
 
 
 def print_json(command: str, fields: Any) -> None:

@@ -1,10 +1,14 @@
-"""Logs of JSON, for the server's process and for those of its engines, which inherit the wish in their environment."""
+"""The log on standard error, of the server and of its engines, which inherit what was asked for: words or JSON.
+
+Where standard error is a file on a full disk, lines are lost, and nothing else is.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import sys
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,9 +21,27 @@ def ask_for_json(wanted: bool) -> None:
     os.environ[_VARIABLE] = "json" if wanted else "text"
 
 
-def formatter() -> logging.Formatter:
-    """What this process was told to write with."""
-    return JsonLines() if os.environ.get(_VARIABLE) == "json" else logging.Formatter(WORDS)
+def handler() -> logging.Handler:
+    """Writes to standard error as this process was told to."""
+    made = _Lines(sys.stderr)
+    made.setFormatter(JsonLines() if os.environ.get(_VARIABLE) == "json" else logging.Formatter(WORDS))
+    return made
+
+
+class _Lines(logging.StreamHandler):  # type: ignore[type-arg]
+    """A write that fails may leave a part of a line: the next line does not go on with it."""
+
+    _torn = False
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if self._torn:
+            self._torn, text = False, f"\n{text}"
+        return text
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (a name of logging's)
+        self._torn = True
+        super().handleError(record)
 
 
 class JsonLines(logging.Formatter):

@@ -50,9 +50,7 @@ def main(argv: Sequence[str] | None = None, build: Open | None = None) -> int:
     parser.add_argument("--options", default="{}", help="EngineOptions as JSON")
     parser.add_argument("--drain-s", type=float, default=30.0, help="how long a SIGTERM waits for running requests")
     args = parser.parse_args(argv)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(jsonlog.formatter())
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.basicConfig(handlers=[jsonlog.handler()], level=logging.WARNING)
     report = _take_stdout()
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches us too; the parent decides

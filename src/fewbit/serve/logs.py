@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from typing import Any, Literal
 
@@ -27,10 +26,8 @@ def set_up(form: LogFormat, level: str | None = None) -> None:
         form: ``text`` or ``json``.
         level: One of `LEVELS`; None: requests are written as JSON, as text only what is out of the ordinary.
     """
-    handler = logging.StreamHandler(sys.stderr)
     jsonlog.ask_for_json(form == "json")
-    handler.setFormatter(jsonlog.formatter())
-    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.basicConfig(handlers=[jsonlog.handler()], level=logging.WARNING, force=True)
     logging.captureWarnings(form == "json")
     progress.setLevel(logging.INFO)
     set_level(level or ("info" if form == "json" else "warning"))
