@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from fewbit.cli import bench, convert, demo, look, make, serve, talk
+from fewbit.cli import bench, convert, demo, evaluate, look, make, serve, talk
 from fewbit.cli.common import FULL, settings, tell
 from fewbit.errors import FewbitError
 from fewbit.version import __version__
@@ -33,13 +33,13 @@ for command in (
     convert.export,
     talk.run,
     serve.serve,
-    make.evaluate,
+    evaluate.evaluate,
     look.explain,
     look.support,
     look.doctor,
     demo.demo,
 ):
-    app.command("eval" if command is make.evaluate else command.__name__)(command)
+    app.command("eval" if command is evaluate.evaluate else command.__name__)(command)
 app.add_typer(bench.app, name="bench")
 
 

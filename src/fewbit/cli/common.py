@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -179,15 +180,20 @@ class ProgressBars:
         self._start = self._said = time.monotonic()
         self._bars: Progress | None = None
         self._tasks: dict[str, Any] = {}
+        self._first: dict[str, tuple[float, int]] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show how far a stage is."""
+        began, known = self._first.setdefault(stage, (time.monotonic(), done))
         if settings.quiet or time.monotonic() - self._start < self.PATIENCE_S:
             return
         if not sys.stderr.isatty():
             if time.monotonic() - self._said > self.LINE_S:
                 self._said = time.monotonic()
-                note(f"{stage}: {done} of {total} after {self._said - self._start:.0f} s")
+                # what was known when the stage began took no time
+                left = (self._said - began) / (done - known) * (total - done) if done > known else None
+                rest = "" if left is None else f", about {left:.0f} s left"
+                note(f"{stage}: {done} of {total} after {self._said - self._start:.0f} s{rest}")
             return
         if self._bars is None:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -212,9 +218,11 @@ def size(count: float) -> str:
     raise AssertionError
 
 
-def read_windows(path: Path, model: Checkpoint, length: int, count: int | None) -> list[list[int]]:
-    """Windows of a data file, cut with the model's tokenizer."""
+def read_windows(
+    path: Path, folder: Traversable, length: int, count: int | None, stride: int | None = None
+) -> list[list[int]]:
+    """Windows of a data file, cut with the tokenizer of a folder."""
     from fewbit.text.tokenizer import Tokenizer
     from fewbit.text.windows import read_documents, windows
 
-    return windows(read_documents(path), Tokenizer.load(model.folder), length, count)
+    return windows(read_documents(path), Tokenizer.load(folder), length, count, stride)

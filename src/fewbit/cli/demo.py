@@ -96,7 +96,7 @@ def _measure(model: Path, base: Path, where: torch.device, name: str) -> dict[st
     from fewbit.measure import facts, quality, speed
 
     checkpoint = open_checkpoint(model)
-    windows = read_windows(base / HELD_OUT, checkpoint, LENGTH, WINDOWS)
+    windows = read_windows(base / HELD_OUT, checkpoint.folder, LENGTH, WINDOWS)
     with progress() as bars:
         found = quality.evaluate(checkpoint, open_checkpoint(base), windows, where, bars)
     engine = open_engine(model, EngineOptions(device=str(where), max_batch=1, max_model_len=512))

@@ -1,10 +1,10 @@
-"""Commands that make and measure a small model: compress, eval."""
+"""The command that makes a small model: compress."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,7 +23,6 @@ from fewbit.cli.common import (
     pairs,
     print_json,
     progress,
-    read_windows,
     settings,
     size,
     table,
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
     from fewbit.checkpoint import Checkpoint
     from fewbit.compress import Decision, Plan, Report
-    from fewbit.measure.quality import Quality
 
 SAMPLE_TOKENS = 32
 SAMPLE_LIMIT = 1 << 30
@@ -234,47 +232,3 @@ def _sample(checkpoint: Checkpoint, device: torch.device, tokens: int | None) ->
     params = SamplingParams(max_tokens=tokens or SAMPLE_TOKENS, temperature=0.0)
     (output,) = generate(engine, [GenerateRequest(id="sample", prompt=prompt, params=params)])
     return tokenizer.decode([*prompt, *output.tokens])
-
-
-def evaluate(
-    model: ModelArgument,
-    data: Annotated[Path, typer.Option("--data", help="Text: .txt or .jsonl, also .gz.")],
-    against: Annotated[str | None, typer.Option("--against", help="Base model: KL divergence and agreement.")] = None,
-    length: Annotated[int, typer.Option("--length", min=2, help="Tokens of a window.")] = 512,
-    windows: Annotated[int | None, typer.Option("--windows", min=1, help="Use the first N windows only.")] = None,
-    json: JsonOption = False,
-    device: DeviceOption = None,
-    seed: SeedOption = 0,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """How well a model predicts a text, and how far it is from another: perplexity, KL divergence, agreement."""
-    from fewbit.measure import quality
-
-    where = device_of(device)
-    checkpoint = open_model(model)
-    base = open_model(against) if against else None
-    cut = read_windows(data, checkpoint, length, windows)
-    with progress() as bars:
-        found = quality.evaluate(checkpoint, base, cut, where, bars)
-    if json:
-        print_json("eval", flat(found))
-        return
-    rows = [("tokens", f"{found.tokens:,} in {found.windows} windows")]
-    for name, value in flat(found).items():
-        if isinstance(value, float) and not name.endswith("_err"):
-            rows.append((name, f"{value:.5g} ± {flat(found)[f'{name}_err']:.2g}"))
-    pairs(rows)
-
-
-def flat(found: Quality) -> dict[str, Any]:
-    """Figures as ``name`` and ``name_err``; those that need a base are absent without one."""
-    from fewbit.measure.quality import Estimate
-
-    fields: dict[str, Any] = {}
-    for name, value in vars(found).items():
-        if isinstance(value, Estimate):
-            fields |= {name: value.value, f"{name}_err": value.error}
-        elif value is not None:
-            fields[name] = value
-    return fields

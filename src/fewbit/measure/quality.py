@@ -17,16 +17,20 @@ from fewbit.errors import RecipeError, UnsupportedError
 from fewbit.model import KVCodec, Linear, Loader
 from fewbit.model.decoder import finish_logits
 
-RESAMPLES = 200
-"""Bootstrap resamples of the windows, from which the error bars come."""
+RESAMPLES = 1000
+"""Bootstrap resamples of the windows, from which errors and intervals of means come."""
+SORTED_RESAMPLES = 200
+"""Of quantiles, which look at every position each time."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its standard error."""
+    """A figure, its standard error and its 95 % interval."""
 
     value: float
     error: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,16 @@ class Quality:
     """What `evaluate` found.
 
     Attributes:
-        tokens: positions looked at: every one of every window.
+        tokens: positions looked at: every one of every window that another window has not.
         windows: how many.
-        perplexity: exp of the mean negative log-likelihood of each token but the first of a window.
+        perplexity: exp of the mean negative log-likelihood of each token but the first of a text.
         perplexity_base: the other model's.
-        kl_mean, kl_median, kl_p99: KL(base || model) of the next-token distribution, in nats, over every position.
+        perplexity_ratio: model / base; both saw the same windows, so its interval is much narrower than theirs.
+        kl_mean, kl_median, kl_p99, kl_max: KL(base || model) of the next-token distribution, in nats, over every
+            position. The largest has no interval.
         top1_agreement: fraction of positions at which both would choose the same token.
+        flips: fraction of tokens that exactly one of the two would have chosen.
+        probability_rms: root mean square of the change in the probability of the token that follows.
     """
 
     tokens: int
@@ -50,6 +58,10 @@ class Quality:
     kl_median: Estimate | None = None
     kl_p99: Estimate | None = None
     top1_agreement: Estimate | None = None
+    perplexity_ratio: Estimate | None = None
+    flips: Estimate | None = None
+    probability_rms: Estimate | None = None
+    kl_max: float | None = None
 
 
 def evaluate(
@@ -58,8 +70,17 @@ def evaluate(
     windows: Sequence[Sequence[int]],
     device: torch.device,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    overlap: int = 0,
 ) -> Quality:
     """Measure a model on windows of token ids, against `base` if given.
+
+    Args:
+        model: What is measured.
+        base: What it is held against.
+        windows: Of the text.
+        device: Where to compute.
+        progress: Told stage, layers done, layers in all.
+        overlap: Tokens with which each window but the first repeats the one before: context only, not counted again.
 
     Raises:
         RecipeError: there is nothing to predict.
@@ -80,7 +101,8 @@ def evaluate(
     with torch.inference_mode():
         run = _Forward(model, windows, device, progress, "model")
         other = _Forward(base, windows, device, progress, "base") if base else None
-        return _summarize(windows, *_compare(windows, run, other))
+        tokens = sum(map(len, windows)) - overlap * (len(windows) - 1)
+        return _summarize(len(windows), tokens, _compare(windows, overlap, run, other))
 
 
 class _Forward:
@@ -111,48 +133,60 @@ class _Forward:
         return finish_logits(self.head(self.norm(self.states[start:stop])), self.spec).double().log_softmax(-1)
 
 
-def _compare(
-    windows: Sequence[Sequence[int]], model: _Forward, base: _Forward | None
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """By window: losses of the model and of the base [length - 1], KL and agreement [length] (empty without a base)."""
-    losses, base_losses, divergences, agreements = [], [], [], []
+@dataclass
+class _Found:
+    """By window: what the text's tokens cost each model and what else they say of it; what every position says."""
+
+    losses: list[Tensor]  # [predicted]
+    base_losses: list[Tensor]
+    divergences: list[Tensor]  # [positions], as the next
+    agreements: list[Tensor]
+    flips: list[Tensor]  # [predicted], as the next
+    squares: list[Tensor]  # of the change in probability
+
+
+def _compare(windows: Sequence[Sequence[int]], overlap: int, model: _Forward, base: _Forward | None) -> _Found:
+    found = _Found([], [], [], [], [], [])
     start = 0
-    for window in windows:
+    for number, window in enumerate(windows):
+        known = overlap if number else 0  # positions that the window before has counted
         ids = torch.tensor(window, device=model.states.device)
         log_p = model.log_probs(start, start + len(window))
-        losses.append(-log_p[:-1].gather(1, ids[1:, None])[:, 0].cpu())
+        first = max(known, 1)  # token that is predicted first
+        target = ids[first:, None]
+        mine = log_p[first - 1 : -1].gather(1, target)[:, 0]
+        found.losses.append(-mine.cpu())
         if base:
             log_b = base.log_probs(start, start + len(window))
-            base_losses.append(-log_b[:-1].gather(1, ids[1:, None])[:, 0].cpu())
-            divergences.append((log_b.exp() * (log_b - log_p)).sum(-1).cpu())
-            agreements.append((log_b.argmax(-1) == log_p.argmax(-1)).double().cpu())
+            other = log_b[first - 1 : -1].gather(1, target)[:, 0]
+            found.base_losses.append(-other.cpu())
+            found.divergences.append((log_b.exp() * (log_b - log_p)).sum(-1)[known:].cpu())
+            top, top_b = log_p.argmax(-1), log_b.argmax(-1)
+            found.agreements.append((top == top_b).double()[known:].cpu())
+            right, right_b = top[first - 1 : -1] == ids[first:], top_b[first - 1 : -1] == ids[first:]
+            found.flips.append((right != right_b).double().cpu())
+            found.squares.append((mine.exp() - other.exp()).square().cpu())
         start += len(window)
-    return losses, base_losses, divergences, agreements
+    return found
 
 
-def _summarize(
-    windows: Sequence[Sequence[int]],
-    losses: list[Tensor],
-    base_losses: list[Tensor],
-    divergences: list[Tensor],
-    agreements: list[Tensor],
-) -> Quality:
-    def perplexity(x: Tensor) -> float:
-        return x.mean().exp().item()
-
-    tokens, count = sum(map(len, windows)), len(windows)
-    mine = estimate(losses, perplexity)
-    if not divergences:
-        return Quality(tokens, count, mine)
+def _summarize(windows: int, tokens: int, found: _Found) -> Quality:
+    mine = estimate_mean(found.losses, torch.exp)
+    if not found.divergences:
+        return Quality(tokens, windows, mine)
     return Quality(
         tokens,
-        count,
+        windows,
         mine,
-        estimate(base_losses, perplexity),
-        estimate(divergences, lambda x: x.mean().item()),
-        estimate(divergences, lambda x: x.median().item()),
-        estimate(divergences, lambda x: x.quantile(0.99).item() if x.numel() < 1 << 24 else _p99(x)),
-        estimate(agreements, lambda x: x.mean().item()),
+        estimate_mean(found.base_losses, torch.exp),
+        estimate_mean(found.divergences),
+        estimate(found.divergences, lambda x: x.median().item()),
+        estimate(found.divergences, lambda x: x.quantile(0.99).item() if x.numel() < 1 << 24 else _p99(x)),
+        estimate_mean(found.agreements),
+        estimate_mean([a - b for a, b in zip(found.losses, found.base_losses, strict=True)], torch.exp),
+        estimate_mean(found.flips),
+        estimate_mean(found.squares, torch.sqrt),
+        torch.cat(found.divergences).max().item(),
     )
 
 
@@ -162,15 +196,41 @@ def _p99(x: Tensor) -> float:
 
 
 def estimate(by_window: Sequence[Tensor], statistic: Callable[[Tensor], float]) -> Estimate:
-    """A statistic of all positions, and its standard error by a bootstrap over windows.
+    """A statistic of all positions, with its standard error and interval by a bootstrap over windows.
 
     Tokens of a window are not independent, windows nearly are. A single window is resampled token by token.
     """
-    generator = torch.Generator().manual_seed(0)  # the same text gives the same error bars
-    whole = torch.cat(list(by_window))
-    if whole.numel() == 0:
-        return Estimate(float("nan"), float("nan"))
-    units = list(by_window) if len(by_window) > 1 else list(whole.split(1))
-    draws = torch.randint(len(units), (RESAMPLES, len(units)), generator=generator)
+    units = _units(by_window)
+    if not units:
+        return Estimate(*[float("nan")] * 4)
+    draws = _draws(len(units), SORTED_RESAMPLES)
     values = torch.tensor([statistic(torch.cat([units[i] for i in draw])) for draw in draws.tolist()])
-    return Estimate(statistic(whole), values.std().item())
+    return _estimated(statistic(torch.cat(units)), values.double())
+
+
+def estimate_mean(by_window: Sequence[Tensor], of: Callable[[Tensor], Tensor] = lambda mean: mean) -> Estimate:
+    """The same of `of(mean)`: a window then counts by its sum and its length alone."""
+    units = _units(by_window)
+    if not units:
+        return Estimate(*[float("nan")] * 4)
+    sums = torch.stack([u.sum() for u in units]).double()
+    lengths = torch.tensor([u.numel() for u in units], dtype=torch.float64)
+    draws = _draws(len(units), RESAMPLES)
+    values = torch.stack([of(sums[draw].sum() / lengths[draw].sum()) for draw in draws])
+    return _estimated(of(torch.cat(units).double().mean()).item(), values)
+
+
+def _units(by_window: Sequence[Tensor]) -> list[Tensor]:
+    """What is resampled."""
+    filled = [window for window in by_window if window.numel()]
+    return filled if len(filled) > 1 else [token for window in filled for token in window.split(1)]
+
+
+def _draws(units: int, resamples: int) -> Tensor:
+    """Indices of resampled units [resamples, units]: the same text gives the same error bars."""
+    return torch.randint(units, (resamples, units), generator=torch.Generator().manual_seed(0))
+
+
+def _estimated(value: float, resampled: Tensor) -> Estimate:
+    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Estimate(value, resampled.std().item(), low, high)

@@ -2,6 +2,7 @@
 
 The rule: each document gets BOS (else EOS) in front; documents are joined in order and cut every `length` tokens.
 The last, shorter window is dropped unless it is the only one. A row of token ids is one window, used as it is.
+With a stride, windows slide: each but the first begins so many tokens after the one before and repeats the rest of it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,11 @@ def read_documents(path: Path) -> Iterator[Document]:
 
 
 def windows(
-    documents: Iterable[Document], tokenizer: Tokenizer | None, length: int, count: int | None = None
+    documents: Iterable[Document],
+    tokenizer: Tokenizer | None,
+    length: int,
+    count: int | None = None,
+    stride: int | None = None,
 ) -> list[list[int]]:
     """Cut documents into windows of tokens by the rule above.
 
@@ -66,21 +71,27 @@ def windows(
         tokenizer: Whose tokens; None: the documents must be ids.
         length: Tokens in a window.
         count: How many windows, the first ones; None: all of them.
+        stride: Tokens from the start of a window to that of the next; None: `length`.
 
     Returns:
         The windows: fewer than `count` where the text is too short for more.
 
     Raises:
-        RecipeError: A length or count below 1, ids outside the vocabulary, messages that the model has no template for
-            or whose template refuses them, or no text at all.
+        RecipeError: A length or count below 1, a stride outside 1 to `length` or given for rows of ids, ids outside the
+            vocabulary, messages that the model has no template for or whose template refuses them, or no text at all.
     """
     if length < 1 or (count is not None and count < 1):
         raise RecipeError(f"windows need a length and a count of at least 1, got length {length} and count {count}")
+    step = length if stride is None else stride
+    if not 1 <= step <= length:
+        raise RecipeError(f"a stride lies between 1 and the length of a window, {length}; got {step}")
     opening = _opening(tokenizer)
     done: list[list[int]] = []
     rest: list[int] = []
     for document in documents:
         if isinstance(document, list):
+            if step != length:
+                raise RecipeError("the data hold token ids, which are windows as they are: leave the stride out")
             done.append(_checked(document, tokenizer, len(done)))
         elif tokenizer is None:
             raise RecipeError("the data hold text among token ids, and the model has no tokenizer.json; give ids alone")
@@ -88,11 +99,11 @@ def windows(
             ids = _conversation(document, tokenizer)
             rest += ids if ids[:1] == opening else opening + ids
         elif document:
-            needed = None if count is None else (count - len(done)) * length - len(rest) - len(opening)
+            needed = None if count is None else (count - len(done)) * step + length - step - len(rest) - len(opening)
             rest += opening + _encode_start(document, tokenizer, needed)
-        whole = len(rest) // length * length
-        done += [rest[i : i + length] for i in range(0, whole, length)]
-        rest = rest[whole:]
+        starts = range(0, len(rest) - length + 1, step)
+        done += [rest[i : i + length] for i in starts]
+        rest = rest[len(starts) * step :]
         if count is not None and len(done) >= count:
             return done[:count]
     if not done and not rest:

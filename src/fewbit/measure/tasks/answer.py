@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from fewbit.engine.client import EngineClient
 from fewbit.engine.types import GenerateRequest, SamplingParams, TokenLogprobs
@@ -15,6 +16,8 @@ from fewbit.errors import FewbitError
 from fewbit.measure.tasks.prompts import Continuation
 from fewbit.text import Tokenizer
 from fewbit.text.stream import TextStream
+
+T = TypeVar("T")
 
 
 class AnswerError(FewbitError):
@@ -26,16 +29,24 @@ class Likelihood:
     """What a model thinks of a continuation.
 
     Attributes:
-        total: Natural-log probability of all its tokens.
+        each: Natural-log probability of each of its tokens.
         greedy: Whether greedy decoding gives exactly these tokens.
-        tokens: How many.
         characters: How many.
     """
 
-    total: float
+    each: tuple[float, ...]
     greedy: bool
-    tokens: int
     characters: int
+
+    @property
+    def total(self) -> float:
+        """Natural-log probability of all of it."""
+        return sum(self.each)
+
+    @property
+    def tokens(self) -> int:
+        """How many."""
+        return len(self.each)
 
 
 class Answerer(Protocol):
@@ -48,6 +59,34 @@ class Answerer(Protocol):
     async def text(self, prompt: Sequence[int], max_tokens: int, stop: Sequence[str]) -> str:
         """What it generates, always the likeliest token, up to a stop string, the end or the limit."""
         ...
+
+
+async def several(work: Sequence[Coroutine[Any, Any, T]], at_once: int, done: Callable[[int], None]) -> list[T]:
+    """The results of coroutines, of which some run at a time; a fault of one ends the others.
+
+    Args:
+        work: What to run, in this order.
+        at_once: How many are under way at a time.
+        done: Told how many have ended.
+    """
+    found: dict[int, T] = {}
+    todo = iter(enumerate(work))
+
+    async def take() -> None:
+        for number, one in todo:  # one iterator for all: each takes the next
+            found[number] = await one
+            done(len(found))
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(at_once, len(work))):
+                group.create_task(take())
+    except ExceptionGroup as many:
+        raise many.exceptions[0] from None
+    finally:
+        for _, one in todo:
+            one.close()
+    return [found[number] for number in range(len(work))]
 
 
 class EngineAnswerer:
@@ -69,7 +108,7 @@ class EngineAnswerer:
                     raise AnswerError(event.ending.detail or "the engine ended a question early")
         assert len(found) == len(asked.continuation)
         greedy = all(entry.chosen >= entry.top[0][1] for entry in found)
-        return Likelihood(sum(entry.chosen for entry in found), greedy, len(found), asked.characters)
+        return Likelihood(tuple(entry.chosen for entry in found), greedy, asked.characters)
 
     async def text(self, prompt: Sequence[int], max_tokens: int, stop: Sequence[str]) -> str:
         """See `Answerer`."""

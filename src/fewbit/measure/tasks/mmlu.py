@@ -12,10 +12,10 @@ from typing import Literal
 from fewbit.errors import RecipeError
 from fewbit.measure.tasks.task import Task
 
-Scorer = Literal["likelihood", "generate"]
+Scorer = Literal["loglikelihood", "generate"]
 
 
-def mmlu(folder: Path, scorer: Scorer = "likelihood", shots: int = 5) -> Task:
+def mmlu(folder: Path, scorer: Scorer = "loglikelihood", shots: int = 5) -> Task:
     """The task.
 
     Args:
@@ -27,8 +27,8 @@ def mmlu(folder: Path, scorer: Scorer = "likelihood", shots: int = 5) -> Task:
         RecipeError: A file is missing.
     """
     return Task(
-        name="mmlu" if scorer == "likelihood" else "mmlu_generate",
-        kind="multiple_choice" if scorer == "likelihood" else "generation",
+        name="mmlu" if scorer == "loglikelihood" else "mmlu_generate",
+        kind="multiple_choice" if scorer == "loglikelihood" else "generation",
         file=_file(folder, "test"),
         examples=_file(folder, "dev"),
         shots=shots,

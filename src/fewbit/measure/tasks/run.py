@@ -9,12 +9,13 @@ import string
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from fewbit.errors import RecipeError
 from fewbit.measure.paired import interval
-from fewbit.measure.tasks.answer import Answerer, Likelihood
+from fewbit.measure.tasks.answer import Answerer, Likelihood, several
 from fewbit.measure.tasks.prompts import Prompts
+from fewbit.measure.tasks.sandbox import run_program
 from fewbit.measure.tasks.task import Item, Task
 
 Progress = Callable[[str, int, int], None]
@@ -102,28 +103,19 @@ async def run_task(
         FewbitError: The model could not go on; what was known is in the journal.
     """
     known = {} if journal is None else _opened(journal, task, key)
-    todo = iter([item for item in items if item.index not in known])
-    done = len(items) - sum(item.index not in known for item in items)
-    progress(task.name, done, len(items))
-
-    async def work(file: IO[str] | None) -> None:
-        nonlocal done
-        for item in todo:  # one iterator for all workers: each takes the next
-            outcome = await ask(task, item, prompts, answerer)
-            known[item.index] = outcome
-            if file is not None:
-                file.write(json.dumps(asdict(outcome)) + "\n")
-                file.flush()
-            done += 1
-            progress(task.name, done, len(items))
-
+    todo = [item for item in items if item.index not in known]
+    before = len(items) - len(todo)
+    progress(task.name, before, len(items))
     file = None if journal is None else journal.open("a", encoding="utf8")
+
+    async def one(item: Item) -> None:
+        known[item.index] = outcome = await ask(task, item, prompts, answerer)
+        if file is not None:
+            file.write(json.dumps(asdict(outcome)) + "\n")
+            file.flush()
+
     try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(at_once, len(items))):
-                group.create_task(work(file))
-    except ExceptionGroup as many:
-        raise many.exceptions[0] from None
+        await several([one(item) for item in todo], at_once, lambda n: progress(task.name, before + n, len(items)))
     finally:
         if file is not None:
             file.close()
@@ -135,8 +127,14 @@ async def ask(task: Task, item: Item, prompts: Prompts, answerer: Answerer) -> O
     if task.kind == "generation":
         said = await answerer.text(prompts.question(item), task.max_tokens, task.stop)
         return Outcome(item.index, float(is_right(task, item, said)), said, item.group)
-    asked = prompts.continuations(item)
-    found = await asyncio.gather(*(answerer.likelihood(one) for one in asked))
+    if task.kind == "code":
+        said = await answerer.text(prompts.question(item), task.max_tokens, task.stop)
+        ran = await asyncio.to_thread(run_program, f"{item.contexts[0]}{said}\n{item.answers[0]}")
+        return Outcome(item.index, float(ran.finished), said, item.group)
+    first, *others = prompts.continuations(item)
+    # the first alone: it leaves the context that the others share in the engine's prefix cache
+    found = [await answerer.likelihood(first)]
+    found += await asyncio.gather(*(answerer.likelihood(one) for one in others))
     if task.kind == "language_modeling":
         return Outcome(item.index, float(found[0].greedy), repr(found[0].total), item.group)
     best = choose(found, task)

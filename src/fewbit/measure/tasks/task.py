@@ -23,7 +23,7 @@ import yaml
 from fewbit.errors import RecipeError, nearest_name
 from fewbit.measure.tasks.rows import fingerprint, read_rows
 
-Kind = Literal["multiple_choice", "schema", "language_modeling", "generation"]
+Kind = Literal["multiple_choice", "schema", "language_modeling", "generation", "code"]
 Length = Literal["tokens", "characters", "none"]
 Match = Literal["equal", "begins"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -38,7 +38,8 @@ class Task:
         kind: ``multiple_choice``: which of `choices` after `query` is likeliest is compared with `gold`; ``schema``:
             after which of `context_options` the `continuation` is likeliest; ``language_modeling``: whether greedy
             decoding of `context` gives every token of `continuation`; ``generation``: whether the text generated after
-            `context` is `answer` or one of `aliases`.
+            `context` is `answer` or one of `aliases`; ``code``: whether `test` passes after `prompt` and the text
+            generated behind it, run in a process of its own (`sandbox`).
         file: Its rows, JSON Lines.
         examples: Where solved examples come from; None: other rows of `file`.
         shots: How many of them stand before the question.
@@ -141,6 +142,10 @@ class Task:
             return Item(index, contexts, (_text(get("continuation")),), _gold(get("gold"), len(contexts)), group)
         if self.kind == "language_modeling":
             return Item(index, (_text(get("context")),), (_text(get("continuation")),), 0, group)
+        if self.kind == "code":
+            entry = row.get(self.fields.get("entry_point", "entry_point"))
+            call = "" if entry is None else f"\ncheck({_text(entry)})\n"
+            return Item(index, (_text(get("prompt")),), (_text(get("test")) + call,), 0, group)
         answer = _text(get("answer"))
         aliases = tuple(map(_text, row.get(self.fields.get("aliases", "aliases"), ())))
         thought = row.get(self.fields.get("chain_of_thought", "chain_of_thought"), "")
@@ -154,7 +159,7 @@ class Item:
     Attributes:
         index: Of its row.
         contexts: What is asked: one text, or the alternatives of a schema.
-        answers: What may follow: the choices, the one continuation, or all that are accepted.
+        answers: What may follow: the choices, the one continuation, all that are accepted, or the tests of a program.
         gold: The right one of the choices, or of the contexts.
         group: A subject or category, for a score of its own.
         thought: The reasoning that leads to the answer, shown in examples.

@@ -1,0 +1,253 @@
+"""Several tasks at once: which are meant, asking a model all of them, and what came of it, alone and against a base."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from fewbit.errors import RecipeError, nearest_name
+from fewbit.measure.paired import paired
+from fewbit.measure.tasks.gauntlet import Gauntlet, composite, gauntlet
+from fewbit.measure.tasks.mmlu import Scorer, mmlu
+from fewbit.measure.tasks.needle import Needle
+from fewbit.measure.tasks.programs import programs
+from fewbit.measure.tasks.prompts import Prompts
+from fewbit.measure.tasks.rows import fingerprint
+from fewbit.measure.tasks.run import Progress, Result, run_task
+from fewbit.measure.tasks.source import Asked
+from fewbit.measure.tasks.task import Item, Task, read_tasks
+from fewbit.text import Tokenizer
+
+NAMES = ("perplexity", "mmlu", "gauntlet", "needle", "code", "lm-eval:NAME", "FILE.yaml")
+HARNESS = "lm-eval:"
+GAUNTLET = "gauntlet/"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A task by the name that reports call it.
+
+    Attributes:
+        name: Unique; also of its journal.
+        task: What is asked and how it is scored.
+        items: Makes its questions for a tokenizer; None: they are the rows of its file.
+        about: What decides those questions besides the task's own fields.
+    """
+
+    name: str
+    task: Task
+    items: Callable[[Tokenizer, int], list[Item]] | None = None
+    about: str = ""
+
+    def chosen(self, asked: Asked, limit: int | None, seed: int) -> list[Item]:
+        """The questions, of which a limit takes some: drawn, and those of a smaller limit are among them."""
+        found = self.task.items() if self.items is None else self.items(asked.tokenizer, asked.length)
+        if limit is None or limit >= len(found):
+            return found
+        order = random.Random(f"{seed}/{self.task.name}/limit").sample(range(len(found)), len(found))
+        return [found[i] for i in sorted(order[:limit])]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is to be measured.
+
+    Attributes:
+        entries: Tasks that are asked here.
+        gauntlet: The list that some of them belong to.
+        harness: Names of tasks that lm-eval runs.
+        perplexity: Whether a text is to be predicted as well.
+    """
+
+    entries: tuple[Entry, ...]
+    gauntlet: Gauntlet | None = None
+    harness: tuple[str, ...] = ()
+    perplexity: bool = False
+
+
+def suite_of(
+    names: Sequence[str],
+    root: Path | None = None,
+    *,
+    scorer: Scorer = "loglikelihood",
+    text: Path | None = None,
+    needle: Needle | None = None,
+    seed: int = 0,
+    allow_code: bool = False,
+) -> Suite:
+    """The tasks that a user names.
+
+    Args:
+        names: Of `NAMES`.
+        root: The folder that holds the folders mmlu, gauntlet and code, or is one of them.
+        scorer: How MMLU and the needle find the model's answer.
+        text: Of the needle.
+        needle: Its lengths and depths; None: as it is by default.
+        seed: Of what is drawn.
+        allow_code: Whether programs that a model wrote may be run here.
+
+    Raises:
+        RecipeError: A name is unknown or comes twice, or what it needs was not given.
+    """
+    entries: list[Entry] = []
+    listed: Gauntlet | None = None
+    harness = tuple(name.removeprefix(HARNESS) for name in names if name.startswith(HARNESS))
+    if "" in harness:
+        raise RecipeError("--tasks lm-eval: needs a task of lm-eval, such as lm-eval:arc_easy")
+    for name in names:
+        if name.startswith(HARNESS) or name == "perplexity":
+            continue
+        if name == "mmlu":
+            entries.append(Entry(name, mmlu(_folder(root, name), scorer)))
+        elif name == "gauntlet":
+            listed = gauntlet(_folder(root, name))
+            entries += [Entry(f"{GAUNTLET}{task.name}", task) for task in listed.tasks]
+        elif name == "needle":
+            made = replace(needle or Needle(), scorer=scorer, seed=seed)
+            if text is None:
+                raise RecipeError("--tasks needle hides a sentence in a text: give it with --text FILE")
+            entries.append(Entry(name, made.task(text), functools.partial(made.items, text), str(made)))
+        elif name == "code":
+            entries.append(Entry(name, *programs(_folder(root, name))))
+        elif name.endswith((".yaml", ".yml")):
+            entries += [Entry(task.name, task) for task in read_tasks(Path(name))]
+        else:
+            raise RecipeError(f"--tasks {name}: {nearest_name(name, NAMES)}")
+    seen = [entry.name for entry in entries] + list(harness)
+    for name in seen:
+        if seen.count(name) > 1:
+            raise RecipeError(f"--tasks: two tasks are called '{name}'; name each once, or rename one in its file")
+    if not allow_code and (running := [entry.name for entry in entries if entry.task.kind == "code"]):
+        raise RecipeError(
+            f"--tasks {running[0]}: runs programs that a model wrote; where that may be, give --allow-code-execution"
+        )
+    return Suite(tuple(entries), listed, harness, "perplexity" in names)
+
+
+def check_scorer(text: str) -> Scorer:
+    """The scorer a user means."""
+    if text not in get_args(Scorer):
+        raise RecipeError(f"--scorer {text}: {nearest_name(text, get_args(Scorer))}")
+    return text  # type: ignore[return-value]
+
+
+async def ask_all(
+    suite: Suite,
+    asked: Asked,
+    *,
+    folder: Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    at_once: int = 64,
+    items: dict[str, list[Item]] | None = None,
+    progress: Progress = lambda name, done, total: None,
+) -> dict[str, Result]:
+    """A model's results by the names of the entries.
+
+    Args:
+        suite: What to ask.
+        asked: Whom.
+        folder: Of the journals, from which a run that was stopped goes on.
+        limit: Questions of each task.
+        seed: Of the solved examples and of what the limit takes.
+        at_once: Questions under way at a time.
+        items: Filled with the questions of each entry, and taken from where it has them: a model and its base are
+            asked the same ones.
+        progress: Told task, questions done, questions in all.
+
+    Raises:
+        FewbitError: A question does not fit, a journal is of something else, or the model could not go on.
+    """
+    results, chosen = {}, {} if items is None else items
+    for entry in suite.entries:
+        if entry.name not in chosen:  # reading rows and making texts takes a while; nobody else is to wait for it
+            chosen[entry.name] = await asyncio.to_thread(entry.chosen, asked, limit, seed)
+        results[entry.name] = await run_task(
+            entry.task,
+            chosen[entry.name],
+            Prompts(entry.task, asked.tokenizer, asked.length, seed),
+            asked.answerer,
+            journal=None if folder is None else folder / f"{entry.name}.jsonl",
+            key=f"{asked.key}, seed {seed}{entry.about and f', {entry.about}'}",
+            at_once=at_once,
+            progress=progress,
+        )
+    return results
+
+
+def report(
+    suite: Suite, results: Mapping[str, Result], base: Mapping[str, Result] | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """The results as the JSON object of `fewbit eval` has them: ``tasks`` by name and, where it was run, ``gauntlet``.
+
+    Args:
+        suite: What was asked.
+        results: The model's.
+        base: The other model's.
+        seed: Of the resampling behind the intervals.
+    """
+    tasks: dict[str, Any] = {}
+    for entry in suite.entries:
+        made = _figures(entry, results[entry.name])
+        if base is not None:
+            other = base[entry.name]
+            made["base"] = {"accuracy": other.accuracy, "interval": list(other.interval), "groups": other.groups}
+            made["paired"] = compared(results[entry.name], other, seed)
+        tasks[entry.name] = made
+    found: dict[str, Any] = {"tasks": tasks}
+    if suite.gauntlet is not None:
+        found["gauntlet"] = _composite(suite.gauntlet, results) | {
+            "missing": {category: list(names) for category, names in suite.gauntlet.missing.items() if names}
+        }
+        if base is not None:
+            found["gauntlet"]["base"] = _composite(suite.gauntlet, base)
+    return found
+
+
+def compared(result: Result, base: Result, seed: int = 0) -> dict[str, Any]:
+    """Two models on the same questions: the fields of `Paired`, and the share of flips.
+
+    Raises:
+        RecipeError: They answered different questions.
+    """
+    if [o.index for o in result.outcomes] != [o.index for o in base.outcomes]:
+        raise RecipeError(f"task '{result.task.name}': the two models were asked different questions")
+    found = paired([o.score for o in base.outcomes], [o.score for o in result.outcomes], seed)
+    return asdict(found) | {"flips": found.flips}
+
+
+def _figures(entry: Entry, result: Result) -> dict[str, Any]:
+    task = entry.task
+    files = {"file": task.file} | ({} if task.examples is None else {"examples": task.examples})
+    return {
+        "kind": task.kind,
+        "items": len(result.outcomes),
+        "accuracy": result.accuracy,
+        "interval": list(result.interval),
+        "baseline": task.baseline,
+        "above_chance": result.above_chance,
+        "shots": task.shots,
+        "scored_by": "generate" if task.kind in ("generation", "code") else "loglikelihood",
+        "groups": result.groups,
+        "data": {name: {"path": str(path), "sha256": fingerprint(path)} for name, path in files.items()},
+    }
+
+
+def _composite(listed: Gauntlet, results: Mapping[str, Result]) -> dict[str, Any]:
+    mine = {name.removeprefix(GAUNTLET): r for name, r in results.items() if name.startswith(GAUNTLET)}
+    return asdict(composite(listed, mine))
+
+
+def _folder(root: Path | None, name: str) -> Path:
+    """Where the files of a task lie: in a folder of its name, or in the one that was given."""
+    if root is None:
+        raise RecipeError(f"--tasks {name} reads local files: give the folder that holds them with --data FOLDER")
+    if not root.is_dir():
+        raise RecipeError(f"--data {root}: no such folder; --tasks {name} reads {name}/ in it")
+    inside = root / name
+    return inside if inside.is_dir() else root
