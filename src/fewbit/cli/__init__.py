@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from fewbit.cli import bench, convert, demo, evaluate, look, make, serve, talk
+from fewbit.cli import bench, compare, convert, demo, evaluate, look, make, serve, talk
 from fewbit.cli.common import FULL, settings, tell
 from fewbit.errors import FewbitError
 from fewbit.version import __version__
@@ -34,6 +34,7 @@ for command in (
     talk.run,
     serve.serve,
     evaluate.evaluate,
+    compare.compare,
     look.explain,
     look.support,
     look.doctor,

@@ -37,6 +37,9 @@ class Row:
     name: str
     key: Mapping[str, Any]
 
+    def __hash__(self) -> int:
+        return hash(self.file)
+
     @property
     def file(self) -> str:
         """Its file in a folder."""
@@ -76,6 +79,10 @@ class RunFolder:
         beside.write_text(json.dumps(whole, indent=1, default=str) + "\n", "utf8")
         beside.replace(file)
         return file
+
+    def forget(self, row: Row) -> None:
+        """Let a row be measured again."""
+        (self.path / row.file).unlink(missing_ok=True)
 
     def objects(self) -> Iterator[tuple[Path, dict[str, Any]]]:
         """All files that hold a command's object, this folder's and those of folders in it, by name."""

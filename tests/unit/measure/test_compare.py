@@ -1,0 +1,130 @@
+"""compare: what it asks of its processes, what it keeps of them, and what it makes of their ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+
+from fewbit import cli
+from fewbit.measure import compare
+from helpers import make_model
+
+TEXT = "The fox went over the hill and under the oak; the children told each other stories. " * 8
+SIZES = ("--batch", "1,2", "--input", "16", "--output", "3", "--runs", "1", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return make_model(folder / "base"), make_model(folder / "other")
+
+
+@pytest.fixture
+def here(monkeypatch) -> list[list[str]]:
+    """Its processes are commands in this one; what was asked of them."""
+    asked: list[list[str]] = []
+
+    def child(arguments, tell) -> compare.Ended:
+        asked.append(list(arguments))
+        with redirect_stdout(io.StringIO()) as out:
+            status = cli.run([*arguments, "-q"])
+        return compare.Ended(status, out.getvalue(), "")
+
+    monkeypatch.setattr(compare, "child", child)
+    return asked
+
+
+def test_rows_are_measured_once_and_stand_beside_the_base(models, here, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    words = ["compare", *map(str, models), *SIZES, "--run-dir", str(tmp_path / "run")]
+    words += ["--data", str(text), "--length", "32", "--windows", "2"]
+    assert cli.run([*words, "--json", "-q"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["base"] == "base"
+    assert [(m["label"], [c["batch"] for c in m["cells"]]) for m in found["models"]] == [
+        ("base", [1, 2]), ("other", [1, 2]),
+    ]  # fmt: skip
+    base, other = (m["quality"] for m in found["models"])
+    assert other["perplexity_base"] == pytest.approx(base["perplexity"])
+    assert other["kl_mean"] == pytest.approx(0, abs=1e-9)  # the same weights
+    assert other["top1_agreement"] == 1
+    assert [words[:2] for words in here] == [["bench", "offline"]] * 2 + [["eval", str(m)] for m in models]
+    here.clear()
+    assert cli.run([*words, "-q"]) == 0
+    assert here == []
+    out = capsys.readouterr().out
+    cells = [m["cells"][1] for m in found["models"]]
+    assert f"{cells[1]['tokens_per_s'] / cells[0]['tokens_per_s']:.2f}" in out
+    assert "100.0% ± 0.0%" in out
+
+
+def test_a_killed_process_fails_one_row_and_the_next_goes_on(here, tmp_path, capsys, monkeypatch, models):
+    healthy, ended = compare.child, iter([compare.Ended(-9, "", "batch 1: warming up")])
+    monkeypatch.setattr(compare, "child", lambda words, tell: next(ended, None) or healthy(words, tell))
+    words = ["compare", "--config", str(models[0]), "--recipes", "int8", *SIZES, "--run-dir", str(tmp_path), "-q"]
+    assert cli.run(words) == 0
+    out = capsys.readouterr().out
+    assert "failed: BF16, 1 x 16 + 3: the process was killed by signal 9; out of memory?" in out
+    assert len(here) == 2
+    assert len(list(tmp_path.glob("*.json"))) == 4
+    assert cli.run([*words, "--retry"]) == 0
+    assert "failed" not in capsys.readouterr().out
+    assert len(here) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "give directories, the base first"),
+        (["BASE"], "expected a base and one directory or more"),
+        (["BASE", "OTHER", "--config", "llama3-8b"], "give directories, the base first, or --config"),
+        (["--config", "llama3-8b"], "--config needs --recipes"),
+        (["--config", "llama3-8b", "--recipes", "fp8,fp8"], "each once"),
+        (["--config", "llama3-8b", "--recipes", "fp9"], "fp9"),
+        (["--config", "llama3-8b", "--recipes", "fp8", "--data", "x"], "random weights predict nothing"),
+        (["BASE", "OTHER", "--kv", "fp8"], "--kv is for random weights"),
+        (["BASE", "OTHER", "--data", "gone.txt"], "gone.txt: no such file"),
+        (["BASE", "gone"], "gone"),
+    ],
+)
+def test_wrong_words_are_one_line(models, tmp_path, capsys, words, said):
+    named = {"BASE": str(models[0]), "OTHER": str(models[1])}
+    words = [named.get(word, word) for word in words]
+    assert cli.run(["compare", *words, "--device", "cpu", "--run-dir", str(tmp_path / "run"), "-q"]) == 2
+    ended = capsys.readouterr()
+    assert said in ended.err
+    assert (ended.out, ended.err.count("\n")) == ("", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_ctrl_c_loses_no_row(models, tmp_path):
+    """Real processes: stopped after the first row, gone on with by the same command."""
+    words = [sys.executable, "-m", "fewbit.cli", "compare", *map(str, models), *SIZES, "--run-dir", str(tmp_path)]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 120
+        while not list(tmp_path.glob("*.json")):
+            assert process.poll() is None
+            assert time.monotonic() < until, "no row after 120 s"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert f"rows in {tmp_path}; the same command goes on from there" in said
+    kept = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
+    assert kept
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ, timeout=200)
+    assert done.returncode == 0, done.stderr
+    now = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
+    assert len(now) == 4
+    assert now.items() >= kept.items()
