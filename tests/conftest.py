@@ -28,7 +28,7 @@ hypothesis.settings.load_profile("fewbit")
 
 TESTS = Path(__file__).parent
 LIMITS_S = {
-    "unit": 60,
+    "unit": 180,
     "robust": 120,
     "laws": 120,
     "parity": 180,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncGenerator, Coroutine
 from typing import TypeVar
 
@@ -58,7 +57,7 @@ class EventStream(Response):
     ) -> None:
         self._events, self._slow_s = events, slow_s
         self._silence_s = SILENCE_S if silence_s is None else silence_s
-        self._spoke_s = time.monotonic()
+        self._spoke_s = 0.0  # when a block was sent last, on the event loop's clock
         self.status_code = 200
         self.background = None
         self.media_type = "text/event-stream"
@@ -70,12 +69,14 @@ class EventStream(Response):
             await while_connected(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
+        clock = asyncio.get_running_loop().time
         async with contextlib.aclosing(self._events):
+            self._spoke_s = clock()
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             pinging = asyncio.create_task(self._ping(send))
             try:
                 async for block in self._events:
-                    self._spoke_s = time.monotonic()
+                    self._spoke_s = clock()
                     # send waits while the connection's buffer is full, so a slow reader holds at most that much
                     async with asyncio.timeout(self._slow_s):
                         await send({"type": "http.response.body", "body": block, "more_body": True})
@@ -86,9 +87,10 @@ class EventStream(Response):
 
     async def _ping(self, send: Send) -> None:
         """A comment after each long silence, so that nobody between here and the client takes the stream for dead."""
+        clock = asyncio.get_running_loop().time
         with contextlib.suppress(OSError):
             while True:
-                await asyncio.sleep(self._spoke_s + self._silence_s - time.monotonic())
-                if time.monotonic() >= self._spoke_s + self._silence_s:
-                    self._spoke_s = time.monotonic()
+                await asyncio.sleep(self._spoke_s + self._silence_s - clock())
+                if clock() >= self._spoke_s + self._silence_s:
+                    self._spoke_s = clock()
                     await send({"type": "http.response.body", "body": PING, "more_body": True})

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from tiny_engine import engine, request
+from tiny_engine import engine, request, slowed
 
 from fewbit.engine import wire
 from fewbit.engine.client import InProcessClient
 from fewbit.engine.config import EngineOptions
 from fewbit.engine.engine import generate
-from fewbit.engine.socketclient import SocketClient
+from fewbit.engine.socketclient import SILENT_TICKS, TICK_S, SocketClient
 from fewbit.engine.spawn import spawn
 from fewbit.engine.types import EngineDownError, Event, OverloadedError, TokenLogprobs
 from fewbit.errors import CheckpointError, RequestError
@@ -31,7 +31,7 @@ COMMAND = (sys.executable, str(Path(__file__).with_name("tiny_engine.py")))
 @pytest.fixture(scope="module")
 def process():
     told = []
-    with spawn("slow", EngineOptions(max_queued=4), progress=told.append, drain_s=5, command=COMMAND) as child:
+    with spawn("slow", EngineOptions(max_queued=4), progress=told.append, drain_s=60, command=COMMAND) as child:
         assert told == ["inventing weights"]
         yield child
 
@@ -45,10 +45,7 @@ def connect(request):
         if request.param == "socket":
             client = await request.getfixturevalue("process").connect()
         else:
-            machine = engine(max_queued=4)
-            launch = machine.runner.launch
-            machine.runner.launch = lambda batch: (time.sleep(0.02), launch(batch))[1]
-            client = InProcessClient(machine)
+            client = InProcessClient(slowed(engine(max_queued=4)))
         try:
             yield client
         finally:
@@ -57,7 +54,7 @@ def connect(request):
     return opened
 
 
-async def until(client, condition, limit_s=5.0):
+async def until(client, condition, limit_s=30.0):
     """Poll the statistics until `condition` holds."""
     deadline = time.monotonic() + limit_s
     while not condition(stats := await client.stats()):
@@ -93,6 +90,7 @@ def test_events_stream_in_and_end_once(connect):
 def test_whoever_leaves_frees_the_blocks(connect, way):
     async def main():
         async with connect() as client:
+            aborts = (await client.stats()).endings_total.get("abort", 0)
             stream = await client.submit(request([1, 2, 3], max_tokens=100))
             if way != "never_read":
                 assert (await anext(stream)).token is not None
@@ -111,10 +109,9 @@ def test_whoever_leaves_frees_the_blocks(connect, way):
                 assert (await collect(stream))[-1].ending.reason == "abort"
             del stream
             gc.collect()
-            before = time.monotonic()
             stats = await until(client, lambda s: s.running == 0)
             assert stats.blocks_used == 0
-            assert time.monotonic() - before < 1
+            assert stats.endings_total["abort"] == aborts + 1  # it did not come to its end
 
     asyncio.run(main())
 
@@ -125,13 +122,13 @@ def test_refusals_are_raised_where_the_request_is_made(connect):
             with pytest.raises(RequestError, match="the prompt is empty") as caught:
                 await client.submit(request([]))
             assert caught.value.param == "prompt"
-            stream = await client.submit(request([1], "twice", max_tokens=50))
+            stream = await client.submit(request([1], "twice", max_tokens=100))
             with pytest.raises(RequestError, match="still running"):
                 await client.submit(request([1], "twice"))
             await stream.aclose()
 
             async def flood():  # 8 run at a time, 4 may wait
-                return [await client.submit(request([1], max_tokens=60)) for _ in range(20)]
+                return [await client.submit(request([1], max_tokens=100)) for _ in range(20)]
 
             with pytest.raises(OverloadedError, match="waiting"):
                 await flood()
@@ -144,11 +141,13 @@ def test_refusals_are_raised_where_the_request_is_made(connect):
 def test_a_client_that_vanishes_frees_its_blocks_and_disturbs_nobody(process):
     async def main():
         leaver, stayer = await process.connect(), await process.connect()
-        kept = await stayer.submit(request([5, 6], max_tokens=20))
+        aborts = (await stayer.stats()).endings_total.get("abort", 0)
         streams = [await leaver.submit(request([1, 2, i], max_tokens=100)) for i in range(3)]
-        await until(stayer, lambda s: s.running == 4)
+        for stream in streams:
+            await anext(stream)
+        kept = await stayer.submit(request([5, 6], max_tokens=40))
         leaver._writer.transport.abort()
-        await until(stayer, lambda s: s.running <= 1, 1.0)
+        await until(stayer, lambda s: s.endings_total.get("abort", 0) == aborts + 3)
         assert all([(await collect(s))[-1].ending.reason == "error" for s in streams])
         assert (await collect(kept))[-1].ending.reason == "length"
         await leaver.close()
@@ -160,11 +159,17 @@ def test_a_client_that_vanishes_frees_its_blocks_and_disturbs_nobody(process):
 def test_a_client_cannot_touch_the_requests_of_another(process):
     async def main():
         one, other = await process.connect(), await process.connect()
-        stream = await one.submit(request([1], "mine", max_tokens=10))
+        stream = await one.submit(request([1], "mine", max_tokens=100))
         other.abort("mine")
         with pytest.raises(RequestError, match="still running"):
             await other.submit(request([1], "mine"))
-        assert (await collect(stream))[-1].ending.reason == "length"
+        steps = (await other.stats()).steps_total
+        await until(other, lambda s: s.steps_total > steps + 1)  # an abort would have come to the engine by now
+        assert (await other.stats()).running == 1
+        one.abort("mine")
+        events = await collect(stream)
+        assert len(events) > 2
+        assert [e.ending.reason for e in events if e.ending] == ["abort"]
         await one.close()
         await other.close()
 
@@ -177,7 +182,7 @@ def test_rubbish_on_the_socket_costs_its_sender_the_connection_and_nothing_else(
         reader, writer = await asyncio.open_unix_connection(process.socket)
         await wire.read_frame(reader)
         writer.write(rubbish)
-        assert await asyncio.wait_for(reader.read(), 5) == b""
+        assert await asyncio.wait_for(reader.read(), 30) == b""
         writer.close()
         client = await process.connect()
         assert len(await collect(await client.submit(request([1], max_tokens=2)))) == 2
@@ -187,7 +192,7 @@ def test_rubbish_on_the_socket_costs_its_sender_the_connection_and_nothing_else(
 
 
 def test_the_socket_is_private_and_goes_with_its_process():
-    with spawn("fine", command=COMMAND, drain_s=5) as child:
+    with spawn("fine", command=COMMAND, drain_s=60) as child:
         folder = child.socket.parent
         assert folder.stat().st_mode & 0o777 == 0o700
     assert child.process.returncode == 0
@@ -219,20 +224,18 @@ def test_kill_ends_every_request_at_once():
         streams = [await client.submit(request([1, i], max_tokens=100)) for i in range(3)]
         await anext(streams[0])
         os.kill(child.pid, signal.SIGKILL)
-        began = time.monotonic()
         for stream in streams:
             events = await collect(stream)
             assert events[-1].ending.reason == "error"
-            assert "gone" in events[-1].ending.detail
+            assert "gone" in events[-1].ending.detail  # at once, not after some silence
             assert sum(e.ending is not None for e in events) == 1
-        assert time.monotonic() - began < 2
         with pytest.raises(EngineDownError):
             client.health()
         with pytest.raises(EngineDownError):
             await client.submit(request([1]))
         with pytest.raises(EngineDownError):
             await client.stats()
-        child.process.wait(5)
+        child.process.wait(30)
         assert child.exit_reason() == "was ended by SIGKILL"
         await client.close()
         with pytest.raises(EngineDownError, match="no engine answers"):
@@ -248,9 +251,8 @@ def test_a_stopped_process_is_noticed_within_five_seconds_and_may_come_back():
         stream = await client.submit(request([1], max_tokens=100))
         await anext(stream)
         os.kill(child.pid, signal.SIGSTOP)
-        began = time.monotonic()
+        assert TICK_S * SILENT_TICKS < 5
         events = await collect(stream)
-        assert time.monotonic() - began < 5
         assert events[-1].ending.reason == "error"
         assert "no sign of life" in events[-1].ending.detail
         with pytest.raises(EngineDownError, match="no sign of life"):
@@ -265,24 +267,31 @@ def test_a_stopped_process_is_noticed_within_five_seconds_and_may_come_back():
         assert (await collect(await client.submit(request([1], max_tokens=2))))[-1].ending.reason == "length"
         await client.close()
 
-    with spawn("slow", command=COMMAND, drain_s=5) as child:
+    with spawn("slow", command=COMMAND, drain_s=60) as child:
         asyncio.run(main(child))
 
 
-def test_sigterm_finishes_what_runs_and_takes_nothing_new():
+def test_sigterm_finishes_what_runs_and_takes_nothing_new(tmp_path):
+    hurry = tmp_path / "hurry"
+
     async def main(child):
         client = await child.connect()
-        stream = await client.submit(request([1], max_tokens=30))
+        stream = await client.submit(request([1], max_tokens=100))
         await anext(stream)
         os.kill(child.pid, signal.SIGTERM)
-        await asyncio.sleep(0.1)
+
+        async def until_refused():
+            while True:
+                await collect(await client.submit(request([2], max_tokens=1)))
+
         with pytest.raises(OverloadedError, match="shutting down"):
-            await client.submit(request([2]))
+            await asyncio.wait_for(until_refused(), 30)
+        hurry.touch()
         assert (await collect(stream))[-1].ending.reason == "length"
-        assert await asyncio.to_thread(child.process.wait, 5) == 0
+        assert await asyncio.to_thread(child.process.wait, 30) == 0
         await client.close()
 
-    with spawn("slow", command=COMMAND, drain_s=10) as child:
+    with spawn(f"slow:{hurry}", command=COMMAND, drain_s=120) as child:
         asyncio.run(main(child))
 
 
@@ -293,7 +302,7 @@ def test_sigterm_aborts_what_takes_too_long():
         await anext(stream)
         os.kill(child.pid, signal.SIGTERM)
         assert (await collect(stream))[-1].ending.reason == "abort"
-        assert await asyncio.to_thread(child.process.wait, 5) == 0
+        assert await asyncio.to_thread(child.process.wait, 30) == 0
         await client.close()
 
     with spawn("slow", command=COMMAND, drain_s=0.2) as child:
@@ -310,7 +319,7 @@ def test_the_engine_dies_with_its_parent():
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while Path(f"/proc/{pid}").exists() and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.02)

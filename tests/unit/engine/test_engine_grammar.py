@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 import threading
-import time
 from dataclasses import replace
 
 import psutil
@@ -167,10 +166,11 @@ class Slow:
     """Grammars that are compiled when they are told to."""
 
     def __init__(self, grammars) -> None:
-        self.go, self.grammars = threading.Event(), grammars
+        self.go, self.asked, self.grammars = threading.Event(), threading.Event(), grammars
 
     def matcher(self, text):
-        assert self.go.wait(10)
+        self.asked.set()
+        assert self.go.wait(60)
         return self.grammars.matcher(text)
 
 
@@ -205,16 +205,17 @@ def test_an_abort_while_it_is_compiled(machine, tokenizer):
         try:
             one = asked(tokenizer, grammar=CHOICE)
             waiting = asyncio.create_task(client.submit(one))
-            await asyncio.sleep(0.05)
+            await asyncio.to_thread(slow.asked.wait, 30)
             client.abort(one.id)
             slow.go.set()
             events = [event async for event in await waiting]
             assert [e.ending.reason for e in events if e.ending] == ["abort"]
-            until = time.monotonic() + 5
-            while (await client.stats()).running and time.monotonic() < until:
-                await asyncio.sleep(0.01)
+            async with asyncio.timeout(30):
+                while (await client.stats()).running:
+                    await asyncio.sleep(0.01)
             assert (await client.stats()).blocks_used == 0
         finally:
+            slow.go.set()
             await client.close()
 
     asyncio.run(main())
@@ -227,7 +228,7 @@ def test_a_stop_while_it_is_compiled_is_an_answer(machine, tokenizer):
     async def main():
         client = InProcessClient(made)
         waiting = asyncio.create_task(client.submit(asked(tokenizer, grammar=CHOICE)))
-        await asyncio.sleep(0.05)
+        await asyncio.to_thread(slow.asked.wait, 30)
         await client.close()
         slow.go.set()
         with pytest.raises(RequestError, match="shutting down"):
@@ -284,5 +285,5 @@ def test_in_a_process_of_its_own_that_leaves_nobody_behind(tokenizer):
         assert asyncio.run(ask(child)) in {"the fox", "the bear", "nobody"}
         (helper,) = psutil.Process(child.pid).children(recursive=True)
         child.process.kill()
-        psutil.wait_procs([helper], timeout=5)
+        psutil.wait_procs([helper], timeout=30)
         assert not helper.is_running()

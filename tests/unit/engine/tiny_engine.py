@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import time
 
 import msgspec
 import torch
@@ -114,6 +116,21 @@ def run(machine: Engine, check: bool = True):
     return events
 
 
+def slowed(machine: Engine, hurry: str = "") -> Engine:
+    """Some 20 ms a step; a second where a request has more than 50 tokens, so that it does not come to its end before
+    it is left, unless there is a file named `hurry`.
+    """
+    launch = machine.runner.launch
+
+    def slowly(batch: Batch) -> dict[str, Drawn]:
+        long = any(p.first > 50 for p in batch.pieces)
+        time.sleep(1.0 if long and not os.path.exists(hurry) else 0.02)
+        return launch(batch)
+
+    machine.runner.launch = slowly
+    return machine
+
+
 def build(model: str, options: EngineOptions, progress):
     """What the engine process of the tests opens: `model` says what should happen."""
     progress("inventing weights")
@@ -125,12 +142,8 @@ def build(model: str, options: EngineOptions, progress):
         raise ZeroDivisionError("on purpose")
     torch.set_num_threads(1)
     machine = engine(max_queued=options.max_queued)
-    if model == "slow":  # some 20 ms a step
-        import time
-
-        launch = machine.runner.launch
-        machine.runner.launch = lambda batch: (time.sleep(0.02), launch(batch))[1]
-    return machine
+    kind, _, hurry = model.partition(":")
+    return slowed(machine, hurry) if kind == "slow" else machine
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from fewbit.measure.startup import cached, start_once, words_of
 
 SERVER = textwrap.dedent("""
     import http.server, json, sys, time
-    begin = time.monotonic()
+    begin, asked = time.monotonic(), 0
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def say(self, status, body):
@@ -23,7 +23,9 @@ SERVER = textwrap.dedent("""
             self.wfile.write(body)
 
         def do_GET(self):
-            ready = time.monotonic() - begin > 0.5
+            global asked
+            asked += 1
+            ready = asked > 1 and time.monotonic() - begin > 0.5
             self.say(200 if ready else 503, json.dumps({"data": [{"id": "m"}]}).encode())
 
         def do_POST(self):

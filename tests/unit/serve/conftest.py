@@ -69,8 +69,8 @@ def live(engine, tokenizer):
 
     t = threading.Thread(target=thread)
     t.start()
-    assert ready.wait(10)
+    assert ready.wait(30)
     yield box["url"]
     box["models"].draining = True
-    t.join(10)
+    t.join(60)
     assert not t.is_alive()

@@ -29,6 +29,7 @@ class FakeEngine:
         self.says: list[int] = []  # the tokens that follow any prompt; then the end of the text
         self.delay_s = 0.0
         self.admit_s = 0.0  # how long it takes to accept a request
+        self.hold_after: int | None = None  # so many tokens, and none more until this is changed
         self.fail_after: int | None = None  # so many tokens, then an error
         self.abort_after: int | None = None
         self.die_after: int | None = None
@@ -114,6 +115,8 @@ class FakeEngine:
             return None
         for token in [*self.says, EOS]:
             await asyncio.sleep(self.delay_s)
+            while said == self.hold_after and request.id in self.running:
+                await asyncio.sleep(0.005)
             if request.id not in self.running:
                 return
             if said == self.fail_after:

@@ -31,7 +31,7 @@ def test_query_chat_stream_models_health(live, engine):
 
 
 def test_leaving_a_stream_frees_its_blocks(live, engine):
-    engine.delay_s, engine.says = 0.02, engine.says * 10
+    engine.hold_after = 5
     for _ in fewbit.Client(live).stream("a", max_tokens=90):
         break
     until(lambda: len(engine.aborted) == 1)
@@ -85,6 +85,7 @@ def saying():
 
     answers.heard = []
     yield answers
+    listener.shutdown(socket.SHUT_RDWR)  # which ends the threads that wait for it
     listener.close()
 
 
@@ -119,12 +120,13 @@ def test_streams_that_break_off(saying):
             next(pieces)
 
 
-def test_nobody_there(saying):
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        url = f"127.0.0.1:{probe.getsockname()[1]}"
-    assert not fewbit.Client(url).health()
-    with pytest.raises(fewbit.FewbitError, match="is a server there"):
-        fewbit.Client(url).models()
+def test_nobody_there():
+    with socket.socket() as held:  # nobody else can listen there meanwhile
+        held.bind(("127.0.0.1", 0))
+        url = f"127.0.0.1:{held.getsockname()[1]}"
+        assert not fewbit.Client(url).health()
+        with pytest.raises(fewbit.FewbitError, match="is a server there"):
+            fewbit.Client(url).models()
 
 
 def test_a_key_is_sent(saying):

