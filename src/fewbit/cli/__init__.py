@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from fewbit.cli import bench, compare, convert, demo, evaluate, look, make, serve, talk
+from fewbit.cli import bench, compare, convert, demo, evaluate, look, make, serve, talk, tune
 from fewbit.cli.common import FULL, settings, tell
 from fewbit.errors import FewbitError
 from fewbit.version import __version__
@@ -35,6 +35,7 @@ for command in (
     serve.serve,
     evaluate.evaluate,
     compare.compare,
+    tune.tune,
     look.explain,
     look.support,
     look.doctor,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,10 +90,10 @@ def verify(
     return Verified(scales, len(logits), bits_per_weight(written), sum(map(written.tensors.nbytes, written.tensors)))
 
 
-def bits_per_weight(checkpoint: Checkpoint) -> float:
-    """True bits per weight of the quantized linears, by the bytes in the files; of all linears where none is."""
+def bits_per_weight(checkpoint: Checkpoint, linears: Collection[str] = ()) -> float:
+    """True bits per weight, by the bytes in the files: of `linears`; of the quantized ones, or of all where none is."""
     bits = weights = 0
-    names = checkpoint.quant or {linear.name for linear in checkpoint.spec.linears()}
+    names = linears or checkpoint.quant or {linear.name for linear in checkpoint.spec.linears()}
     for linear in checkpoint.spec.linears():
         if linear.name in names and f"{linear.name}.weight" in checkpoint.tensors:
             weights += linear.out_features * linear.in_features

@@ -99,13 +99,13 @@ def evaluate(
     if base and base.spec.vocab != model.spec.vocab:
         raise UnsupportedError(f"vocabularies differ: {model.spec.vocab} and {base.spec.vocab}; no KL divergence")
     with torch.inference_mode():
-        run = _Forward(model, windows, device, progress, "model")
-        other = _Forward(base, windows, device, progress, "base") if base else None
+        run = Forward(model, windows, device, progress, "model")
+        other = Forward(base, windows, device, progress, "base") if base else None
         tokens = sum(map(len, windows)) - overlap * (len(windows) - 1)
         return _summarize(len(windows), tokens, _compare(windows, overlap, run, other))
 
 
-class _Forward:
+class Forward:
     """A model's states after the last layer, and its head."""
 
     def __init__(
@@ -145,7 +145,7 @@ class _Found:
     squares: list[Tensor]  # of the change in probability
 
 
-def _compare(windows: Sequence[Sequence[int]], overlap: int, model: _Forward, base: _Forward | None) -> _Found:
+def _compare(windows: Sequence[Sequence[int]], overlap: int, model: Forward, base: Forward | None) -> _Found:
     found = _Found([], [], [], [], [], [])
     start = 0
     for number, window in enumerate(windows):

@@ -1,0 +1,32 @@
+"""Choosing a recipe by measuring: what `fewbit tune` does."""
+
+from fewbit.measure.tune.candidates import Candidate, candidates, kv_names, names
+from fewbit.measure.tune.evidence import Window
+from fewbit.measure.tune.goal import FIGURES, Figure, Goal, Target, read_goal
+from fewbit.measure.tune.journal import Journal
+from fewbit.measure.tune.process import Protocol, Workers
+from fewbit.measure.tune.search import BASE, LostError, Measurer, Outcome, OutOfTimeError, Row, Search, rounds
+
+__all__ = [
+    "BASE",
+    "FIGURES",
+    "Candidate",
+    "Figure",
+    "Goal",
+    "Journal",
+    "LostError",
+    "Measurer",
+    "OutOfTimeError",
+    "Outcome",
+    "Protocol",
+    "Row",
+    "Search",
+    "Target",
+    "Window",
+    "Workers",
+    "candidates",
+    "kv_names",
+    "names",
+    "read_goal",
+    "rounds",
+]

@@ -1,0 +1,396 @@
+"""The search of `fewbit tune` over measurers that are made up: targets, racing, going on, the budget."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import yaml
+
+from fewbit.compress import built_in
+from fewbit.compress.recipe import parse_recipe
+from fewbit.errors import RecipeError, UnsupportedError
+from fewbit.measure.pareto import dominates
+from fewbit.measure.tune import (
+    FIGURES,
+    Candidate,
+    Journal,
+    LostError,
+    OutOfTimeError,
+    Search,
+    Window,
+    candidates,
+    kv_names,
+    names,
+    read_goal,
+    rounds,
+)
+from fewbit.measure.tune.evidence import difference, interval, mean_interval, quality, student
+
+TOTAL = 48
+
+# --- what is asked for ------------------------------------------------------------------------------------------------
+
+
+def test_a_goal_as_the_command_line_has_it():
+    goal = read_goal("recovery>=0.99, ttft_ms <= 200", "time_per_token")
+    assert [str(t) for t in goal.targets] == ["recovery>=0.99", "ttft_ms<=200"]
+    assert goal.objective.name == "time_per_token_ms"
+    assert [axis.name for axis in goal.axes] == ["time_per_token_ms", "recovery", "ttft_ms"]
+    assert goal.missed({"recovery": 0.98, "ttft_ms": 200.0}) == [goal.targets[0]]
+    assert goal.targets[0].shortfall(0.9603) == pytest.approx(0.03)
+    assert read_goal("ttft_ms<=1").axes[-1].name == "recovery"  # no front without a quality
+    assert read_goal("kl<=0.1", None, "tokens_per_s").objective.higher
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("",), "--target is empty"),
+        (("recovery",), "expected NAME>=NUMBER or NAME<=NUMBER"),
+        (("recovery>=0.9,",), "expected NAME>=NUMBER"),
+        (("recovery>0.9",), "so its target is recovery>=NUMBER"),
+        (("recovery<=0.9",), "more of recovery is better"),
+        (("ttft_ms>=200",), "less of ttft_ms is better"),
+        (("ttft_ms<=fast",), "expected a number above 0, got fast"),
+        (("ttft_ms<=nan",), "expected a number above 0"),
+        (("ttft_ms<=-1",), "expected a number above 0"),
+        (("recovery>=99",), "at most 1, such as 0.99"),
+        (("recovery>=0.9, recovery>=0.8",), "recovery stands twice"),
+        (("latency<=2",), ", ".join(FIGURES)),
+        (("ttft<=200",), "did you mean 'ttft_ms'"),
+        (("kl<=1", "speed"), ", ".join(FIGURES)),
+        (("kl<=1", "tokens_per_s"), "use --maximize tokens_per_s"),
+        (("kl<=1", None, "memory"), "use --minimize memory"),
+        (("kl<=1", "kl", "top1"), "both given"),
+    ],
+)
+def test_a_wrong_goal_is_one_clear_line(arguments, words):
+    with pytest.raises(RecipeError) as error:
+        read_goal(*arguments)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --- what is tried ----------------------------------------------------------------------------------------------------
+
+
+def test_the_candidates_are_whole_recipes():
+    made = candidates(names(), kv_names())
+    assert len({c.name for c in made}) == len(made) == len(names()) * len(kv_names())
+    for c in made:
+        recipe = parse_recipe(c.name, c.text)
+        assert (recipe.kv is not None) == c.name.endswith("+kv_fp8")
+    assert {c.name for c in made} >= {"int4", "w4a8", "auto_int4_6+kv_fp8"}
+
+
+def test_a_candidate_says_what_the_command_line_set(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "# Mine.\nrules: [{match: 'layers.*', weight: int8_row}]\ncalib: {samples: 4}\n"
+    )
+    (one,) = candidates([str(tmp_path / "mine.yaml")], ["int8"], {"length": 64})
+    assert one.name == "mine+kv_int8"
+    assert one.text.startswith("# Mine.\n")
+    assert yaml.safe_load(one.text)["calib"] == {"samples": 4, "length": 64}
+    recipe = parse_recipe("again", one.text)
+    assert (recipe.calibration.samples, recipe.calibration.length, str(recipe.kv.k)) == (4, 64, "int8")
+
+
+def test_an_unchanged_recipe_is_its_own_text():
+    (one,) = candidates(["int4"], ["none"])
+    assert one.text.splitlines()[0].lstrip("# ") == built_in()["int4"]
+
+
+@pytest.mark.parametrize(
+    ("recipes", "kv", "words"),
+    [
+        (["int5"], ["none"], "--recipes: unknown recipe 'int5'; did you mean"),
+        (["int4", "int4"], ["none"], "int4 stands twice"),
+        (["int4", ""], ["none"], "one of them is empty"),
+        (["int4"], ["fp9"], "--kv fp9: did you mean 'fp8'"),
+        (["int4"], ["fp8", "fp8"], "fp8 stands twice"),
+    ],
+)
+def test_wrong_candidates_are_one_clear_line(recipes, kv, words):
+    with pytest.raises(RecipeError) as error:
+        candidates(recipes, kv)
+    assert words in str(error.value)
+
+
+# --- intervals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("df", "risk", "t"),
+    [(1, 0.05, 12.7062), (3, 0.001, 12.9240), (10, 0.05, 2.22814), (30, 0.01, 2.75000), (200, 0.05, 1.97190)],
+)
+def test_student_as_in_the_tables(df, risk, t):
+    assert student(df, risk) == pytest.approx(t, rel=1e-4)
+
+
+def test_the_interval_holds_the_mean_as_often_as_it_says():
+    random_ = np.random.default_rng(0)
+    whole = random_.normal(1, 2, 40)
+    held = 0
+    for _ in range(400):
+        low, high = mean_interval(random_.permutation(whole)[:10].tolist(), 40, 0.1)
+        held += low <= whole.mean() <= high
+    assert 336 <= held <= 384  # 360 expected, standard deviation 6
+    assert mean_interval(whole.tolist(), 40, 0.1) == (whole.mean(),) * 2
+    assert mean_interval([1.0], 40, 0.1) == (-math.inf, math.inf)
+
+
+def test_quality_of_windows():
+    seen = [Window(loss=2.2, base=2.0, kl=0.1, top1=0.9), Window(loss=1.8, base=2.0, kl=0.3, top1=0.7)]
+    found = quality(seen)
+    assert found == pytest.approx({"recovery": 1.0, "perplexity": math.exp(2.0), "kl": 0.2, "top1": 0.8})
+    low, high = interval("recovery", seen, 4, 0.05)
+    assert low < 1 < high
+    assert interval("recovery", seen[:1], 4, 0.05) == (0.0, math.inf)
+    assert difference("kl", seen, seen, 4, 0.05) == (0.0, 0.0)
+
+
+# --- racing -----------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """A measurer of made-up candidates: name -> (bits, milliseconds, loss, noise), and what was asked of it."""
+
+    def __init__(self, made: dict[str, tuple[float, float, float, float]], seed: int = 0, limit: int | None = None):
+        self.made, self.limit, self.asked, self.forgotten = made, limit, Counter(), set()
+        draw = random.Random(seed)
+        base = [draw.gauss(3, 0.3) for _ in range(TOTAL)]
+        self.windows = {
+            name: [Window(b + draw.gauss(loss, noise), b, loss, 1 - loss) for b in base]
+            for name, (_, _, loss, noise) in made.items()
+        }
+
+    def _count(self, what: str) -> None:
+        if self.limit is not None and sum(self.asked.values()) >= self.limit:
+            raise OutOfTimeError
+        self.asked[what] += 1
+
+    def base(self):
+        self._count("base")
+        return {"bits_per_weight": 16.0, "memory_gb": 1.0} | self._speed(10.0)
+
+    def make(self, candidate):
+        self._count(f"make {candidate.name}")
+        if candidate.name.startswith("bad"):
+            raise UnsupportedError("layers of 80 do not divide into blocks of 32")
+        if candidate.name.startswith("lost"):
+            raise LostError("its process ended with status -9")
+        facts = {"bits_per_weight": self.made[candidate.name][0], "memory_gb": self.made[candidate.name][0] / 16}
+        return {"figures": facts, "recipe": candidate.text}
+
+    def speed(self, candidate):
+        self._count(f"speed {candidate.name}")
+        return self._speed(self.made[candidate.name][1])
+
+    def quality(self, candidate, start, stop):
+        self._count(f"quality {candidate.name}")
+        assert candidate.name not in self.forgotten
+        return self.windows[candidate.name][start:stop]
+
+    def forget(self, candidate):
+        self.forgotten.add(candidate.name)
+
+    @staticmethod
+    def _speed(ms: float) -> dict[str, float]:
+        return {"ttft_ms": 10 * ms, "time_per_token_ms": ms, "tokens_per_s": 1000 / ms}
+
+
+SOME = {  # bits, ms, loss, noise
+    "eight": (8.0, 6.0, 0.002, 0.002),
+    "four": (4.25, 4.0, 0.06, 0.01),
+    "four_better": (4.25, 4.0, 0.03, 0.01),
+    "mixed": (6.0, 5.0, 0.007, 0.003),
+    "slow": (5.0, 40.0, 0.02, 0.01),
+    "silly": (9.0, 7.0, 0.2, 0.02),
+}
+
+
+def search(bench, folder, goal="recovery>=0.99, ttft_ms<=200", minimize="time_per_token", **options):
+    tried = [Candidate(name, f"text of {name}") for name in bench.made]
+    with Journal(folder / "journal.jsonl", {"goal": goal, "minimize": minimize}) as journal:
+        return Search(tried, read_goal(goal, minimize), bench, journal, TOTAL, **options).run()
+
+
+def test_the_best_that_meets_the_targets_wins_and_the_hopeless_are_dropped(tmp_path):
+    bench = Bench(SOME)
+    found = search(bench, tmp_path)
+    assert (found.best, found.front, found.whole, found.nearest) == ("mixed", ["eight", "mixed"], True, [])
+    assert found.row("mixed").recipe == "text of mixed"
+    assert found.row("slow").out == "misses ttft_ms<=200 (400)"
+    assert "quality slow" not in bench.asked
+    assert found.row("four").out.startswith("misses recovery>=0.99")
+    assert found.base.figures["recovery"] == 1.0
+    assert found.base.figures["ttft_ms"] == 100.0
+    windows = {row.name: len(row.windows) for row in found.rows}
+    assert windows["eight"] == windows["mixed"] == TOTAL
+    assert windows["four"] < TOTAL
+    assert windows["silly"] < TOTAL
+    assert bench.forgotten == {"four", "four_better", "slow", "silly"}
+
+
+def test_a_candidate_that_another_beats_is_dropped(tmp_path):
+    found = search(Bench(SOME), tmp_path, "recovery>=0.5", "bits_per_weight")
+    assert found.row("four").out == "four_better is better"
+    assert found.row("silly").out is not None
+    assert found.best == "four_better"
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_as_good_as_measuring_everything(seed, tmp_path):
+    """What the race finds lies on the front of all measurements, and is the best there."""
+    draw = random.Random(seed)
+    made = {
+        f"c{i}": (draw.choice([4.25, 5.0, 6.0, 8.0]), draw.uniform(2, 8), draw.uniform(0.0, 0.05), 0.004)
+        for i in range(12)
+    }
+    bench = Bench(made, seed)
+    goal = read_goal("recovery>=0.97, bits_per_weight<=7", "time_per_token")
+    every = {
+        name: {"bits_per_weight": bits, **bench._speed(ms), **quality(bench.windows[name])}
+        for name, (bits, ms, _, _) in made.items()
+    }
+    feasible = {name: goal.costs(figures) for name, figures in every.items() if not goal.missed(figures)}
+    found = search(bench, tmp_path, "recovery>=0.97, bits_per_weight<=7")
+    assert found.best == min(feasible, key=feasible.__getitem__, default=None)
+    if found.best:
+        assert not any(dominates(goal.costs(f), feasible[found.best]) for f in every.values())
+    whole = search(Bench(made, seed), tmp_path / "whole", "recovery>=0.97, bits_per_weight<=7", exhaustive=True)
+    assert whole.best == found.best
+    assert set(whole.front) == {
+        name for name in every if not any(dominates(goal.costs(o), goal.costs(every[name])) for o in every.values())
+    }
+    assert all(len(row.windows) == TOTAL for row in whole.rows)
+
+
+def test_equal_in_the_objective_the_other_figures_decide(tmp_path):
+    made = {"worse": (4.0, 5.0, 0.005, 0.0001), "better": (4.0, 5.0, 0.001, 0.0001)}
+    assert search(Bench(made), tmp_path, minimize="bits_per_weight", exhaustive=True).best == "better"
+
+
+def test_a_target_that_nobody_meets(tmp_path):
+    found = search(Bench(SOME), tmp_path, "recovery>=0.99, bits_per_weight<=4.5")
+    assert found.best is None
+    assert found.nearest[0] == "four_better"
+    assert found.whole
+
+
+def test_what_cannot_be_made_is_a_row_and_not_tried_again(tmp_path):
+    bench = Bench({"bad": (0, 0, 0, 0), **SOME})
+    found = search(bench, tmp_path)
+    assert found.row("bad").failed
+    assert found.row("bad").out == "layers of 80 do not divide into blocks of 32"
+    assert found.best == "mixed"
+    again = Bench({"bad": (0, 0, 0, 0), **SOME})
+    assert search(again, tmp_path).row("bad").failed
+    assert not again.asked
+
+
+def test_what_died_is_a_row_and_tried_again(tmp_path):
+    made = {"lost": (0, 0, 0, 0), **SOME}
+    assert search(Bench(made), tmp_path).row("lost").failed
+    again = Bench(made)
+    assert search(again, tmp_path).row("lost").failed
+    assert again.asked == {"make lost": 1}
+
+
+def test_rounds_double():
+    assert rounds(48) == [6, 12, 24, 48]
+    assert rounds(100) == [12, 24, 48, 96, 100]
+    assert rounds(6) == [6]
+    assert rounds(2) == [2]
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+class Interrupting(Bench):
+    """Ctrl-C during some measurement."""
+
+    def _count(self, what: str) -> None:
+        if sum(self.asked.values()) == self.limit:
+            raise KeyboardInterrupt
+        self.asked[what] += 1
+
+
+def test_every_interruption_is_gone_on_from(tmp_path):
+    straight = Bench(SOME)
+    expected = search(straight, tmp_path / "straight")
+    for stop in range(sum(straight.asked.values())):
+        folder, first, second = tmp_path / str(stop), Interrupting(SOME, limit=stop), Bench(SOME)
+        with pytest.raises(KeyboardInterrupt):
+            search(first, folder)
+        assert search(second, folder) == expected
+        assert first.asked + second.asked == straight.asked  # nothing was lost and nothing measured twice
+
+
+def test_the_budget_ends_with_what_is_known(tmp_path):
+    total = sum(Bench(SOME).asked.values())
+    found = search(Bench(SOME, limit=3), tmp_path)
+    assert (found.best, found.whole) == (None, False)
+    rest = Bench(SOME)
+    found = search(rest, tmp_path)
+    assert (found.best, found.whole) == ("mixed", True)
+    assert sum(rest.asked.values()) > total
+
+
+def test_a_budget_that_ends_late_gives_the_best_so_far(tmp_path):
+    whole = Bench(SOME)
+    search(whole, tmp_path / "whole")
+    found = search(Bench(SOME, limit=sum(whole.asked.values()) - 1), tmp_path / "late")
+    assert not found.whole
+    assert found.best == "mixed"
+    assert any(0 < len(row.windows) < TOTAL and row.out is None for row in found.rows)
+
+
+def test_other_settings_are_one_clear_line(tmp_path):
+    search(Bench(SOME), tmp_path)
+    with pytest.raises(RecipeError) as error:
+        search(Bench(SOME), tmp_path, "recovery>=0.5")
+    assert 'holds a search with goal "recovery>=0.99, ttft_ms<=200", now it is "recovery>=0.5"' in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_journal_line_that_was_cut_short_is_measured_again(tmp_path):
+    search(Bench(SOME), tmp_path)
+    file = tmp_path / "journal.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    for cut in (lines[-1][:1], lines[-1][:-1]):
+        file.write_bytes(b"".join(lines[:-1]) + cut)
+        bench = Bench(SOME)
+        assert search(bench, tmp_path).best == "mixed"
+        assert sum(bench.asked.values()) == 1
+        assert [json.loads(line) for line in file.read_text().splitlines()][:-1] == list(map(json.loads, lines[:-1]))
+
+
+@pytest.mark.parametrize("broken", [b"{}\n", b"not json\n", b"[1]\n"])
+def test_a_damaged_journal_is_named(broken, tmp_path):
+    search(Bench(SOME), tmp_path)
+    file = tmp_path / "journal.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    for at in (0, 2):
+        file.write_bytes(b"".join([*lines[:at], broken, *lines[at + 1 :]]))
+        with pytest.raises(RecipeError, match=f"line {at + 1}: not a line of a journal"):
+            search(Bench(SOME), tmp_path)
+
+
+def test_a_folder_is_used_by_one_search_at_a_time(tmp_path):
+    with Journal(tmp_path / "journal.jsonl", {}), pytest.raises(RecipeError, match="another fewbit tune"):
+        Journal(tmp_path / "journal.jsonl", {})
+
+
+def test_the_risk_is_shared_by_all_comparisons():
+    sizes = itertools.product((1, 10), (8, 48))
+    for count, windows in sizes:
+        tried = [Candidate(str(i), "") for i in range(count)]
+        made = Search(tried, read_goal("kl<=1"), None, None, windows)
+        assert made.risk * len(rounds(windows)) * (count + 1) == pytest.approx(0.05)
