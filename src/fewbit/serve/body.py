@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 from starlette.requests import Request
@@ -57,6 +58,21 @@ class TooLargeError(RequestError):
 
 class EncodingError(RequestError):
     """The body is packed in a way that is not known here."""
+
+
+@contextlib.contextmanager
+def held(size_bytes: int) -> Iterator[None]:
+    """Work on a body of another kind, which shares the limit of all, within this block.
+
+    Raises:
+        OverloadedError: Other bodies take all the memory that there is for them.
+    """
+    share = _Share()
+    share.take(size_bytes)
+    try:
+        yield
+    finally:
+        share.free()
 
 
 async def read_object(request: Request, limit_bytes: int = LIMIT_BYTES) -> dict[str, Any]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from fewbit.errors import FewbitError, RecipeError, RequestError
 from fewbit.serve import logs
-from fewbit.serve.body import LIMIT_BYTES, aside, shown
+from fewbit.serve.body import LIMIT_BYTES, shown
 from fewbit.serve.connection import SLOW_S
 from fewbit.serve.exchange import exchange
 from fewbit.serve.kserve import describe, protobuf, protocol, repository
+from fewbit.serve.kserve.arrival import ARRIVE_S, OPEN, Keys, Waiting, asked_of, door, message
 from fewbit.serve.kserve.front import Front
 from fewbit.serve.problems import Problem, UnimplementedError, problem_of
 from fewbit.serve.run import bind
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 MAX_STREAM_REQUESTS = 256  # of one stream, at a time; more wait to be read
 MAX_CALLS = 4096
 MAX_CALLS_A_CONNECTION = 1024
-_OPEN = ("ServerLive", "ServerReady", "Check")  # without a key, as over HTTP
 _STATUS = {
     400: "INVALID_ARGUMENT",
     401: "UNAUTHENTICATED",
@@ -40,14 +40,6 @@ _STATUS = {
     504: "DEADLINE_EXCEEDED",
 }
 Handler = Callable[[Any], Awaitable[Any]]
-
-
-class Keys(Protocol):
-    """Says who may ask."""
-
-    def allows(self, header: str | None) -> bool:
-        """Whether this `authorization` header holds a key."""
-        ...
 
 
 class _FailedError(Exception):
@@ -103,7 +95,7 @@ async def serve_grpc(
             ("grpc.so_reuseport", 0),  # a port that is taken is an error, not shared
         ],
         maximum_concurrent_rpcs=MAX_CALLS,
-        interceptors=[] if keys is None else [_door(keys)],
+        interceptors=[] if keys is None else [door(keys)],
     )
     server.add_generic_rpc_handlers(_Grpc(front, timeout_s).handlers())
     try:
@@ -114,28 +106,12 @@ async def serve_grpc(
     return GrpcServer(server, bound)
 
 
-def _door(keys: Keys) -> grpc.aio.ServerInterceptor:
-    """Refuses calls without a key before anything of them is read."""
-    import grpc.aio
-
-    async def refuse(requests: AsyncIterator[Any], context: Any) -> None:
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "Unauthorized")
-
-    class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # gRPC says no types
-        async def intercept_service(self, continuation: Handler, details: Any) -> Any:
-            metadata = dict(details.invocation_metadata or ())
-            if details.method.rpartition("/")[2] in _OPEN or keys.allows(metadata.get("authorization")):
-                return await continuation(details)
-            return grpc.stream_stream_rpc_method_handler(refuse)
-
-    return Door()
-
-
 class _Grpc:
     """The handlers."""
 
     def __init__(self, front: Front, timeout_s: float | None) -> None:
         self._front, self._timeout_s = front, timeout_s
+        self._waiting = Waiting()
         self._types = protocol.messages()
         self._health = protocol.messages(protocol.HEALTH)
 
@@ -158,40 +134,54 @@ class _Grpc:
             "TraceSetting": self._trace,
             "LogSettings": self._logging,
         }
+        # Messages come as bytes, to be parsed here: within the limits of bodies, and with errors of the protocol.
         table = {
             name: grpc.unary_unary_rpc_method_handler(
-                self._guarded(name, unary.get(name, self._shared_memory)),
-                self._types[f"{name}Request"].FromString,
+                self._guarded(name, unary.get(name, self._shared_memory), self._types[f"{name}Request"]),
+                None,
                 self._types[f"{name}Response"].SerializeToString,
             )
             for name in protocol.METHODS
         }
         table["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
-            self._stream,
-            self._types["ModelInferRequest"].FromString,
-            self._types["ModelStreamInferResponse"].SerializeToString,
+            self._stream, None, self._types["ModelStreamInferResponse"].SerializeToString
         )
-        health = grpc.unary_unary_rpc_method_handler(
-            self._guarded("Check", self._check),
-            self._health["HealthCheckRequest"].FromString,
-            self._health["HealthCheckResponse"].SerializeToString,
-        )
+        for name in OPEN[:2]:
+            table[name] = self._open_call(name, unary[name], self._types)
+        health = self._open_call("Check", self._check, self._health, "HealthCheck")
         return [
             grpc.method_handlers_generic_handler(protocol.INFERENCE, table),
             grpc.method_handlers_generic_handler(protocol.HEALTH, {"Check": health}),
         ]
 
-    def _guarded(self, name: str, handler: Handler) -> Callable[[Any, Any], Awaitable[Any]]:
+    def _guarded(self, name: str, handler: Handler, kind: Any) -> Callable[[bytes, Any], Awaitable[Any]]:
         """A handler of calls with one answer, which answers failures with a status."""
 
-        async def guarded(request: Any, context: Any) -> Any:
+        async def guarded(raw: bytes, context: Any) -> Any:
             try:
                 with self._answering(name, context):
-                    return await handler(request)
+                    return await handler(await message(kind, raw))
             except _FailedError as e:
                 await context.abort(_code(e.problem), e.problem.message)
 
         return guarded
+
+    def _open_call(self, name: str, handler: Handler, types: Any, called: str = "") -> Any:
+        """A method that needs no key. Its calls take room before their message is there, so that has limits."""
+        import grpc
+
+        guarded = self._guarded(name, handler, types[f"{called or name}Request"])
+
+        async def call(requests: AsyncIterator[bytes], context: Any) -> Any:
+            raw = await self._waiting.first(requests)
+            if raw is None:
+                text = f"the message of the call did not come within {ARRIVE_S:g} s, or while there was room to wait"
+                await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, text)
+            return await guarded(raw or b"", context)
+
+        # To a client this is the same as a call of one message, which gRPC would wait for by itself, for ever.
+        answer = types[f"{called or name}Response"].SerializeToString
+        return grpc.stream_unary_rpc_method_handler(call, None, answer)
 
     @contextmanager
     def _answering(self, name: str, context: Any) -> Iterator[None]:
@@ -292,7 +282,7 @@ class _Grpc:
     # ---- inference ----
 
     async def _infer(self, request: Any) -> Any:
-        asked = await aside(request.ByteSize(), protobuf.parsed, request)
+        asked = await asked_of(request)
         async with AsyncExitStack() as leases:
             found = await self._front.infer(request.model_name, request.model_version, asked, self._lease(leases))
         return protobuf.answer(request.model_name, request.id, found)
@@ -310,9 +300,11 @@ class _Grpc:
             except TimeoutError as e:
                 raise _GoneError from e
 
-        async def work(request: Any) -> None:
+        async def work(raw: bytes) -> None:
+            request = self._types["ModelInferRequest"]()
             try:
                 with self._answering("ModelStreamInfer", context):
+                    request = await message(type(request), raw)
                     await self._parts(request, write)
             except _FailedError as e:  # the others of this stream go on
                 failed = self._types["ModelInferResponse"](model_name=request.model_name, id=request.id)
@@ -325,9 +317,9 @@ class _Grpc:
         slow = False
         try:
             async with asyncio.TaskGroup() as tasks:
-                async for request in requests:
+                async for raw in requests:
                     await room.acquire()
-                    tasks.create_task(work(request))
+                    tasks.create_task(work(raw))
         except* _GoneError:
             slow = True
         if slow:
@@ -336,7 +328,7 @@ class _Grpc:
     async def _parts(self, request: Any, write: Handler) -> None:
         """The answers to one request of a stream."""
         reply = self._types["ModelStreamInferResponse"]
-        asked = await aside(request.ByteSize(), protobuf.parsed, request)
+        asked = await asked_of(request)
         says_final = asked.parameters.get("triton_enable_empty_final_response", False)
         async with AsyncExitStack() as leases:
             parts = self._front.stream(request.model_name, request.model_version, asked, self._lease(leases))
