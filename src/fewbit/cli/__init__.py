@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from fewbit.cli import bench, compare, convert, demo, evaluate, look, make, serve, talk, tune
+from fewbit.cli import bench, compare, convert, demo, evaluate, look, make, report, serve, talk, tune
 from fewbit.cli.common import FULL, settings, tell
 from fewbit.errors import FewbitError
 from fewbit.version import __version__
@@ -36,6 +36,7 @@ for command in (
     evaluate.evaluate,
     compare.compare,
     tune.tune,
+    report.report,
     look.explain,
     look.support,
     look.doctor,

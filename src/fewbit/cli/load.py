@@ -6,6 +6,9 @@ import asyncio
 import json as json_
 import math
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -163,7 +166,7 @@ def serve(
         "extra": _extra(extra_body), "timeout_s": timeout,
     }  # fmt: skip
 
-    async def run() -> tuple[list[str], list[list[Result]]]:
+    async def run() -> tuple[list[str], list[list[Result]], bool]:
         clients = [of.client_of(one, os.environ.get(KEY)) for one in (url, compare) if one]
         names = [model or (await of.served_models(client))[0] for client in clients]
         asked = [
@@ -171,13 +174,16 @@ def serve(
             for client, name in zip(clients, names, strict=True)
         ]
         count = None if known is None else lambda text: len(known.encode(text, add_special_tokens=False))
-        with progress() as bars:
+        with progress() as bars, stopping() as stop:
             found = await of.measure(
-                asked, drawn, warm, count_tokens=count, objectives=objectives, percentiles=cuts, progress=bars
-            )
-        return names, found
+                asked, drawn, warm, count_tokens=count, objectives=objectives, percentiles=cuts, progress=bars,
+                stop=stop,
+            )  # fmt: skip
+        return names, found, stop.is_set()
 
-    names, found = asyncio.run(run())
+    names, found, stopped = asyncio.run(run())
+    if not found[0]:
+        raise KeyboardInterrupt  # before anything was answered
     said = _settled(
         of.environment(seed),
         endpoint_type="openai-chat" if endpoint == "chat" else "openai",
@@ -196,14 +202,18 @@ def serve(
     )  # fmt: skip
     objects = []
     for place, (one, name, results) in enumerate(zip((url, compare), names, found)):  # noqa: B905
+        if not results:
+            break  # stopped before the second server's first round
         made = said | {"base_url": one, "model_id": name} | of.report(of.middle(results), save_detailed)
         made["rounds"] = of.spread(results)
         if model_dir is not None and place == 0:
             made["utilization"] = _utilization(of.middle(results), model_dir, gpu)
         objects.append(made)
     whole = {"result_schema": of.SCHEMA} | objects[0]
-    if compare:
-        whole |= {"compared": objects[1], "ratios": of.ratios(found[0], found[1])}
+    whole["stopped"] = stopped
+    if compare and found[1]:
+        pairs = min(map(len, found))  # whole rounds, of both
+        whole |= {"compared": objects[1], "ratios": of.ratios(found[0][:pairs], found[1][:pairs])}
     if output is not None:
         output.write_text(json_.dumps({"schema": SCHEMA, "command": "bench serve", **whole}) + "\n", "utf8")
         note(f"written to {output}")
@@ -214,11 +224,35 @@ def serve(
             if number:
                 print()
             print_result(made, rounds)
-        if compare:
+        if compare and "ratios" in whole:
             print_ratios(whole["ratios"], url, compare)
     if not any(made["completed"] for made in objects):
         reason = objects[0]["failures"][0]
         raise RequestError(f"no request was answered; {reason['requests']} of them: {reason['reason']}")
+    if stopped:
+        done = sum(len(result.records) for results in found for result in results)
+        note(f"stopped: the figures are of the {done} requests that were over")
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def stopping() -> Iterator[asyncio.Event]:
+    """An event that Ctrl-C sets, so that what was measured until then is not lost; a second one is the usual."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def halt() -> None:
+        stop.set()
+        loop.remove_signal_handler(signal.SIGINT)
+
+    try:
+        loop.add_signal_handler(signal.SIGINT, halt)
+    except (NotImplementedError, RuntimeError, ValueError):  # not the main thread, or not Unix
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
 
 
 def _tokenizer(folder: str | None) -> Tokenizer | None:

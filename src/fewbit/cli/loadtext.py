@@ -30,6 +30,8 @@ def print_result(made: dict[str, Any], rounds: int) -> None:
         ("output tokens/s", f"{made['output_throughput']:.1f} ({made['total_output_tokens']:,} tokens)"),
         ("all tokens/s", f"{made['total_token_throughput']:.1f} ({made['total_input_tokens']:,} of prompts)"),
     ]
+    if made["stopped"]:
+        rows.append(("stopped", "early: requests under way then are not counted"))
     if (good := made["goodput"])["good_requests"] is not None:
         limits = ", ".join(f"{name} {limit:g} ms" for name, limit in good["objectives_ms"].items())
         rows.append(

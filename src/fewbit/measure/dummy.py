@@ -165,6 +165,13 @@ def stored_bits(checkpoint: Checkpoint) -> float:
     return bits / numbers
 
 
+def decode_flops(checkpoint: Checkpoint, batch: int, context: float) -> float:
+    """Floating-point operations of a decode step of `batch` sequences of `context` tokens."""
+    linears = prefill_flops(checkpoint, 1)[0]
+    heads = (layer.attention for layer in checkpoint.spec.layers)
+    return batch * (linears + sum(4.0 * a.heads * a.head_dim * min(context, a.window or math.inf) for a in heads))
+
+
 def prefill_flops(checkpoint: Checkpoint, tokens: int) -> tuple[float, float]:
     """Floating-point operations of one prompt: linears (the head for one position), and causal attention."""
     spec = checkpoint.spec

@@ -28,7 +28,7 @@ from fewbit.engine.runner import free_bytes
 from fewbit.engine.types import GenerateRequest, SamplingParams
 from fewbit.errors import UnsupportedError
 from fewbit.measure.ceilings import Ceilings, ceilings, seconds
-from fewbit.measure.dummy import decode_bytes, dummy_checkpoint, prefill_flops, stored_bits
+from fewbit.measure.dummy import decode_bytes, decode_flops, dummy_checkpoint, prefill_flops, stored_bits
 from fewbit.measure.peaks import Peak, peak_of
 from fewbit.measure.slice import compare_slice
 from fewbit.model.load import Loader
@@ -65,6 +65,7 @@ class Offline:
         step_s: one step of the engine at the full batch: schedule, launch, collect, commit.
         graph_s: one replay of the same step's graph, nothing else; None: no graph runs it.
         step_bytes: what a step must read: weights as stored, scales included, and K and V in the middle of the answers.
+        step_flops: operations of that step.
         mbu: step_bytes / TPOT over the peak of the device's memory.
         mfu: operations of the prompts over the time to the last first token, over the peak of its arithmetic.
         peak: whose peaks these are: `vendor: h100`, or `measured` in this run where the vendor's are not known.
@@ -88,6 +89,7 @@ class Offline:
     step_s: float
     graph_s: float | None
     step_bytes: float
+    step_flops: float
     mbu: float
     mfu: float
     peak: str
@@ -190,7 +192,8 @@ class Bench:
         _, first, between, last_first = counted[len(counted) // 2]
         step, graph = _step_times(engine, prompts, cell.prompt + cell.output // 2)
         step = between if step is None else step
-        read = sum(decode_bytes(checkpoint, batch, cell.prompt + cell.output / 2))
+        middle = cell.prompt + cell.output / 2  # of the answers: tokens of a sequence
+        read = sum(decode_bytes(checkpoint, batch, middle))
         linear, scores = (batch * f for f in prefill_flops(checkpoint, cell.prompt))
         eight = _eight_bit_prompts(checkpoint)
         ceiling = top.eight if eight else top.bf16
@@ -201,7 +204,8 @@ class Bench:
         peak_flops = peak.eight_bit_flops_per_s if eight else peak.flops_per_s
         return Offline(
             tokens_per_s=reached, slowest=min(speeds), fastest=max(speeds), first_token_s=first, per_token_s=between,
-            step_s=step, graph_s=graph, step_bytes=read, mbu=read / between / peak.bytes_per_s,
+            step_s=step, graph_s=graph, step_bytes=read, step_flops=decode_flops(checkpoint, batch, middle),
+            mbu=read / between / peak.bytes_per_s,
             mfu=(linear + scores) / last_first / peak_flops, peak=f"vendor: {whose}" if self.known else "measured",
             peak_bytes_per_s=peak.bytes_per_s, peak_flops_per_s=peak_flops, bytes_per_s=read / step,
             bandwidth=read / step / top.copy, flops_per_s=(linear + scores) / last_first,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import threading
 
 import pytest
@@ -31,7 +33,22 @@ AIPERF = {
 @pytest.fixture
 def stub():
     """A server that answers three words in 20 ms; its third request fails."""
-    script = lambda n, body: Script([], status=500) if n == 2 else Script(answer(0.01, [0.005, 0.005]))  # noqa: E731
+    yield from _served(lambda n, body: Script([], status=500) if n == 2 else Script(answer(0.01, [0.005, 0.005])))
+
+
+@pytest.fixture
+def stopping_stub():
+    """A server that answers three requests, and presses Ctrl-C at the fourth."""
+
+    def script(n: int, body: object) -> Script:
+        if n == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return Script(answer(4.0 if n == 3 else 0.01, [0.005, 0.005]))
+
+    yield from _served(script)
+
+
+def _served(script):
     ready, over, found = threading.Event(), None, []
 
     async def main() -> None:
@@ -127,3 +144,19 @@ def test_settings_that_make_no_sense(words, says, prompts, capsys):
 def test_nobody_there(prompts, capsys):
     assert run(["bench", "serve", "127.0.0.1:1", *prompts]) == 2
     assert "cannot connect to 127.0.0.1:1 (Connection refused); is a server running there?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loop", [("--concurrency", "1"), ("--request-rate", "20", "--max-concurrency", "1")])
+def test_ctrl_c_keeps_what_was_answered(stopping_stub, prompts, tmp_path, capsys, loop):
+    out = tmp_path / "r.json"
+    words = [*prompts, *loop, "--repeats", "2", "--save-detailed", "-o", str(out)]
+    assert run(["bench", "serve", stopping_stub.url, *words]) == 130
+    made = json.loads(out.read_text())
+    assert made["stopped"] is True
+    assert (made["num_prompts"], made["completed"], made["failed"]) == (3, 3, 0)
+    assert len(made["ttfts"]) == len(made["errors"]) == 3
+    assert made["total_output_tokens"] == 9
+    ended = capsys.readouterr()
+    assert "stopped" in ended.out
+    assert "the figures are of the 3 requests that were over" in ended.err
+    assert "Traceback" not in ended.err

@@ -48,6 +48,7 @@ class Result:
         late: seconds, see `Run`.
         objectives: for goodput, by figure, in seconds.
         percentiles: that are given.
+        stopped: whether it was stopped early, so that requests under way then have no record.
     """
 
     samples: Sequence[Sample]
@@ -57,6 +58,7 @@ class Result:
     late: Sequence[float]
     objectives: Mapping[str, float] = field(default_factory=dict)
     percentiles: Sequence[float] = (50, 90, 95, 99)
+    stopped: bool = False
 
     @property
     def failures(self) -> list[tuple[str, int]]:
@@ -86,7 +88,7 @@ def result_of(
         if record.error is None
     ]
     duration = max((r.ended if r.error is not None else r.arrivals[-1] for r in run.records), default=0.0)
-    return Result(samples, run.records, good, duration, run.late, objectives or {}, percentiles)
+    return Result(samples, run.records, good, duration, run.late, objectives or {}, percentiles, run.stopped)
 
 
 def report(result: Result, detailed: bool = False) -> dict[str, Any]:
@@ -103,6 +105,7 @@ def report(result: Result, detailed: bool = False) -> dict[str, Any]:
     most_tokens, most_requests = peaks(result.good, result.records)
     made: dict[str, Any] = {
         "num_prompts": len(result.records),
+        "stopped": result.stopped,
         "duration": result.duration,
         "completed": len(found),
         "failed": len(result.records) - len(found),

@@ -6,6 +6,7 @@ slows this machine for a while slows both. Ratios are taken within a round.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import math
 import statistics
@@ -99,6 +100,7 @@ async def measure(
     objectives: Mapping[str, float] | None = None,
     percentiles: Sequence[float] = (50, 90, 95, 99),
     progress: Progress = lambda stage, done, total: None,
+    stop: asyncio.Event | None = None,
 ) -> list[list[Result]]:
     """Put each load on each server.
 
@@ -110,6 +112,7 @@ async def measure(
         objectives: see `result_of`.
         percentiles: see `result_of`.
         progress: told the stage, requests done and all.
+        stop: once it is set, the round under way ends with what has been answered, and is the last.
 
     Returns:
         For each server its rounds.
@@ -122,17 +125,23 @@ async def measure(
     try:
         for endpoint in endpoints:
             made = [endpoint.prepare(sample) for sample in warm]
-            await drive(partial(_send, endpoint, made), len(made), limit=loads[0].limit or 8)
+            await drive(partial(_send, endpoint, made), len(made), limit=loads[0].limit or 8, stop=stop)
         for number, load in enumerate(loads):
             turn = list(enumerate(endpoints))
             for place, endpoint in turn if number % 2 == 0 else reversed(turn):
+                if stop is not None and stop.is_set():
+                    break
                 stage = f"round {number + 1} of {len(loads)}" + (f", {endpoint.client.url.text}" if turn[1:] else "")
                 requests = prepared[place][number]
                 run = await drive(
                     partial(_send, endpoint, requests), len(requests), due=load.due, limit=load.limit,
-                    progress=partial(progress, stage),
+                    progress=partial(progress, stage), stop=stop,
                 )  # fmt: skip
-                samples = [endpoint.asking.counted(sample) for sample in load.samples]
+                samples = [endpoint.asking.counted(load.samples[record.index]) for record in run.records]
+                for index, record in enumerate(run.records):  # of a round that was stopped some are missing
+                    record.index = index
+                if run.stopped and not run.records:
+                    break
                 found[place].append(result_of(run, samples, count_tokens, objectives, percentiles))
     finally:
         gc.unfreeze()

@@ -1,0 +1,182 @@
+"""Everything a run's folder holds, sorted by what it says: rows of speed, load on servers, quality, compressions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fewbit.errors import RequestError
+
+Object = dict[str, Any]
+
+
+@dataclass
+class Collected:
+    """The objects of a folder.
+
+    Attributes:
+        folder: Where.
+        cells: Rows of `bench offline` that have figures; of equal ones the newest.
+        failed: Rows that have none: what, and why.
+        loads: Objects of `bench serve`, by name.
+        evals: Objects of `eval`, by the model's name.
+        compressions: Objects of `compress`, by the name of what was written.
+        others: Files that are none of these.
+    """
+
+    folder: Path
+    cells: list[Object] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    loads: dict[str, Object] = field(default_factory=dict)
+    evals: dict[str, Object] = field(default_factory=dict)
+    compressions: dict[str, Object] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to report."""
+        return not (self.cells or self.failed or self.loads or self.evals or self.compressions)
+
+
+def collect(folder: Path) -> Collected:
+    """Read a folder and the folders in it.
+
+    Raises:
+        RequestError: There is no such folder, or it holds no result.
+    """
+    if not folder.is_dir():
+        raise RequestError(f"{folder}: no such folder; give the --run-dir of a measurement")
+    found = Collected(folder)
+    seen: dict[Any, Object] = {}
+    for file in sorted(folder.rglob("*.json")):
+        name = str(file.relative_to(folder))
+        if any(part.startswith(".") for part in Path(name).parts):
+            continue
+        try:
+            one = json.loads(file.read_text("utf8"))
+        except (OSError, ValueError):
+            one = None
+        if not isinstance(one, dict) or not _sort(found, seen, file, one):
+            found.others.append(name)
+    order = lambda c: (-(c.get("bits_per_weight") or _guess(c)), label(c), *(c[k] for k in SIZES))  # noqa: E731
+    found.cells = sorted(seen.values(), key=order)
+    if found.empty:
+        raise RequestError(
+            f"{folder}: holds no results; give the --run-dir of fewbit compare or bench offline, or put what "
+            "bench serve -o, eval -o and compress --json wrote there"
+        )
+    return found
+
+
+def _sort(found: Collected, seen: dict[Any, Object], file: Path, one: Object) -> bool:
+    """Put an object where it belongs; False: it says nothing that is known here."""
+    command = one.get("command")
+    if isinstance(one.get("cells"), list):
+        for cell in one["cells"]:
+            _cell(found, seen, cell | {"environment": cell.get("environment") or _of_record(one)})
+    elif command == "bench serve" or str(one.get("result_schema", "")).startswith("fewbit.bench.serve"):
+        found.loads[str(one.get("label") or file.stem)] = one
+    elif command == "eval" and "failed" in one:
+        found.failed.append((f"{name_of(one)}, quality", one["failed"]))
+    elif command == "eval" or (file.name == "eval.json" and "tasks" in one):
+        found.evals[name_of(one)] = one
+    elif command == "compress" and "weight_error" in one:
+        found.compressions[Path(str(one.get("output", file.stem))).name] = one
+    else:
+        return False
+    return True
+
+
+def _cell(found: Collected, seen: dict[Any, Object], cell: Object) -> None:
+    if "failed" in cell:
+        where = f"{label(cell)}, {cell['batch']} x {cell['input']} + {cell['output']}"
+        found.failed.append((where, cell["failed"]))
+        return
+    key = (label(cell), cell.get("config"), cell["environment"].get("device"), *(cell[k] for k in SIZES))
+    other = seen.get(key)
+    if other is None or _date(other) <= _date(cell):
+        seen[key] = cell
+
+
+SIZES = ("batch", "input", "output")
+
+
+def _date(cell: Mapping[str, Any]) -> str:
+    return str(cell["environment"].get("date", ""))
+
+
+def _of_record(one: Mapping[str, Any]) -> Object:
+    """The environment in the record of a GPU, which says it once for all cells."""
+    return {"device": one.get("gpu"), "date": one.get("date"), **one.get("versions", {})}
+
+
+def name_of(one: Mapping[str, Any]) -> str:
+    """The name of the model that `eval` was about."""
+    return str(one.get("label") or Path(str(one.get("model") or "model")).name)
+
+
+def label(cell: Mapping[str, Any]) -> str:
+    """What a figure calls a row: its model, or its recipe and formats of K and V and of the head."""
+    if cell.get("model"):
+        return str(cell["model"])
+    parts = [cell.get("recipe") or "BF16"]
+    parts += [f"{cell['kv']} K/V"] if cell.get("kv") else []
+    parts += [f"{cell['head']} head"] if cell.get("head") else []
+    return ", ".join(parts)
+
+
+def lines(cells: Iterable[Object]) -> dict[str, list[Object]]:
+    """Cells by what they have in common besides the batch, in order of batch."""
+    cells = list(cells)
+    shapes = {(c["input"], c["output"]) for c in cells}
+    configs = {c.get("config") for c in cells}
+    devices = {c["environment"].get("device") for c in cells}
+    found: dict[str, list[Object]] = {}
+    for cell in cells:
+        name = label(cell)
+        name += f", {cell['config']}" if len(configs) > 1 and cell.get("config") else ""
+        name += f", {cell['input']} + {cell['output']}" if len(shapes) > 1 else ""
+        name += f", {cell['environment'].get('device')}" if len(devices) > 1 else ""
+        found.setdefault(name, []).append(cell)
+    return {name: sorted(some, key=lambda c: c["batch"]) for name, some in found.items()}
+
+
+def base_of(cells: Iterable[Object]) -> str | None:
+    """The line that speeds are compared with: what has the most bits a weight, unquantized K and V first."""
+    drawn = lines(cells)
+    if len(drawn) < 2:
+        return None
+    return max(drawn, key=lambda name: (drawn[name][0].get("bits_per_weight") or _guess(drawn[name][0]), -len(name)))
+
+
+def _guess(cell: Mapping[str, Any]) -> float:
+    """Older records do not say the bits."""
+    return 0.0 if cell.get("recipe") else 16.0
+
+
+def recoveries(found: Collected) -> list[tuple[str, float, float, str]]:
+    """Models with a known size and a known quality beside their base: name, bits a weight, recovery, of what.
+
+    Recovery is the mean over tasks of model / base; where no task was asked, perplexity of the base / the model's.
+    """
+    bits = {label(c): c["bits_per_weight"] for c in found.cells if c.get("bits_per_weight")}
+    for name, one in found.compressions.items():
+        bits.setdefault(name, one["verified"]["bits_per_weight"])
+    made = []
+    for name, one in found.evals.items():
+        if name not in bits:
+            continue
+        parts = [t["paired"]["recovery"] for t in (one.get("tasks") or {}).values() if t.get("paired")]
+        if parts := [part for part in parts if part is not None]:
+            made.append((name, bits[name], sum(parts) / len(parts), f"mean over {len(parts)} tasks of model / base"))
+        elif one.get("perplexity_base"):
+            made.append((name, bits[name], one["perplexity_base"] / one["perplexity"], PERPLEXITY))
+        elif one.get("perplexity"):
+            made.append((name, bits[name], 1.0, "base"))
+    return made
+
+
+PERPLEXITY = "perplexity of the base / the model's"

@@ -1,0 +1,145 @@
+"""fewbit report: what is in a run is drawn, what is not is named, and the page asks nobody for anything."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from fewbit import cli
+from fewbit.measure.report.collect import base_of, collect, label, lines, recoveries
+from helpers import make_model
+
+VOID = {"meta", "link", "br", "img", "use", "path", "rect"}
+
+
+class Page(HTMLParser):
+    """Whether tags close each other, which ids there are, and whom the page would ask."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.asked: list[str] = []
+        self.used: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(tag)
+        self._look(attrs)
+
+    def handle_startendtag(self, tag, attrs):
+        self._look(attrs)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def _look(self, attrs):
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("href", "src", "xlink:href") and not value.startswith("data:"):
+                (self.used if value.startswith("#") else self.asked).append(value)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """Two models measured at two batch sizes, and what other commands would have written, in few words."""
+    folder, models = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("models")
+    for name in ("base", "small"):
+        model = make_model(models / name)
+        words = ["--batch", "1,2", "--input", "8", "--output", "3", "--runs", "1", "--device", "cpu", "-q"]
+        assert cli.run(["bench", "offline", str(model), *words, "--run-dir", str(folder), "--json"]) == 0
+    for file in folder.glob("*small*.json"):  # as if it had been quantized
+        file.write_text(file.read_text().replace('"bits_per_weight": 16.0', '"bits_per_weight": 4.25'))
+    failed = {"model": "large", "batch": 1, "input": 8, "output": 3, "failed": "no <room>"}
+    others = {
+        "failed.json": {"command": "bench offline", "cells": [failed]},
+        "base.json": {"command": "eval", "label": "base", "perplexity": 10.0, "perplexity_err": 0.1},
+        "eval/eval.json": {
+            "command": "eval", "model": "/somewhere/small", "perplexity": 12.5, "perplexity_err": 0.1,
+            "perplexity_base": 10.0,
+        },
+        "serve.json": {
+            "command": "bench serve", "result_schema": "fewbit.bench.serve/1", "model_id": "m", "completed": 2,
+            "failed": 1, "request_throughput": 1.0, "output_throughput": 2.0, "median_ttft_ms": 5.0,
+            "median_tpot_ms": None, "ttfts": [0.01, 0.02, 0.0], "tpots": [0.001, 0.002, None],
+            "e2els": [0.1, 0.2, None], "errors": ["", "", "x"], "dataset": {"sha256": "d" * 64},
+            "stopped": True, "seed": 7,
+        },
+        "compress.json": {
+            "command": "compress", "output": "small", "calibration": "none", "verified": {"bits_per_weight": 4.25},
+            "weight_error": {f"layers.{i}.{n}": 0.01 * (i + 1) for i in range(3) for n in ("attn.q", "mlp.up")},
+        },
+        "strange.json": {"x": 1},
+    }  # fmt: skip
+    (folder / "eval").mkdir()
+    for name, one in others.items():
+        (folder / name).write_text(json.dumps(one))
+    (folder / "cut.json").write_text('{"x')
+    return folder
+
+
+def test_what_a_folder_holds_is_sorted(run):
+    found = collect(run)
+    assert [(label(c), c["batch"]) for c in found.cells] == [("base", 1), ("base", 2), ("small", 1), ("small", 2)]
+    assert found.failed == [("large, 1 x 8 + 3", "no <room>")]
+    assert set(found.evals) == {"base", "small"}
+    assert found.others == ["cut.json", "strange.json"]
+    assert base_of(found.cells) == "base"
+    assert recoveries(found) == [
+        ("base", 16, 1.0, "base"), ("small", 4.25, 0.8, "perplexity of the base / the model's"),
+    ]  # fmt: skip
+
+
+def test_of_equal_rows_the_newest_counts_and_lines_are_told_apart(tmp_path):
+    cell = {"model": None, "config": "c", "recipe": "int8", "kv": "fp8", "batch": 1, "input": 8, "output": 2}
+    for number, date in enumerate(("2026-01-02", "2026-01-01")):
+        one = cell | {"tokens_per_s": number, "environment": {"date": date, "device": "x"}}
+        (tmp_path / f"{number}.json").write_text(json.dumps({"command": "bench offline", "cells": [one]}))
+    assert [c["tokens_per_s"] for c in collect(tmp_path).cells] == [0]
+    other = cell | {"input": 9, "environment": {"device": "x"}}
+    assert list(lines([cell | {"environment": {"device": "x"}}, other])) == [
+        "int8, fp8 K/V, 8 + 2", "int8, fp8 K/V, 9 + 2",
+    ]  # fmt: skip
+
+
+def test_the_page_stands_alone(run, capsys):
+    pytest.importorskip("matplotlib", reason="NO MATPLOTLIB, so no report was drawn: pip install 'fewbit[report]'")
+    assert cli.run(["report", str(run), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert set(said["figures"]) == {
+        "throughput", "tpot", "ttft", "tradeoff", "mbu", "latency_cdf", "layer_error_0", "recovery",
+    }  # fmt: skip
+    assert said["left_out"] == {"Tasks won and lost": "no tasks of eval against a base"}
+    for file in said["figures"].values():
+        assert Path(file).read_bytes().startswith(b"\x89PNG")
+    text = Path(said["html"]).read_text()
+    page = Page(text)
+    assert page.open == []
+    assert page.asked == []
+    assert not re.search(r"url\((?!#)|@import|<script", text)
+    assert len(page.ids) == len(set(page.ids))
+    assert {use[1:] for use in page.used} <= set(page.ids)
+    assert text.count('<svg role="img" aria-label="') == 8
+    assert "currentColor" in text
+    assert "#010203" not in text
+    assert "prefers-color-scheme: dark" in text
+    assert "@media print" in text
+    assert "no &lt;room&gt;" in text
+    assert "(stopped early)" in text
+    for words in ("d" * 64, "Tasks won and lost: no tasks of eval", "cut.json, strange.json", "80.0%"):
+        assert words in text
+
+
+def test_a_report_of_nothing_is_one_line(tmp_path, capsys):
+    for folder, said in ((tmp_path / "gone", "no such folder"), (tmp_path, "holds no results")):
+        assert cli.run(["report", str(folder)]) == 2
+        ended = capsys.readouterr()
+        assert said in ended.err
+        assert (ended.out, ended.err.count("\n")) == ("", 1)
