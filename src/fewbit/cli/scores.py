@@ -99,11 +99,15 @@ def _harness(made: dict[str, Any]) -> None:
                 continue
             bare = metric.partition(",")[0]
             pair = found.get("paired", {}).get(bare)
-            against = (
-                [f"{pair['base']:.4f}", f"{pair['difference']:+.4f}", _interval(pair["low"], pair["high"], "+")]
-                if pair
-                else []
-            )
+            against = []
+            if pair:
+                against = [
+                    f"{pair['base']:.4f}",
+                    f"{pair['difference']:+.4f}",
+                    _interval(pair["low"], pair["high"], "+"),
+                ]
+            elif (other := found.get("base", {}).get("metrics", {}).get(metric)) is not None:
+                against = [f"{other:.4f}", f"{value - other:+.4f}"]
             span = found["intervals"].get(bare)
             rows.append([f"{name}, {metric}", f"{value:.4f}", _interval(*span) if span else "-", *against])
     width = max((len(row) for row in rows), default=0)

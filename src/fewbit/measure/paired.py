@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -50,6 +50,10 @@ class Paired:
     def flips(self) -> float | None:
         """Fraction of items whose answer went from right to wrong or back."""
         return None if self.lost is None or self.won is None else (self.lost + self.won) / self.items
+
+    def figures(self) -> dict[str, float | int | None]:
+        """Everything, as JSON has it."""
+        return asdict(self) | {"flips": self.flips}
 
 
 def paired(base: Sequence[float], model: Sequence[float], seed: int = 0) -> Paired:

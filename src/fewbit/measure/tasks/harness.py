@@ -103,7 +103,7 @@ def harness_report(found: Mapping[str, Any], base: Mapping[str, Any] | None = No
             both = sorted(scores.keys() & other.keys())
             if both and len(both) == len(scores):
                 pair = paired([other[i] for i in both], [scores[i] for i in both], seed)
-                made.setdefault("paired", {})[name] = vars(pair) | {"flips": pair.flips}
+                made.setdefault("paired", {})[name] = pair.figures()
         if base is not None:
             made["base"] = {"metrics": base["results"].get(task, {})}
         tasks[task] = made
@@ -130,7 +130,7 @@ def _scores(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]
 @functools.cache
 def _model_class() -> Any:
     """The class of our model in the harness's registry, as `fewbit`."""
-    for name in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE"):
+    for name in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE", "TQDM_DISABLE"):  # how far it is, `progress` is told
         os.environ.setdefault(name, "1")
     try:
         from lm_eval.api.model import TemplateLM

@@ -210,15 +210,14 @@ def report(
 
 
 def compared(result: Result, base: Result, seed: int = 0) -> dict[str, Any]:
-    """Two models on the same questions: the fields of `Paired`, and the share of flips.
+    """Two models on the same questions: `Paired.figures`.
 
     Raises:
         RecipeError: They answered different questions.
     """
     if [o.index for o in result.outcomes] != [o.index for o in base.outcomes]:
         raise RecipeError(f"task '{result.task.name}': the two models were asked different questions")
-    found = paired([o.score for o in base.outcomes], [o.score for o in result.outcomes], seed)
-    return asdict(found) | {"flips": found.flips}
+    return paired([o.score for o in base.outcomes], [o.score for o in result.outcomes], seed).figures()
 
 
 def _figures(entry: Entry, result: Result) -> dict[str, Any]:
