@@ -2,13 +2,15 @@
 
 Three tasks made of the bundled held-out stories (choose a continuation, generate, perplexity), through lm-eval's
 `local-completions` with the server's tokenizer and with one of its own. Each log-likelihood is compared with that of
-`fewbit.Engine` (the same float) and with that of transformers.
+`fewbit.Engine` (the same float) and with that of transformers. Then `fewbit eval --tasks lm-eval:NAME`, which runs the
+harness with the engine as its model.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -180,3 +182,51 @@ def test_perplexity_is_that_of_the_model(reported, engine, oracle):
     assert any(len(s["doc"]["text"]) > 8000 for s in reported["stories_rolling"])
     bits = reported["scores"]["stories_rolling"]["bits_per_byte,none"]
     assert bits == pytest.approx(-total / octets / 0.6931471805599453, rel=1e-12)
+
+
+@pytest.fixture(scope="module")
+def delegated(tasks, storyteller, program, tmp_path_factory) -> dict[str, Any]:
+    """What `fewbit eval` says of the three tasks. The harness's packages stand behind ours, which have torch."""
+    (packages,) = Path(program("lm-eval", "python")).parents[1].glob("lib/python*/site-packages")
+    folder = tmp_path_factory.mktemp("delegated")
+    start = f"import sys; sys.path.append({str(packages)!r}); from fewbit.cli import run; sys.exit(run(sys.argv[1:]))"
+    names = ",".join(f"lm-eval:{name}" for name in TASKS)
+    words = [sys.executable, "-c", start, "eval", str(storyteller), "--tasks", names, "--lm-eval-path", str(tasks)]
+    environment = {"HF_HOME": str(folder / "hf"), "PYTHONPATH": str(Path(fewbit.__file__).parents[1])}
+    run([*words, "--out", str(folder / "run"), "--device", "cpu", "-q"], folder, **environment)
+    return json.loads((folder / "run" / "eval.json").read_text())["lm_eval"]
+
+
+@pytest.mark.timeout(900)
+def test_eval_runs_the_harness_with_the_engine(delegated, tasks, engine):
+    def rows(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (tasks / f"{name}.jsonl").read_text().splitlines()]
+
+    def encode(text: str) -> list[int]:
+        return engine.tokenizer.encode(text, add_special_tokens=False)
+
+    found = {name: task["metrics"] for name, task in delegated["tasks"].items()}
+    right = 0
+    for row in rows("stories_choice"):
+        sums = [
+            direct(engine, encode(row["text"] + c), len(encode(row["text"] + c)) - len(encode(row["text"])))[0]
+            for c in row["choices"]
+        ]
+        right += sums.index(max(sums)) == row["answer"]
+    assert found["stories_choice"]["acc,none"] == right / len(rows("stories_choice")) > 0.4
+    assert len(delegated["tasks"]["stories_choice"]["intervals"]["acc"]) == 2
+    same = 0
+    for row in rows("stories_until"):
+        (said,) = engine.generate(encode(row["text"]), max_tokens=24, temperature=0, stop=UNTIL)
+        same += said.text == row["choices"][row["answer"]]
+    assert found["stories_until"]["exact_match,none"] == same / len(rows("stories_until"))
+    start, total, octets = engine.tokenizer.encode(""), 0.0, 0
+    for row in rows("stories_rolling"):
+        ids = encode(row["text"])
+        total += direct(engine, [*start, *ids[: LENGTH - 2]], min(len(ids), LENGTH - 2))[0]
+        if len(ids) > LENGTH - 2:
+            total += direct(engine, ids[-(LENGTH - 1) :], len(ids) - (LENGTH - 2))[0]
+        octets += len(row["text"].encode())
+    bits = found["stories_rolling"]["bits_per_byte,none"]
+    assert bits == pytest.approx(-total / octets / 0.6931471805599453, rel=1e-9)
+    assert delegated["cut_prompts"] == 0

@@ -275,7 +275,7 @@ def flat(found: Quality) -> dict[str, Any]:
 
 def _settings(job: _Job, scorer: str) -> dict[str, Any]:
     """What the figures depend on."""
-    from fewbit.measure.tasks.rows import fingerprint
+    from fewbit.measure.rows import file_hash
     from fewbit.version import __version__
 
     made: dict[str, Any] = {
@@ -286,7 +286,7 @@ def _settings(job: _Job, scorer: str) -> dict[str, Any]:
     if job.suite.perplexity and job.text.path is not None:
         file = job.text.path
         made["text"] = {
-            "path": str(file), "sha256": fingerprint(file) if file.is_file() else None, "length": job.text.length,
+            "path": str(file), "sha256": file_hash(file) if file.is_file() else None, "length": job.text.length,
             "stride": job.text.stride or job.text.length,
         }  # fmt: skip
     return made

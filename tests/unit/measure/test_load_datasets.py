@@ -8,7 +8,7 @@ import json
 import pytest
 
 from fewbit.demo import demo_model
-from fewbit.errors import CheckpointError, RequestError
+from fewbit.errors import CheckpointError, RecipeError, RequestError
 from fewbit.measure.load import Sample, Wanted, dataset_named, datasets, fingerprint, load_of
 from fewbit.text import Tokenizer
 
@@ -149,7 +149,7 @@ BROKEN = [
 
 @pytest.mark.parametrize(("name", "rows", "says"), BROKEN, ids=[f"{n}-{i}" for i, (n, _, _) in enumerate(BROKEN)])
 def test_a_broken_file_is_told_by_its_line(name, rows, says, tmp_path):
-    with pytest.raises(RequestError, match=says):
+    with pytest.raises((RecipeError, RequestError), match=says):
         asked(name, 2, written(tmp_path / "a.jsonl", rows))
 
 
@@ -176,13 +176,13 @@ def test_files_and_names_that_are_none(tmp_path):
         dataset_named("random", tmp_path)
     with pytest.raises(RequestError, match=r"random draws tokens .* give the model's directory"):
         asked("random", 1)
-    with pytest.raises(RequestError, match="cannot be read"):
+    with pytest.raises(RecipeError, match="cannot be read"):
         asked("jsonl", 1, tmp_path / "missing.jsonl")
     (tmp_path / "a.jsonl.gz").write_bytes(b"no gzip")
-    with pytest.raises(RequestError, match="cannot be read"):
+    with pytest.raises(RecipeError, match="cannot be read"):
         asked("jsonl", 1, tmp_path / "a.jsonl.gz")
     (tmp_path / "b.jsonl").write_bytes(b"\xff")
-    with pytest.raises(RequestError, match="not UTF-8 at byte 0"):
+    with pytest.raises(RecipeError, match="not UTF-8 at byte 0"):
         asked("jsonl", 1, tmp_path / "b.jsonl")
 
 

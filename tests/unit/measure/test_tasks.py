@@ -265,12 +265,12 @@ def test_wrong_descriptions(tmp_path, text, fault):
 @pytest.mark.parametrize(
     ("row", "fault"),
     [
-        ('{"query": "a", "choices": ["b"], "gold": 1}', "row 1: the right answer must be a number below 1, got 1"),
-        ('{"query": "a", "gold": 0}', "row 1: no field 'choices'"),
-        ('{"query": 3, "choices": ["b"], "gold": 0}', "row 1: expected a text, got 3"),
+        ('{"query": "a", "choices": ["b"], "gold": 1}', "line 1: the right answer must be a number below 1, got 1"),
+        ('{"query": "a", "gold": 0}', "line 1: no field 'choices'"),
+        ('{"query": 3, "choices": ["b"], "gold": 0}', "line 1: expected a text, got 3"),
         ('{"query": ', "line 1: not JSON"),
-        ("[1]", "line 1: expected an object, got list"),
-        ("", "the file holds no rows"),
+        ("[1]", "line 1: expected an object, found list"),
+        ("", "holds no row"),
     ],
 )
 def test_wrong_rows(tmp_path, row, fault):

@@ -5,11 +5,12 @@
 """
 
 from fewbit.measure.load.arrivals import Ramp, schedule
-from fewbit.measure.load.datasets import Sample, Wanted, dataset_named, datasets, distinct, file_hash, fingerprint
+from fewbit.measure.load.datasets import Sample, Wanted, dataset_named, datasets, distinct, fingerprint
 from fewbit.measure.load.endpoint import PATHS, Asking, Endpoint, client_of, served_models
 from fewbit.measure.load.metrics import read_objectives
 from fewbit.measure.load.report import SCHEMA, Result, environment, report
 from fewbit.measure.load.session import Load, load_of, measure, middle, ratios, spread, warmups
+from fewbit.measure.rows import file_hash
 
 __all__ = [
     "PATHS",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fewbit.errors import RecipeError
-from fewbit.measure.tasks.rows import read_rows
+from fewbit.measure.rows import rows
 from fewbit.measure.tasks.task import Item, Task
 from fewbit.text import Tokenizer
 
@@ -78,7 +78,7 @@ def completion(row: Mapping[str, Any], index: int) -> Item | None:
 
 
 def _completions(file: Path) -> list[Item]:
-    found = [completion(row, index) for index, row in enumerate(read_rows(file))]
+    found = [completion(row, index) for index, (_, row) in enumerate(rows(file))]
     kept = [item for item in found if item is not None]
     if not kept:
         raise RecipeError(f"{file}: no row is a Python file with a function whose docstring has examples (>>>)")

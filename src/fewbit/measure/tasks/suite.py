@@ -12,12 +12,12 @@ from typing import Any, get_args
 
 from fewbit.errors import RecipeError, nearest_name
 from fewbit.measure.paired import paired
+from fewbit.measure.rows import file_hash
 from fewbit.measure.tasks.gauntlet import Gauntlet, composite, gauntlet
 from fewbit.measure.tasks.mmlu import Scorer, mmlu
 from fewbit.measure.tasks.needle import Needle
 from fewbit.measure.tasks.programs import programs
 from fewbit.measure.tasks.prompts import Prompts
-from fewbit.measure.tasks.rows import fingerprint
 from fewbit.measure.tasks.run import Progress, Result, run_task
 from fewbit.measure.tasks.source import Asked
 from fewbit.measure.tasks.task import Item, Task, read_tasks
@@ -233,7 +233,7 @@ def _figures(entry: Entry, result: Result) -> dict[str, Any]:
         "shots": task.shots,
         "scored_by": "generate" if task.kind in ("generation", "code") else "loglikelihood",
         "groups": result.groups,
-        "data": {name: {"path": str(path), "sha256": fingerprint(path)} for name, path in files.items()},
+        "data": {name: {"path": str(path), "sha256": file_hash(path)} for name, path in files.items()},
     }
 
 

@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from fewbit.errors import RecipeError, nearest_name
-from fewbit.measure.tasks.rows import fingerprint, read_rows
+from fewbit.measure.rows import file_hash, rows
 
 Kind = Literal["multiple_choice", "schema", "language_modeling", "generation", "code"]
 Length = Literal["tokens", "characters", "none"]
@@ -110,16 +110,16 @@ class Task:
         """What decides the questions: the settings and the files' hashes."""
         files = {"file": self.file} | ({} if self.examples is None else {"examples": self.examples})
         settings = {f.name: str(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in files}
-        return settings | {name: fingerprint(path) for name, path in files.items()}
+        return settings | {name: file_hash(path) for name, path in files.items()}
 
     def _items(self, path: Path) -> list[Item]:
         found = []
-        for index, row in enumerate(read_rows(path)):
+        for index, (where, row) in enumerate(rows(path)):
             try:
                 found.append(self._item(index, row))
             except (KeyError, TypeError, ValueError) as e:
                 fault = f"no field {e}" if isinstance(e, KeyError) else str(e)
-                raise RecipeError(f"{path}, row {index + 1}: {fault} (a task of kind {self.kind})") from e
+                raise RecipeError(f"{where}: {fault} (a task of kind {self.kind})") from e
         return found
 
     def _item(self, index: int, row: Mapping[str, Any]) -> Item:

@@ -8,13 +8,11 @@ beyond those that do to all). Its docstring says what a row looks like.
 from __future__ import annotations
 
 import functools
-import gzip
 import hashlib
 import importlib
 import json
 import pkgutil
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -129,43 +127,6 @@ def dataset_named(name: str, path: Path | None) -> Reader:
     return found
 
 
-def read_text(path: Path) -> str:
-    """A UTF-8 file, gzipped or not.
-
-    Raises:
-        RequestError: it cannot be read.
-    """
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return data.decode("utf8")
-    except (OSError, EOFError, zlib.error) as error:
-        raise RequestError(f"{path}: cannot be read ({error})") from None
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path}: not UTF-8 at byte {error.start}") from None
-
-
-def rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where a row stands, and the row, for each line of a .jsonl or .jsonl.gz that is not empty.
-
-    Raises:
-        RequestError: a line is no JSON object, or there is none.
-    """
-    number, found = 0, False
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        where, found = f"{path} line {number}", True
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise RequestError(f"{where}: not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise RequestError(f"{where}: expected an object, found {type(row).__name__}")
-        yield where, row
-    if not found:
-        raise RequestError(f"{path}: holds no row")
-
-
 def length_in(row: dict[str, Any], name: str, where: str, least: int = 1) -> int | None:
     """A whole number in a row; None: it is not there.
 
@@ -199,11 +160,6 @@ def drawn(samples: Sequence[Sample], wanted: Wanted) -> list[Sample]:
     while len(found) < wanted.count:
         found += draw.sample(samples, len(samples))
     return found[: wanted.count]
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file as it lies there."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def distinct(samples: Sequence[Sample]) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from fewbit.errors import RequestError
-from fewbit.measure.load.datasets import OUTPUT_TOKENS, Sample, Wanted, drawn, ids_in, length_in, rows
+from fewbit.measure.load.datasets import OUTPUT_TOKENS, Sample, Wanted, drawn, ids_in, length_in
+from fewbit.measure.rows import rows
 
 FILE = True
 EXACT = False

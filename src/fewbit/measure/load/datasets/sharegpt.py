@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 
 from fewbit.errors import RequestError
-from fewbit.measure.load.datasets import Sample, Wanted, drawn, read_text
+from fewbit.measure.load.datasets import Sample, Wanted, drawn
+from fewbit.measure.rows import read_text
 
 FILE = True
 EXACT = False

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from fewbit.errors import RequestError
-from fewbit.measure.load.datasets import OUTPUT_TOKENS, Sample, Wanted, length_in, rows
+from fewbit.measure.load.datasets import OUTPUT_TOKENS, Sample, Wanted, length_in
 from fewbit.measure.load.datasets.random import sample_of, vocabulary
+from fewbit.measure.rows import rows
 
 FILE = True
 EXACT = True

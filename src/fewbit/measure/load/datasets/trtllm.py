@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fewbit.errors import RequestError
-from fewbit.measure.load.datasets import Sample, Wanted, drawn, ids_in, length_in, rows
+from fewbit.measure.load.datasets import Sample, Wanted, drawn, ids_in, length_in
+from fewbit.measure.rows import rows
 
 FILE = True
 EXACT = True
