@@ -91,7 +91,9 @@ def tune(
         raise RecipeError(f"--budget {budget:g}: expected minutes above 0")
     calibration = _calibration(calib, calib_windows, calib_length)
     tried = room.candidates(
-        recipes.split(",") if recipes else room.names(), kv.split(",") if kv else room.kv_names(), calibration
+        room.names() if recipes is None else recipes.split(","),
+        room.kv_names() if kv is None else kv.split(","),
+        calibration,
     )
     where = device_of(device)
     checkpoint = open_model(model)
@@ -107,13 +109,15 @@ def tune(
         "data": f"{data or 'the shipped text'} {_digest(cut)}", "batch": batch, "prompt": prompt, "tokens": tokens,
         "runs": runs, "exhaustive": exhaustive,
     }  # fmt: skip
+    if folder.is_file():
+        raise RecipeError(f"--run {folder} is a file; expected the folder of a search, or a new one")
     deadline = None if budget is None else time.monotonic() + budget * 60
     protocol = room.Protocol(checkpoint.path, str(where), batch, prompt, tokens, runs)
     note(f"{len(tried)} candidates for the {goal}; the search is kept in {folder}")
-    with room.Journal(folder / "journal.jsonl", settings) as journal, progress() as bars:
+    with room.Journal(folder / "journal.jsonl", settings) as journal:
         if len(journal):
             note(f"going on after {len(journal)} measurements of an earlier run")
-        workers = room.Workers(protocol, folder, cut, deadline, bars)
+        workers = room.Workers(protocol, folder, cut, deadline, progress)
         search = room.Search(tried, goal, workers, journal, len(cut), exhaustive=exhaustive, tell=note)
         outcome = search.run()
         _write_result(folder, goal, outcome)

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from fewbit.measure.tune.evidence import Window
 from fewbit.measure.tune.search import LostError, OutOfTimeError
 
 _TAIL = 300  # characters of a dead process's last words
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, how much is done, and of how much."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,14 @@ class Workers:
         folder: of the run: windows and checkpoints lie here.
         windows: token ids of the text, in the order in which they are looked at.
         deadline: of `time.monotonic`; when it comes the measurement under way is ended. None: there is none.
-        progress: called with a stage's name, how much is done, and of how much.
+        bars: makes what is called with the progress of one measurement.
     """
 
     def __init__(
         self, protocol: Protocol, folder: Path, windows: Sequence[Sequence[int]], deadline: float | None = None,
-        progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+        bars: Callable[[], AbstractContextManager[Progress]] = lambda: nullcontext(lambda stage, done, total: None),
     ) -> None:  # fmt: skip
-        self.protocol, self.folder, self.deadline, self.progress = protocol, folder, deadline, progress
+        self.protocol, self.folder, self.deadline, self.bars = protocol, folder, deadline, bars
         folder.mkdir(parents=True, exist_ok=True)
         self.windows = folder / "windows.json"
         self.windows.write_text(json.dumps([list(window) for window in windows]), "utf8")
@@ -169,11 +172,12 @@ class Workers:
             child.stdin.flush()
         except BrokenPipeError:
             return {}
-        for line in child.stdout:
-            message: dict[str, Any] = json.loads(line)
-            if "progress" not in message:
-                return message
-            self.progress(*message["progress"])
+        with self.bars() as progress:
+            for line in child.stdout:
+                message: dict[str, Any] = json.loads(line)
+                if "progress" not in message:
+                    return message
+                progress(*message["progress"])
         child.wait()
         return {}
 

@@ -146,7 +146,7 @@ class Search:
             self.base.figures |= self._once(BASE, "speed", lambda: {"figures": self.measurer.base()})["figures"]
             for row in self.rows.values():
                 self._cheap(row)
-            for seen in rounds(self.total):
+            for seen in [self.total] if self.exhaustive else rounds(self.total):
                 for row in sorted(self._alive(), key=lambda r: self._objective(r.figures)):
                     self._look(row, seen)
         except OutOfTimeError:
