@@ -6,13 +6,15 @@ import time
 from collections.abc import Callable
 
 import pytest
+from served import WAIT_S
 
 expect = pytest.importorskip("playwright.sync_api", reason="NO BROWSER TESTS: pip install 'fewbit[test]'").expect
+expect.set_options(timeout=1000 * WAIT_S)
 
 
-def until(true: Callable[[], bool], limit_s: float = 10.0) -> None:
+def until(true: Callable[[], bool]) -> None:
     """Wait for what happens on the server's side."""
-    end = time.monotonic() + limit_s
+    end = time.monotonic() + WAIT_S
     while not true():
         assert time.monotonic() < end, "it never came"
         time.sleep(0.01)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "serve"))
 
 from fake_engine import FakeEngine
 from serve_names import models_of, write_model
-from served import SAYS, SAYS_SMALL, serving
+from served import SAYS, SAYS_SMALL, WAIT_S, serving
 
 from fewbit.serve import create_app
 from fewbit.text import Tokenizer
@@ -57,7 +57,7 @@ def browser():
     if CHROMIUM is None:
         pytest.skip("NO BROWSER TESTS: there is no chromium here; install your system's")
     with api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM)
+        found = playwright.chromium.launch(executable_path=CHROMIUM, timeout=1000 * WAIT_S)
         yield found
         found.close()
 
@@ -75,7 +75,7 @@ def visit(browser) -> Iterator[Callable]:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}} | options)
         contexts.append(context)
         home.append(url)
-        context.set_default_timeout(15_000)
+        context.set_default_timeout(1000 * WAIT_S)
         page = context.new_page()
         page.on("console", lambda m: m.type in ("error", "warning") and complaints.append(m.text))
         page.on("pageerror", lambda e: complaints.append(str(e)))

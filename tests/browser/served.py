@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 from fewbit.serve import bind, serve_app
 
+WAIT_S = 90.0
+"""How long anything that has to happen may take, on a machine that may have others to serve."""
 SAYS = "un, deux, trois 🙂 quatre\ncinq"
 SAYS_SMALL = "un, deux, six 🙂 quatre\nneuf"
 
@@ -23,10 +25,10 @@ def serving(app) -> Iterator[str]:
 
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()
-    assert ready.wait(10)
+    assert ready.wait(WAIT_S)
     try:
         yield url[0]
     finally:
         app.state.models.draining = True
-        thread.join(10)
+        thread.join(WAIT_S)
         assert not thread.is_alive()

@@ -164,7 +164,7 @@ def test_everything_has_a_name(visit, url, engines):
 
 
 def test_nothing_moves_for_who_asked_for_that(visit, url, engines):
-    engines["storyteller"].delay_s = 0.2
+    engines["storyteller"].hold_after = 4
     for motion, animation in (("no-preference", "breathe"), ("reduce", "none")):
         page = visit(url, reduced_motion=motion)
         ask(page, "Count!", wait=False)

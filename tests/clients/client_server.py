@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,15 +29,16 @@ def serving(model: Path, *options: str) -> Iterator[str]:
                 break
         else:
             pytest.fail(f"no server: {said}")
+        threading.Thread(target=deque, args=(server.stderr, 0), daemon=True).start()  # a full pipe would stop it
         yield found[1]
         server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0
+        assert server.wait(300) == 0
     finally:
         server.kill()
-        server.communicate()
+        server.wait()
 
 
-def run(words: Sequence[str], folder: Path, limit_s: float = 300, **environment: str | None) -> str:
+def run(words: Sequence[str], folder: Path, limit_s: float = 1200, **environment: str | None) -> str:
     """What a command printed; it must succeed. `environment`: changes to this process's, None removes one."""
     # its own packages and not ours, which this environment may name
     env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}

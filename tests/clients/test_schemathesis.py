@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from client_server import run, serving
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
@@ -22,9 +22,9 @@ def test_schemathesis(storyteller, tmp_path):
                 *("--checks", CHECKS, "--phases", "examples,coverage,fuzzing", "--max-examples", "5", "--seed", "1"),
                 # a POST there is refused with the protocol's 501, which counts as a fault of the server
                 *("--exclude-path-regex", "/(trace/setting|logging)$"),
-                *("--request-timeout", "30", "--continue-on-failure", "--no-color"),
+                *("--request-timeout", "300", "--continue-on-failure", "--no-color"),
             ],
             tmp_path,
-            limit_s=1140,
+            limit_s=3500,
         )
         assert re.search(r"(\d+) generated, \1 passed", said), said  # every case, and the command succeeded

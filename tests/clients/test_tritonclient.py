@@ -50,7 +50,7 @@ def test_one_answer_through_both_and_as_a_stream(addresses):
         client.start_stream(callback=lambda result, error: got.put(error or result))
         client.async_stream_infer("ensemble", inputs(over_grpc), enable_empty_final_response=True)
         texts = [PROMPT, "Lily had"]
-        while not (part := got.get(timeout=60)).get_response().parameters["triton_final_response"].bool_param:
+        while not (part := got.get(timeout=300)).get_response().parameters["triton_final_response"].bool_param:
             texts[part.as_numpy("batch_index")[0, 0]] += part.as_numpy("text_output")[0].decode()
         client.stop_stream()
     assert [t.encode() for t in texts] == told.tolist()

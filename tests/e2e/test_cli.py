@@ -28,6 +28,8 @@ from fewbit.version import __version__
 from helpers import TEMPLATE, VOCAB, edit_json, ids, make_model
 from independent_decoder import decode
 
+LIMIT_S = 300
+"""For a command, on a machine that may have others to serve."""
 BOOK = "The fox went over the hill and under the oak; the children told each other stories about the sea. " * 60
 
 
@@ -623,9 +625,11 @@ def command(*arguments: object) -> list[str]:
 
 
 def test_a_process_ends_with_the_status(tiny, tmp_path):
-    done = subprocess.run(command("inspect", tiny, "--json"), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command("inspect", tiny, "--json"), capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
     assert one_object(Ended(done.returncode, done.stdout, done.stderr))["command"] == "inspect"
-    done = subprocess.run(command("inspect", tmp_path), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command("inspect", tmp_path), capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"fewbit: {tmp_path} has no config.json; expected a Hugging Face model directory\n"
 
@@ -633,7 +637,7 @@ def test_a_process_ends_with_the_status(tiny, tmp_path):
 def test_a_reader_that_has_had_enough_is_no_fault(tiny):
     done = subprocess.run(
         f"{' '.join(command('explain', tiny))} | true; echo ${{PIPESTATUS[0]}}",
-        shell=True, executable="/bin/bash", capture_output=True, text=True, timeout=60, check=True,
+        shell=True, executable="/bin/bash", capture_output=True, text=True, timeout=LIMIT_S, check=True,
     )  # fmt: skip
     assert done.stdout == "0\n"
     assert done.stderr == ""
@@ -647,13 +651,13 @@ def test_compressing_that_was_stopped_goes_on_and_leaves_no_half_directory(how, 
         command(*line, tmp_path / "out"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
     )  # fmt: skip
-    end = time.monotonic() + 60
+    end = time.monotonic() + LIMIT_S
     while not (tmp_path / ".out.unfinished" / "unfinished.json").exists():
         assert time.monotonic() < end
         assert running.poll() is None
         time.sleep(0.01)
     running.send_signal(how)
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=LIMIT_S)
     assert out == ""
     if how == signal.SIGINT:
         assert running.returncode == 130

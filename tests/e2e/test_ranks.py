@@ -22,12 +22,16 @@ calib: {samples: 7, length: 48, method: mse}
 
 def together(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     """`fewbit` in several processes, as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    run = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
-    line = [sys.executable, *run, "-m", "fewbit.cli", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=240, check=False)
+    for _ in range(5):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        run = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
+        line = [sys.executable, *run, "-m", "fewbit.cli", *map(str, arguments)]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=1200, check=False)
+        if "EADDRINUSE" not in done.stderr:  # somebody else has got the port meanwhile
+            break
+    return done
 
 
 @pytest.fixture(scope="module")

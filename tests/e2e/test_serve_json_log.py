@@ -35,7 +35,10 @@ def test_every_line_is_an_object():
         urllib.request.urlopen(f"{found[1]}/v1/models").close()
     finally:
         server.send_signal(signal.SIGINT)
-        lines += server.communicate(timeout=60)[1].splitlines()
+        try:
+            lines += server.communicate(timeout=300)[1].splitlines()
+        finally:
+            server.kill()
     said = [json.loads(line) for line in lines]
     assert len(said) > 3
     assert {"fewbit.progress", "fewbit.requests"} <= {entry["logger"] for entry in said}
@@ -44,7 +47,7 @@ def test_every_line_is_an_object():
 
 def test_so_is_the_error_that_ends_it():
     server = started("/nope")
-    (line,) = server.communicate(timeout=60)[1].splitlines()
+    (line,) = server.communicate(timeout=300)[1].splitlines()
     assert server.returncode == 2
     found = json.loads(line)
     assert found["level"] == "error"

@@ -25,7 +25,8 @@ from helpers import dense_logits, ids, make_model
 RECIPES = {"compressed-tensors": ("int4", "fp8", "nvfp4"), "hf": ("nvfp4", "w4a8_awq_static"), "gptq": ("int4_gptq",)}
 EXPORTED = {"awq": "int4_awq_asym", "trtllm": "int4_awq"}
 WINDOW = [ids(12, 256, 3)]
-EXAMPLES = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+EXAMPLES = settings(max_examples=30, suppress_health_check=SUPPRESSED)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +174,7 @@ values = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=SUPPRESSED)
 @given(which, which, which, values)
 def test_configs_with_any_value(copied, which, file, key, value):
     path = copied(which)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import random
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,16 @@ STORYTELLER = Path(__file__).parents[2] / "models" / "storyteller"
 COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
 GENERATE = "/v2/models/ensemble/generate"
 GOLDEN = {"prompt": "The old fox", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-FLAT = GOLDEN | {"max_tokens": 500}
-"""A request that takes some seconds."""
+FLAT = GOLDEN | {"max_tokens": 1900}
+"""A request that goes on while a test does something: nearly as long as the model allows."""
+WAIT_S = 120.0
+"""How long anything that has to happen may take: a machine that has others to serve is given time, a hang is found."""
+START_S = 300.0
+"""As long may two processes take to import what they need and to load a model."""
+REFUSAL_S = 1.0
+"""So soon is a bad request refused, on a machine that does `_work` in WORK_S of processor time."""
+WORK_S = 0.05
+TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ class Server:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self.port = 0
         self._reader.start()
-        if not self._ready.wait(60) or self.port == 0:
+        if not self._ready.wait(START_S) or self.port == 0:
             self.kill()
             raise AssertionError("the server did not start:\n" + "".join(self.log))
         self._asked = golden
@@ -86,10 +96,10 @@ class Server:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def connect(self, timeout: float = 30.0) -> socket.socket:
+    def connect(self, timeout: float = WAIT_S) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout)
 
-    def raw(self, *parts: bytes, timeout: float = 120.0, method: str = "POST") -> Answer:
+    def raw(self, *parts: bytes, timeout: float = 2 * WAIT_S, method: str = "POST") -> Answer:
         """Send bytes as they are and read one answer."""
         with self.connect(timeout) as s:
             try:
@@ -109,6 +119,26 @@ class Server:
         return self.raw(
             head.encode("utf-8", "surrogateescape") + b"\r\n" + (content if body is not None else b""), method=method
         )
+
+    def refused(
+        self, path: str, body: Any, headers: dict[str, str] | None = None, limit_s: float = REFUSAL_S, also: int = 0
+    ) -> Answer:
+        """The answer to a bad request: an error (or the status `also`) in good time.
+
+        In good time is by the clock or by the processor time of the server, whichever is less, since the machine may
+        have others to serve; the best of some tries, since that is noisy; and more on a machine that is itself slow.
+        """
+        times = []
+        for _ in range(TRIES):
+            worked, began = self.cpu_s(), time.monotonic()
+            answer = self.ask(path, body, headers)
+            times.append(min(time.monotonic() - began, self.cpu_s() - worked))
+            assert 400 <= answer.status < 500 or answer.status == also, answer
+            if times[-1] < limit_s:
+                return answer
+        allowed = limit_s * max(1.0, _work() / WORK_S)
+        assert min(times) < allowed, f"it took {times} s, and {allowed:.2f} are allowed"
+        return answer
 
     def metrics(self) -> dict[str, float]:
         """All samples of /metrics, by name and labels."""
@@ -130,22 +160,22 @@ class Server:
         assert answer.status == 200, answer
         assert answer.json["choices"] == self.golden
 
-    def quiet(self, limit_s: float = 5.0) -> None:
+    def quiet(self, limit_s: float = WAIT_S) -> None:
         """Nothing runs, nothing waits, and no block is held."""
         for name in ("num_requests_running", "num_requests_waiting", "kv_cache_blocks_used"):
             until(lambda name=name: self.metric(name) == 0, limit_s, f"{name} 0")
 
-    def quiet_but(self, running: int, limit_s: float = 5.0) -> None:
+    def quiet_but(self, running: int, limit_s: float = WAIT_S) -> None:
         """So many requests run, and no more."""
         self.reaches("num_requests_running", running, limit_s)
 
-    def reaches(self, metric: str, value: float, limit_s: float = 5.0) -> None:
+    def reaches(self, metric: str, value: float, limit_s: float = WAIT_S) -> None:
         """A metric has, or soon gets, this value."""
         until(lambda: self.metric(metric) == value, limit_s, f"{metric} {value:g}")
 
     @property
     def engine(self) -> psutil.Process:
-        (child,) = (c for c in psutil.Process(self.process.pid).children() if "fewbit.engine" in " ".join(c.cmdline()))
+        (child,) = engines(self.process.pid)
         return child
 
     def rss(self) -> tuple[int, int]:
@@ -161,22 +191,26 @@ class Server:
         """Open files and sockets of the server."""
         return psutil.Process(self.process.pid).num_fds()
 
+    def files_at_most(self, most: int) -> None:
+        """No more files are open, once it has seen that the clients are gone."""
+        until(lambda: self.files() <= most, what=f"at most {most} open files")
+
     # ---- the end ----
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(WAIT_S)
 
     def close(self) -> None:
         """End it as it should be ended, and see that it does."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(20)
+                self.process.wait(WAIT_S)
             except subprocess.TimeoutExpired:
                 self.kill()
                 raise
-        self._reader.join(5)
+        self._reader.join(WAIT_S)
 
 
 def read_answer(s: socket.socket, method: str = "POST") -> Answer:
@@ -200,7 +234,38 @@ def post(path: str, body: Any, *fields: str) -> bytes:
     return head(path, f"Content-Length: {len(content)}", *fields) + content
 
 
-def until(true: Any, limit_s: float = 5.0, what: str = "it") -> float:
+def engines(pid: int) -> list[psutil.Process]:
+    """The engine processes of a server."""
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile; a zombie is one too
+            if "fewbit.engine.process" in child.cmdline():
+                found.append(child)
+    return found
+
+
+def ended(process: psutil.Process) -> bool:
+    """Whether a process has ended, be it that nobody has asked for its status yet."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def all_ended(processes: Sequence[psutil.Process]) -> None:
+    """Wait until there is none of them any more."""
+    until(lambda: all(map(ended, processes)), what=f"the end of {processes}")
+
+
+def _work() -> float:
+    """Seconds of processor time that this machine needs now for a piece of work like that of refusing a request."""
+    began = time.thread_time()
+    for _ in range(4):
+        json.loads(json.dumps({str(i): [i, "x"] for i in range(10_000)}))
+    return time.thread_time() - began
+
+
+def until(true: Any, limit_s: float = WAIT_S, what: str = "it") -> float:
     """Wait until `true()`; how long that took."""
     began = time.monotonic()
     while not true():

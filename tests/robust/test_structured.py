@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import time
+import select
 from typing import Any
 
 import pytest
-from real_server import CHAT, COMPLETION, Server, sampled
+from real_server import CHAT, COMPLETION, Server, post, read_answer, sampled
 
 TEXT = {"prompt": "The old fox", "max_tokens": 4}
 TALK = {"messages": [{"role": "user", "content": "Tell me."}], "max_tokens": 4}
@@ -92,7 +91,7 @@ EITHER: dict[str, tuple[str, Any]] = {
     "a minimum above the maximum": schema({"type": "integer", "minimum": 9, "maximum": 3}),
     "a list of a billion": schema({"type": "array", "items": {"type": "string"}, "minItems": 10**9}),
     "a text of a billion": schema({"type": "string", "minLength": 10**9}),
-    "a thousand alternatives of a thousand": schema(
+    "a thousand alternatives of fifty": schema(
         {"anyOf": [{"properties": {f"k{i}": {"enum": list(range(50))}}} for i in range(1000)]}
     ),
     "half a word to stop at": (CHAT, TALK | {"response_format": {"type": "json_object"}, "stop": ['"', "{"]}),
@@ -101,10 +100,7 @@ EITHER: dict[str, tuple[str, Any]] = {
 
 def answered(server: Server, path: str, body: Any) -> int:
     """The status; in good time, and nothing has changed."""
-    cpu, began = server.cpu_s(), time.monotonic()
-    answer = server.ask(path, body)
-    took, worked = time.monotonic() - began, server.cpu_s() - cpu
-    assert min(took, worked) < LIMIT_S, f"{took:.1f} s, {worked:.1f} s of them work"
+    answer = server.refused(path, body, limit_s=LIMIT_S, also=200)
     if answer.status != 200:
         assert len(answer.body) < 2000
         assert answer.message
@@ -129,10 +125,17 @@ def test_what_might_cost_too_much_is_kept_to_or_refused(server: Server, name: st
 @pytest.mark.slow
 def test_others_go_on_while_a_costly_grammar_is_compiled(server: Server):
     """The event loop is not held: a small request is answered meanwhile."""
-    with server.connect() as s:
-        body = json.dumps(EITHER["(.{1,5000}){1,5000}"][1]).encode()
-        s.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-        began = time.monotonic()
-        assert server.ask("/v1/models").status == 200
-        assert time.monotonic() - began < 1
+    meanwhile = []
+    # Whose turn it is on a machine with others to serve is chance, so one time is enough. Another number each time:
+    # what became of one is remembered.
+    for number in (999_983, 999_979, 999_961, 999_959, 999_953):
+        path, body = schema({"type": "integer", "multipleOf": number})
+        with server.connect() as s:
+            s.sendall(post(path, body))
+            assert server.ask("/v1/models").status == 200
+            meanwhile.append(not select.select([s], [], [], 0)[0])
+            assert "too complex" in read_answer(s).message
+        if meanwhile[-1]:
+            break
+    assert any(meanwhile)
     server.unharmed()

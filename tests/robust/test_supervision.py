@@ -14,26 +14,39 @@ from pathlib import Path
 
 import psutil
 import pytest
-from real_server import COMPLETION, FLAT, GOLDEN, STORYTELLER, Answer, Server, until
+from real_server import (
+    COMPLETION,
+    FLAT,
+    GOLDEN,
+    START_S,
+    STORYTELLER,
+    WAIT_S,
+    Answer,
+    Server,
+    all_ended,
+    ended,
+    until,
+)
 
 pytestmark = pytest.mark.slow
-READY = "/v2/health/ready"
+WITHIN_S = 60.0
+"""The server tells within seconds; a machine that has others to serve may make more of them."""
 
 
 class Asking(threading.Thread):
     """A long request, whole or streamed, on a thread."""
 
-    def __init__(self, server: Server, stream: bool) -> None:
+    def __init__(self, server: Server, stream: bool, tokens: int = FLAT["max_tokens"]) -> None:
         super().__init__(daemon=True)
-        self._server, self._stream = server, stream
+        self._server, self._body = server, FLAT | {"stream": stream, "max_tokens": tokens}
         self.answer = Answer(0)
         self.start()
 
     def run(self) -> None:
-        self.answer = self._server.ask(COMPLETION, FLAT | {"stream": self._stream})
+        self.answer = self._server.ask(COMPLETION, self._body)
 
-    def ended(self, limit_s: float) -> Answer:
-        self.join(limit_s)
+    def ended(self) -> Answer:
+        self.join(WAIT_S)
         assert not self.is_alive()
         return self.answer
 
@@ -44,25 +57,26 @@ def test_an_engine_that_is_killed_or_stopped(sign):
     try:
         engine = server.engine
         whole, streamed = Asking(server, False), Asking(server, True)
-        until(lambda: server.metric("num_requests_running") == 2)
+        server.quiet_but(2)
         began = time.monotonic()
         engine.send_signal(sign)
         if sign == signal.SIGSTOP:
             until(lambda: engine.status() == psutil.STATUS_STOPPED)
-        until(lambda: server.ask("/health").status == 503, 5.0, "503 of /health")
-        told = whole.ended(5)
-        assert told.status == 503, told
-        assert "engine" in told.message
-        events = streamed.ended(5).body.decode().split("\n\n")
-        assert events[-2] == "data: [DONE]"
-        assert "engine" in json.loads(events[-3].removeprefix("data: "))["error"]["message"]
-        assert time.monotonic() - began < 8
+        until(lambda: server.ask("/health").status == 503, what="503 of /health")
         refused = server.ask(COMPLETION, GOLDEN)
         assert (refused.status, refused.headers["retry-after"]) == (503, "1")
-        until(lambda: server.ask("/health").status == 200, 60, "200 of /health")
-        assert not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE
+        assert server.ask("/v2/health/live").status == 200
+        told = whole.ended()
+        assert told.status == 503, told
+        assert "engine" in told.message
+        events = streamed.ended().body.decode().split("\n\n")
+        assert events[-2] == "data: [DONE]"
+        assert "engine" in json.loads(events[-3].removeprefix("data: "))["error"]["message"]
+        assert time.monotonic() - began < WITHIN_S
+        until(lambda: server.ask("/health").status == 200, START_S, "200 of /health")
+        assert ended(engine)
         assert server.engine.pid != engine.pid
-        assert server.metric("engine_restarts_total") == 1
+        assert server.metric("engine_restarts_total") >= 1
         server.unharmed()
         server.quiet()
         assert any("starting another" in line for line in server.log)
@@ -79,28 +93,29 @@ def test_a_server_that_is_killed_leaves_nobody_behind(victim, tmp_path):
         root = server.process
     else:
         root = subprocess.Popen([sys.executable, "-m", "fewbit.cli", "serve", str(STORYTELLER), "--port", "0", "-q"])
-    until(lambda: psutil.Process(root.pid).children(recursive=True), 30, "a child")
-    children = psutil.Process(root.pid).children(recursive=True)
-    root.kill()
-    root.wait(10)
-    gone, alive = psutil.wait_procs(children, timeout=5)
-    assert gone
-    assert not alive
+    try:
+        until(lambda: psutil.Process(root.pid).children(recursive=True), START_S, "a child")
+        children = psutil.Process(root.pid).children(recursive=True)
+    finally:
+        root.kill()
+        root.wait(WAIT_S)
+    assert children
+    all_ended(children)
 
 
 def test_as_process_1_of_a_container():
     if os.geteuid() or not shutil.which("unshare"):
         pytest.skip("NO NAMESPACES, so the server was not tried as process 1")
-    server = Server("--drain", "60", wrap=("unshare", "--fork", "--pid", "--kill-child"))
+    server = Server("--drain", "600", wrap=("unshare", "--fork", "--pid", "--kill-child"))
     try:
         (first,) = psutil.Process(server.process.pid).children()
-        asking = Asking(server, False)
-        until(lambda: server.metric("num_requests_running") == 1)
+        asking = Asking(server, False, tokens=600)
+        server.quiet_but(1)
         first.terminate()
-        until(lambda: server.ask("/health").status == 503, 2, "503 of /health")
+        until(lambda: server.ask("/health").status == 503, what="503 of /health")
         assert "shutting down" in server.ask(COMPLETION, GOLDEN).message
-        assert asking.ended(60).status == 200  # what ran has finished
-        assert server.process.wait(10) == 0
+        assert asking.ended().status == 200  # what ran has finished
+        assert server.process.wait(WAIT_S) == 0
     finally:
         server.kill()
 
@@ -112,10 +127,8 @@ def test_a_model_that_cannot_be_brought_back_ends_the_server(tmp_path):
     try:
         (model / "model.safetensors").unlink()
         server.engine.kill()
-        assert server.process.wait(90) == 2
-        until(
-            lambda: "cannot be brought back: the engine process was ended by SIGKILL" in server.log[-1], 5, "the reason"
-        )
+        assert server.process.wait(START_S) == 2  # five starts in vain, and 15 seconds between them
+        until(lambda: "cannot be brought back: the engine process was ended by SIGKILL" in server.log[-1])
     finally:
         server.kill()
 
@@ -163,7 +176,7 @@ def test_models_of_a_folder(shelf):
             answer = server.ask(COMPLETION, GOLDEN | {"model": name})
             assert answer.status == 404, (name, answer)
         shutil.copytree(STORYTELLER, shelf / "new")
-        until(lambda: '"new"' in server.ask("/v1/models").body.decode(), 3, "the new folder")
+        until(lambda: '"new"' in server.ask("/v1/models").body.decode(), what="the new folder")
         assert server.ask(COMPLETION, GOLDEN | {"model": "new"}).json["choices"][0]["text"] == said
         server.close()
         assert server.process.returncode == 0
@@ -195,7 +208,7 @@ def test_a_budget_of_memory(shelf):
         server.kill()
     server = subprocess.run(
         [sys.executable, "-m", "fewbit.cli", "serve", "--model-dir", str(shelf), "--memory-budget", "0.1", "--preload",
-         "plain", "--port", "0"], capture_output=True, text=True, timeout=60, check=False,
+         "plain", "--port", "0"], capture_output=True, text=True, timeout=START_S, check=False,
     )  # fmt: skip
     assert server.returncode == 2
     assert "all models together may take 0.10: raise --memory-budget" in server.stderr

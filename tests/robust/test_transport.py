@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
+import resource
+import select
 import socket
 import time
 import zlib
 
 import pytest
-from real_server import CHAT, COMPLETION, GENERATE, GOLDEN, Answer, Server, head, post, read_answer, sampled
+from real_server import CHAT, COMPLETION, GENERATE, GOLDEN, WAIT_S, Answer, Server, head, post, read_answer, sampled
 
 GOOD = json.dumps(GOLDEN).encode()
 LENGTH = f"Content-Length: {len(GOOD)}"
@@ -169,33 +172,26 @@ def test_nobody_may_send_on_for_ever_after_the_answer(server: Server):
 @pytest.mark.slow
 def test_a_client_that_sends_a_byte_a_second(server: Server):
     """Three at once: a head, a body, and a body whose answer is given already. And one that says nothing at all."""
+    began, answers = time.monotonic(), {}
     slow = [server.connect() for _ in range(4)]
     slow[0].sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Slow: ")
     slow[1].sendall(head(COMPLETION, "Content-Length: 1000"))
     slow[2].sendall(head("/nowhere", "Content-Length: 1000"))
-    began, answers = time.monotonic(), {}
-    slow[2].settimeout(1)
     assert read_answer(slow[2]).status == 404
     while len(answers) < 4:
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < WAIT_S
         server.unharmed()
         for i, s in enumerate(slow):
             if i in answers:
                 continue
-            s.settimeout(0.2)
-            try:
-                if i < 3:
-                    s.sendall(b" ")
+            if select.select([s], [], [], 0.2)[0]:  # before anything is sent, which would fail where it is closed
                 answers[i] = read_answer(s)
-            except TimeoutError:
-                pass
-            except OSError:
-                answers[i] = None
+            elif i < 3:
+                with contextlib.suppress(ConnectionError):  # what it said before it closed can still be read
+                    s.sendall(b" ")
     assert time.monotonic() - began > 8
-    assert [answers[i].status for i in (0, 1)] == [408, 408]
+    assert [answers[i].status for i in range(4)] == [408, 408, 0, 0]
     assert "did not arrive in time" in answers[0].message
-    assert answers[2] is None or answers[2].status == 0
-    assert answers[3].status == 0
     for s in slow:
         s.close()
     server.quiet()
@@ -203,6 +199,10 @@ def test_a_client_that_sends_a_byte_a_second(server: Server):
 
 @pytest.mark.slow
 def test_five_thousand_idle_connections(server: Server):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 6000:
+        pytest.skip(f"FEW FILES: this user may open {hard}, so 5000 connections were not tried")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 6000), hard))
     before, files = server.rss()[0], server.files()
     idle = [server.connect() for _ in range(5000)]
     server.unharmed()
@@ -210,16 +210,11 @@ def test_five_thousand_idle_connections(server: Server):
     assert held < 5000 * 40_000, f"{held / 5000:.0f} bytes a connection"
     for s in idle[:2500]:
         s.close()
-    idle[-1].settimeout(30)
     assert idle[-1].recv(1) == b"", "an idle connection is closed in the end"
     for s in idle[2500:]:
         s.close()
     server.unharmed()
-    for _ in range(100):
-        if server.files() <= files + 5:
-            break
-        time.sleep(0.1)
-    assert server.files() <= files + 5
+    server.files_at_most(files + 5)
 
 
 PATHS = [
