@@ -13,7 +13,7 @@ from typing import BinaryIO
 import psutil
 import pytest
 from full_disk import Disk
-from real_server import COMPLETION, GOLDEN, STORYTELLER, Server, until
+from real_server import COMPLETION, GOLDEN, START_S, STORYTELLER, Server, until
 
 from fewbit.checkpoint import open_checkpoint
 from helpers import make_model
@@ -32,7 +32,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def said(line: Sequence[object], status: int = 2) -> str:
     """Run a command that must end with `status`, without a traceback; the last line of what it said."""
-    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=START_S)
     assert done.returncode == status, (done.returncode, done.stderr)
     assert "Traceback" not in done.stderr, done.stderr
     return (done.stderr.splitlines() or [""])[-1]
@@ -79,7 +79,7 @@ def test_output_that_goes_to_a_full_disk(tiny: Path, stream: str, status: int):
             full.write(b"x")
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: full}
         line = [*FEWBIT, "compress", str(tiny), *WRITING["compress"], "-o", str(tiny.with_name(f"to_{stream}"))]
-        done = subprocess.run(line, text=True, timeout=200, **streams)
+        done = subprocess.run(line, text=True, timeout=START_S, **streams)
     assert done.returncode == status, done
     if stream == "stdout":
         assert done.stderr.splitlines()[-1] == (
@@ -102,9 +102,9 @@ class Silent(Server):
         self._reader.start()
         line = [*begin, *FEWBIT, "serve", str(STORYTELLER), "--port", "0", *arguments]
         self.process = subprocess.Popen(line, stderr=file)
-        until(lambda: self._listens() or self.process.poll() is not None, 60, "a server that listens")
+        until(lambda: self._listens() or self.process.poll() is not None, START_S, "a server that listens")
         assert self.process.poll() is None
-        until(lambda: self.ask("/health").status == 200, 60, "a server that is ready")
+        until(lambda: self.ask("/health").status == 200, START_S, "a server that is ready")
         self._asked = GOLDEN
         self.golden = self.ask(COMPLETION, GOLDEN).json["choices"]
 
@@ -122,7 +122,7 @@ def test_a_log_whose_disk_is_full(tmp_path: Path, form: str):
         log = disk.seen / "log"
         with log.open("ab", 0) as file:
             server = Silent(file, "--log-format", form, "--log-level", "info", begin=disk.run)
-        until(lambda: log.read_bytes().count(COMPLETION.encode()) == 1, 30, "a line for the request")
+        until(lambda: log.read_bytes().count(COMPLETION.encode()) == 1, what="a line for the request")
         disk.fill()
         for _ in range(60):  # the log's last page has room for some more lines
             server.ask("/v1/models")
@@ -134,7 +134,7 @@ def test_a_log_whose_disk_is_full(tmp_path: Path, form: str):
         assert log.read_bytes().count(COMPLETION.encode()) == 1
         disk.empty()
         server.unharmed()
-        until(lambda: COMPLETION.encode() in log.read_bytes()[full:], 30, "a log again")
+        until(lambda: COMPLETION.encode() in log.read_bytes()[full:], what="a log again")
         if form == "json":
             last = json.loads(log.read_text().splitlines()[-1])
             assert (last["path"], last["status"]) == (COMPLETION, 200)
