@@ -207,8 +207,6 @@ def test_sigterm(times: int):
         if times == 2:
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(WAIT_S) is not None
-            with pytest.raises((AssertionError, ConnectionError)):  # there was no time to finish it
-                events.rest()
         else:
             assert events.rest()[-1]["choices"][0]["finish_reason"] == "length"
             assert server.process.wait(WAIT_S) == 0
