@@ -18,7 +18,7 @@ from fewbit.serve.kserve.rpc import MAX_CALLS
 INFER, STREAM = (f"/{protocol.INFERENCE}/{name}" for name in ("ModelInfer", "ModelStreamInfer"))
 LIVE = f"/{protocol.INFERENCE}/ServerLive"
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-LIMIT_S = 60.0
+LIMIT_S = 240.0
 """For what takes milliseconds on a machine that nobody else uses."""
 KEY = "a-key-of-these-tests"
 
@@ -93,7 +93,7 @@ def unharmed(server: Server, channel: grpc.Channel) -> Iterator[None]:
     yield
     assert infer(channel, asked().SerializeToString()) == before
     server.unharmed()
-    server.quiet(30)
+    server.quiet()
 
 
 # ---- messages ----
@@ -187,8 +187,8 @@ def test_a_stream_that_breaks_off(server: Server, channel: grpc.Channel, unharme
             if how == "half of a connection":
                 s.shutdown(socket.SHUT_WR)
                 server.reaches("num_requests_running", 0, LIMIT_S)
-    server.quiet(LIMIT_S)
-    assert server.metric("requests_cancelled_total") == cancelled + 1
+    server.quiet()
+    server.reaches("requests_cancelled_total", cancelled + 1)
 
 
 # ---- what is no gRPC ----
