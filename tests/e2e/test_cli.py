@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from fewbit import cli
 from fewbit.checkpoint import open_checkpoint
 from fewbit.model import DenseAttend, load
+from fewbit.ops.linear.cpu_build import library
 from fewbit.text.tokenizer import Tokenizer
 from fewbit.version import __version__
 from helpers import TEMPLATE, VOCAB, edit_json, ids, make_model
@@ -161,9 +162,15 @@ def test_what_plan_says_of_the_disk_is_what_compress_writes(fewbit, tiny, tmp_pa
 
 def test_explain(fewbit, tiny, int8):
     for model, numerics in ((tiny, "as it was"), (int8, "int8_row weights")):
-        ended = fewbit("explain", model)
+        ended = fewbit("explain", model, "--exact")
         assert (ended.status, ended.err) == (0, "")
         assert f"{numerics} -> dense" in ended.out
+    if not isinstance(library(), str):
+        assert "not cpu: rounds inputs to INT8, and exact arithmetic was asked for" in ended.out
+        assert (
+            "note: rounds inputs to INT8 in groups of 32; --exact leaves them as they are"
+            in fewbit("explain", int8).out
+        )
     forced = one_object(fewbit("explain", int8, "--json", "--backend", "reference"))
     assert {g["kernel"] for g in forced["groups"]} == {"reference"}
     table = one_object(fewbit("explain", "--json"))
@@ -414,7 +421,7 @@ def test_a_chat_on_stdin(fewbit, tiny, monkeypatch):
 def test_every_backend_says_the_same(fewbit, int8):
     answers = {
         fewbit("run", int8, "--prompt", "fox", "--max-tokens", 8, "--temperature", 0, "--backend", b).out
-        for b in ("auto", "dense", "reference")
+        for b in ("exact", "dense", "reference")
     }
     assert len(answers) == 1
 
@@ -483,7 +490,7 @@ WRONG = [
     ("inspect nobody/nothing", "where there is a network: hf download nobody/nothing"),
     ("inspect {tiny} --device tpu", "unknown device 'tpu'; expected cpu, cuda or cuda:N"),
     ("explain {tiny} --device cuda:64", "no device 'cuda:64' here"),
-    ("explain {tiny} --backend marlin", "unknown backend 'marlin'; known: auto, dense, fp4, int4, reference, wide"),
+    ("explain {tiny} --backend marlin", "known: auto, cpu, dense, exact, fp4, int4, reference, wide"),
     ("inspect", "Missing argument 'DIR'"),
     ("inspect {tiny} --jsn", "No such option: --jsn"),
     ("inspct {tiny}", "No such command 'inspct'"),
@@ -527,6 +534,7 @@ WRONG = [
     ("run {tiny} --prompt a --max-tokens 0", "'--max-tokens'"),
     ("run {tiny} --prompt a --stop ''", "--stop needs a text that is not empty"),
     ("run {tiny} --json", "--json needs --prompt: a chat has no single result"),
+    ("run {tiny} --prompt a --backend dense --exact", "--exact chooses among kernels and --backend dense names one"),
     ("run {tiny} --prompt a --backend fast", "unknown backend 'fast'"),
     ("run {tiny} --prompt a --max-model-len 100000", "max_model_len 100000 exceeds the 256 positions"),
     ("run {tiny} --prompt LONG", "256"),

@@ -20,6 +20,8 @@ import rich.table
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fewbit.errors import RecipeError
+
 if TYPE_CHECKING:
     import torch
 
@@ -88,6 +90,14 @@ EngineOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 BackendOption = Annotated[str, typer.Option("--backend", help="Kernel to use for every linear.")]
+ExactOption = Annotated[bool, typer.Option("--exact", help="Round no inputs that the format leaves as they are.")]
+
+
+def backend_of(backend: str, exact: bool) -> str:
+    """What --backend and --exact say together, as `fewbit.model.load` takes it."""
+    if exact and backend not in ("auto", "exact"):
+        raise RecipeError(f"--exact chooses among kernels and --backend {backend} names one; give only one of them")
+    return "exact" if exact else backend
 
 
 def device_of(text: str | None) -> torch.device:

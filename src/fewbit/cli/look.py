@@ -9,11 +9,13 @@ import typer
 from fewbit.cli.common import (
     BackendOption,
     DeviceOption,
+    ExactOption,
     JsonOption,
     ModelArgument,
     QuietOption,
     SeedOption,
     VerboseOption,
+    backend_of,
     device_of,
     note,
     open_model,
@@ -123,6 +125,7 @@ def explain(
         str | None, typer.Argument(metavar="[DIR]", help="Model; none: every format on this device.")
     ] = None,
     backend: BackendOption = "auto",
+    exact: ExactOption = False,
     json: JsonOption = False,
     device: DeviceOption = None,
     seed: SeedOption = 0,
@@ -135,7 +138,7 @@ def explain(
     from fewbit.measure import facts
     from fewbit.ops.device import arithmetic_dtype
 
-    where = device_of(device)
+    where, backend = device_of(device), backend_of(backend, exact)
     if model is None:
         rows = facts.support_table(where, arithmetic_dtype(where, torch.bfloat16))
         if json:

@@ -7,7 +7,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from fewbit.cli.common import BackendOption, DeviceOption, QuietOption, SeedOption, VerboseOption, note, settings
+from fewbit.cli.common import (
+    BackendOption,
+    DeviceOption,
+    ExactOption,
+    QuietOption,
+    SeedOption,
+    VerboseOption,
+    backend_of,
+    note,
+    settings,
+)
 from fewbit.cli.talk import LengthOption
 from fewbit.engine.config import Policy
 from fewbit.errors import RecipeError
@@ -103,6 +113,7 @@ def serve(
         str | None, typer.Option("--otlp-endpoint", metavar="URL", help="OpenTelemetry traces (fewbit[otel]).")
     ] = None,
     backend: BackendOption = "auto",
+    exact: ExactOption = False,
     device: DeviceOption = None,
     seed: SeedOption = 0,
     quiet: QuietOption = False,
@@ -117,7 +128,7 @@ def serve(
     settings.log = logs.progress if log_format == "json" else None
     engine = EngineOptions(
         device=device or "auto",
-        backend=backend,
+        backend=backend_of(backend, exact),
         num_blocks=kv_blocks,
         max_batch=max_batch,
         max_batch_tokens=max_batch_tokens,

@@ -12,11 +12,13 @@ import typer
 from fewbit.cli.common import (
     BackendOption,
     DeviceOption,
+    ExactOption,
     JsonOption,
     ModelArgument,
     QuietOption,
     SeedOption,
     VerboseOption,
+    backend_of,
     device_of,
     note,
     print_json,
@@ -42,6 +44,7 @@ def run(
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")] = None,
     max_model_len: LengthOption = None,
     backend: BackendOption = "auto",
+    exact: ExactOption = False,
     json: JsonOption = False,
     device: DeviceOption = None,
     seed: SeedOption = 0,
@@ -60,7 +63,9 @@ def run(
     if any(not text for text in stop or []):
         raise RequestError("--stop needs a text that is not empty")
     path = locate(model)
-    options = EngineOptions(str(device_of(device)), backend, max_batch=1, max_model_len=max_model_len)
+    options = EngineOptions(
+        str(device_of(device)), backend_of(backend, exact), max_batch=1, max_model_len=max_model_len
+    )
     engine = open_engine(path, options, progress=note if settings.verbose else None)
     tokenizer = Tokenizer.load(text_folder(path))
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=settings.seed)

@@ -215,7 +215,7 @@ def _step_bytes(checkpoint: Checkpoint, options: EngineOptions) -> int:
     def others() -> Iterator[tuple[str, Need]]:
         yield "--max-batch-tokens 1024 and --max-batch 32", of(checkpoint.quant, step=min(1024, asked), rows=32)
         yield f"--max-model-len {max(tokens // 2, 2)}", of(checkpoint.quant, length=tokens // 2)
-        if options.backend == "auto":
+        if options.backend in ("auto", "exact"):
             linears = [linear.name for linear in checkpoint.spec.linears() if linear.name != "lm_head"]
             for name, fmt in (("fp8", "fp8_row"), ("int4", "int4_g128")):
                 made = dict.fromkeys(linears, QuantSpec(FORMATS[fmt]))

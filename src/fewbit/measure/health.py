@@ -15,6 +15,7 @@ import torch
 from fewbit.numerics.format import FORMATS
 from fewbit.numerics.reference import quantize
 from fewbit.ops.device import device_info
+from fewbit.ops.linear.cpu_build import library
 from fewbit.version import __version__
 
 
@@ -48,8 +49,17 @@ def examine(device: torch.device) -> list[Finding]:
             found.append(Finding(name, True, importlib.metadata.version(name), needed=False))
         except importlib.metadata.PackageNotFoundError:
             found.append(Finding(name, False, f"not installed; needed for {use}", needed=False))
-    found.append(_arithmetic(device))
+    found += [_cpu_kernels(), _arithmetic(device)]
     return found
+
+
+def _cpu_kernels() -> Finding:
+    """Whether few-bit weights can be multiplied on the CPU as they are."""
+    built = library()
+    if isinstance(built, str):
+        return Finding("CPU kernels", False, built, needed=False)
+    alone = "" if built.threads else ", on one thread: the compiler has no OpenMP"
+    return Finding("CPU kernels", True, f"{built.usable[0]}{alone}, in {built.path}", needed=False)
 
 
 def _arithmetic(device: torch.device) -> Finding:

@@ -138,7 +138,7 @@ class Bench:
         self._release()
         tell("loading the weights" if shape is None else "making the weights")
         before = _allocated(device)
-        self.loader = Loader(checkpoint, device)
+        self.loader = Loader(checkpoint, device, "auto")
         reason = self.loader.fused_why_not()
         if reason and device.type == "cuda" and shape:
             raise UnsupportedError(f"this model does not run on the fused path: {reason}")

@@ -71,6 +71,7 @@ def evaluate(
     device: torch.device,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
     overlap: int = 0,
+    backend: str = "exact",
 ) -> Quality:
     """Measure a model on windows of token ids, against `base` if given.
 
@@ -81,6 +82,7 @@ def evaluate(
         device: Where to compute.
         progress: Told stage, layers done, layers in all.
         overlap: Tokens with which each window but the first repeats the one before: context only, not counted again.
+        backend: Kernels of the model, not of the base: see `fewbit.model.load`.
 
     Raises:
         RecipeError: there is nothing to predict.
@@ -99,7 +101,7 @@ def evaluate(
     if base and base.spec.vocab != model.spec.vocab:
         raise UnsupportedError(f"vocabularies differ: {model.spec.vocab} and {base.spec.vocab}; no KL divergence")
     with torch.inference_mode():
-        run = Forward(model, windows, device, progress, "model")
+        run = Forward(model, windows, device, progress, "model", backend)
         other = Forward(base, windows, device, progress, "base") if base else None
         tokens = sum(map(len, windows)) - overlap * (len(windows) - 1)
         return _summarize(len(windows), tokens, _compare(windows, overlap, run, other))
@@ -115,8 +117,9 @@ class Forward:
         device: torch.device,
         progress: Callable[[str, int, int], None],
         name: str,
+        backend: str = "exact",
     ) -> None:
-        loader, spec = Loader(checkpoint, device), checkpoint.spec
+        loader, spec = Loader(checkpoint, device, backend), checkpoint.spec
         stream = Stream(windows, loader.embed(), loader.dtype)
         codecs: list[KVCodec] = []
         for index in range(len(spec.layers)):

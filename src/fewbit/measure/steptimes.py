@@ -127,7 +127,7 @@ def _step(
 ) -> float:
     """Seconds of a step of `batch` sequences with `context` tokens each in the cache."""
     checkpoint = dummy_checkpoint(config, recipe, device, layers)
-    loader = Loader(checkpoint, device)
+    loader = Loader(checkpoint, device, "auto")
     if device.type == "cuda" and (reason := loader.fused_why_not()):
         raise UnsupportedError(f"a candidate keeps the model from the fused step ({reason}); leave it out")
     decoder = loader.decoder() if device.type != "cuda" else loader.fused()

@@ -45,13 +45,14 @@ def _branch_linear(weight: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Ten
     return lambda x: kernel.run(x, prepared)
 
 
-def load(checkpoint: Checkpoint, device: str | torch.device = "cpu", backend: str = "auto") -> Decoder | FusedDecoder:
+def load(checkpoint: Checkpoint, device: str | torch.device = "cpu", backend: str = "exact") -> Decoder | FusedDecoder:
     """Load a whole model: on a GPU fused, if `fused_why_not` has nothing against it.
 
     Args:
         checkpoint: what `open_checkpoint` gave.
         device: where to.
-        backend: ``auto``, or the name of the kernel to use for every linear.
+        backend: ``exact``: the best kernel of each linear that rounds nothing but what its QuantSpec says; ``auto``:
+            the fastest, which on a CPU may round inputs to INT8; or the name of the kernel to use for every linear.
 
     Raises:
         UnsupportedError: `backend` cannot do it.
@@ -62,7 +63,7 @@ def load(checkpoint: Checkpoint, device: str | torch.device = "cpu", backend: st
 
 
 def choices(
-    checkpoint: Checkpoint, device: torch.device, backend: str = "auto"
+    checkpoint: Checkpoint, device: torch.device, backend: str = "exact"
 ) -> Iterator[tuple[LinearShape, QuantSpec, Choice]]:
     """For every linear the kernel that `load` would take, and why each better one declined."""
     loader = Loader(checkpoint, device, backend)
@@ -80,7 +81,7 @@ def _nothing(name: str, weights: LinearWeights) -> None:
 class Loader:
     """Builds the parts of a model one by one, so that a caller may hold only some of them."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, backend: str = "auto") -> None:
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, backend: str = "exact") -> None:
         self.checkpoint, self.device, self.backend = checkpoint, device, backend
         self.dtype = arithmetic_dtype(device, checkpoint.dtype)
         self._info: DeviceInfo = device_info(device)
@@ -102,7 +103,7 @@ class Loader:
         """None: the whole model can run as a `FusedDecoder`; else the reason, for a user to read."""
         if self.device.type != "cuda":
             return "needs an NVIDIA GPU"
-        if self.backend != "auto":
+        if self.backend not in ("auto", "exact"):
             return f"every linear was asked to run on '{self.backend}'"
         if reason := _spec_why_not(self.checkpoint.spec):
             return reason

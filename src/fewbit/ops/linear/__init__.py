@@ -5,16 +5,17 @@ The order is a decision, so it stands here: best first, the reference last.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fewbit.errors import UnsupportedError, nearest_name
+from fewbit.ops.linear.cpu import Cpu
 from fewbit.ops.linear.dense import Dense
 from fewbit.ops.linear.four import Fp4, Int4
 from fewbit.ops.linear.problem import LinearKernel, LinearProblem, LinearWeights, round_input
 from fewbit.ops.linear.reference import Reference
 from fewbit.ops.linear.wide import Wide
 
-KERNELS: tuple[LinearKernel, ...] = (Wide(), Int4(), Fp4(), Dense(), Reference())
+KERNELS: tuple[LinearKernel, ...] = (Wide(), Int4(), Fp4(), Cpu(), Dense(), Reference())
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,17 @@ class Choice:
 def choose(problem: LinearProblem, backend: str = "auto") -> Choice:
     """The first kernel of the list that can do `problem`, or the one named by `backend`.
 
+    ``exact``: the first one that rounds no inputs which `problem` leaves as they are.
+
     Raises:
         UnsupportedError: `backend` names no kernel, or one that cannot do the problem.
     """
-    if backend != "auto":
+    if backend == "exact":
+        problem = replace(problem, exact=True)
+    elif backend != "auto":
         named = {kernel.name: kernel for kernel in KERNELS}
         if backend not in named:
-            raise UnsupportedError(f"unknown backend '{backend}'; {nearest_name(backend, [*named, 'auto'])}")
+            raise UnsupportedError(f"unknown backend '{backend}'; {nearest_name(backend, [*named, 'auto', 'exact'])}")
         if reason := named[backend].why_not(problem):
             raise UnsupportedError(f"backend '{backend}' cannot run {problem.quant}: {reason}; use --backend auto")
         return Choice(named[backend])

@@ -16,13 +16,17 @@ from fewbit.ops.device import DeviceInfo
 
 @dataclass(frozen=True)
 class LinearProblem:
-    """Everything a kernel is chosen by: numerics, n outputs, k inputs, dtype of activations, device."""
+    """Everything a kernel is chosen by: numerics, n outputs, k inputs, dtype of activations, device.
+
+    `exact`: inputs that `quant` leaves as they are must not be rounded.
+    """
 
     quant: QuantSpec
     n: int
     k: int
     dtype: torch.dtype
     device: DeviceInfo
+    exact: bool = False
 
 
 @dataclass(frozen=True)

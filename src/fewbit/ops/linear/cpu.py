@@ -1,0 +1,202 @@
+"""Few-bit weights on a CPU: integer products with inputs rounded to INT8; `cpu.c` says what is computed, and how.
+
+Where a QuantSpec leaves inputs as they are, the reference computes the same with inputs in the format `rounding`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewbit.numerics.element import E2M1, E4M3, E8M0, INT8, Element
+from fewbit.numerics.format import ALL, Format
+from fewbit.numerics.qtensor import QTensor
+from fewbit.ops.linear.cpu_build import Library, library
+from fewbit.ops.linear.problem import LinearProblem, LinearWeights
+
+_ROWS = 16  # of a tile
+_SPAN = 32  # inputs under a scale, unless the weights' groups are smaller
+_BITS8, _BITS4, _E2M1 = range(3)
+_HALF = {
+    _BITS8: 128,
+    _BITS4: 8,
+    _E2M1: 12,
+}  # what is added to a value (of E2M1, to twice the value), so that it is >= 0
+_PIECE = 1 << 24  # weights packed at a time
+_SHARE = 1 << 18  # products for which another thread is worth waking
+
+
+class _Linear(ctypes.Structure):
+    """`Linear` of cpu.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "row", "bias")),
+        *((name, ctypes.c_int64) for name in ("n", "k", "columns", "group", "span")),
+        *((name, ctypes.c_int32) for name in ("kind", "zero", "scales_float")),
+        ("input_scale", ctypes.c_float),
+    )
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    linear: _Linear
+    address: int
+    tensors: tuple[Tensor | None, ...]  # what it points to
+    prescale: Tensor | None
+
+
+class Cpu:
+    """INT2 to INT8 and E2M1 weights, with a scale a row or in groups; inputs as they are, or INT8 under one scale."""
+
+    name = "cpu"
+    device: str | None = "cpu"
+
+    def __init__(self, variant: str | None = None) -> None:
+        """`variant`: the instruction set; None: the best that this processor has."""
+        self._variant = variant
+
+    def why_not(self, problem: LinearProblem) -> str | None:
+        """See `LinearKernel.why_not`."""
+        if problem.device.kind != "cpu":
+            return "needs a CPU"
+        if reason := _weight_why_not(problem.quant.weight) or _input_why_not(problem):
+            return reason
+        if problem.dtype != torch.float32:
+            return f"computes in float32, the model in {str(problem.dtype).removeprefix('torch.')}"
+        if problem.exact and problem.quant.input is None:
+            return "rounds inputs to INT8, and exact arithmetic was asked for"
+        built = library()
+        return built if isinstance(built, str) else None
+
+    def remark(self, problem: LinearProblem) -> str | None:
+        """See `LinearKernel.remark`."""
+        if problem.quant.input is not None:
+            return None
+        assert problem.quant.weight is not None
+        return f"rounds inputs to INT8 in groups of {_span(problem.quant.weight)}; --exact leaves them as they are"
+
+    def weight_bytes(self, problem: LinearProblem) -> int:
+        """See `LinearKernel.weight_bytes`."""
+        fmt = problem.quant.weight
+        assert fmt is not None
+        rows, columns = -(-problem.n // _ROWS) * _ROWS, _columns(problem.k, fmt)
+        groups = -(-columns // fmt.block[1]) if fmt.grouped else 0
+        scale = 4 if fmt.scale in (torch.float32, torch.float16) else 2
+        return rows * (columns * (4 if _kind(fmt) != _BITS8 else 8) // 8 + groups * (scale + bool(fmt.zero)) + 8)
+
+    def prepare(self, weights: LinearWeights, dtype: torch.dtype) -> _Prepared:
+        """See `LinearKernel.prepare`."""
+        w, quant = weights.weight, weights.quant
+        assert isinstance(w, QTensor)
+        fmt, (n, k) = w.format, w.shape
+        columns, kind = _columns(k, fmt), _kind(fmt)
+        scales, row = _scales(w)
+        zeros = None if w.zero is None else (w.zero.to(torch.int16) + _HALF[kind]).to(torch.uint8).expand(n, -1)
+        bias = torch.zeros(n) if weights.bias is None else weights.bias.float()
+        tensors = (_packed(w, columns), *(t if t is None else _by_tile(t) for t in (scales, zeros, row, bias[:, None])))
+        linear = _Linear(
+            *(None if t is None else t.data_ptr() for t in tensors),
+            n, k, columns,
+            fmt.block[1] if fmt.grouped else columns,
+            _span(fmt) if quant.input is None else columns,
+            kind, _HALF[kind], scales is not None and scales.dtype == torch.float32,
+            float(weights.input_scale) if quant.calibrated and weights.input_scale is not None else 0.0,
+        )  # fmt: skip
+        return _Prepared(linear, ctypes.addressof(linear), tensors, weights.prescale)
+
+    def run(self, x: Tensor, prepared: _Prepared) -> Tensor:
+        """See `LinearKernel.run`."""
+        built = library()
+        assert isinstance(built, Library)
+        if prepared.prescale is not None:
+            x = x * prepared.prescale.to(x.dtype)
+        x, w = x.contiguous(), prepared.linear
+        out = torch.empty(*x.shape[:-1], w.n, dtype=x.dtype)
+        rows = x.numel() // w.k
+        threads = min(torch.get_num_threads(), 1 + rows * w.n * w.k // _SHARE)
+        call = built.calls.fewbit_linear
+        if call(prepared.address, x.data_ptr(), out.data_ptr(), rows, threads, built.index(self._variant)):
+            raise MemoryError(f"no memory for {rows} rounded inputs of {w.k}")
+        return out
+
+
+def rounding(weight: Format) -> Format:
+    """What inputs are rounded to that a QuantSpec leaves as they are: INT8 in groups, float32 scales."""
+    return Format(f"int8_g{_span(weight)}_f32", INT8, (1, _span(weight)))
+
+
+def _span(weight: Format) -> int:
+    return math.gcd(weight.block[1], _SPAN) if weight.grouped else _SPAN
+
+
+def _columns(k: int, fmt: Format) -> int:
+    return -(-k // _span(fmt)) * _span(fmt)
+
+
+def _kind(fmt: Format) -> int:
+    return _E2M1 if fmt.element == E2M1 else _BITS4 if fmt.element.bits <= 4 else _BITS8
+
+
+def _weight_why_not(fmt: Format | None) -> str | None:
+    if fmt is None or not (fmt.element.integer or fmt.element == E2M1):
+        return f"holds integers and E2M1, not {fmt or 'unquantized weights'}"
+    if fmt.block[0] != 1 and fmt.block != (ALL, ALL):
+        return f"holds scales of rows and of groups in a row, not {fmt}"
+    if fmt.act_order or fmt.zero == "float":
+        return f"needs groups in the order of their columns and whole zeros, not {fmt}"
+    if _span(fmt) % 8:
+        return f"needs groups of whole eights, not {fmt}"
+    known = (torch.float32, torch.float16, torch.bfloat16, E4M3, E8M0)
+    return None if fmt.scale in known else f"cannot hold the scales of {fmt}"
+
+
+def _input_why_not(problem: LinearProblem) -> str | None:
+    fmt, how = problem.quant.input, problem.quant.input_scale
+    if fmt is None:
+        return None
+    assert problem.quant.weight is not None
+    if fmt.element != INT8 or fmt.grouped or how == "outer" or (how == "dynamic" and fmt.block[0] != 1):
+        return f"cannot round inputs to {fmt} ({how})"
+    if problem.quant.weight.grouped:
+        return f"under inputs in {fmt} it needs weights with a scale a row, not {problem.quant.weight}"
+    return None if problem.k <= 1 << 16 else f"adds up 65,536 products of a row in 32 bits, not {problem.k}"
+
+
+def _by_tile(values: Tensor) -> Tensor:
+    """[n, groups] to [n / 16, groups, 16], filled up with zeros."""
+    tiles: Tensor = F.pad(values, (0, 0, 0, -len(values) % _ROWS)).unflatten(0, (-1, _ROWS))
+    return tiles.transpose(1, 2).contiguous()
+
+
+def _scales(w: QTensor) -> tuple[Tensor | None, Tensor]:
+    """Scales of groups as the kernel reads them [n, groups], and of rows, float32 [n, 1]; both exact."""
+    n, stored = w.shape[0], w.format.scale
+    unit = 0.5 if w.format.element == E2M1 else 1.0  # codes are read as twice the value
+    if not w.format.grouped:
+        return None, w.scales().expand(n, 1) * unit
+    row = torch.full((n, 1), unit) * (1.0 if w.outer is None else w.outer.float())
+    if isinstance(stored, Element):  # few bits of mantissa: bfloat16 has them all
+        return stored.decode(w.scale).bfloat16(), row
+    return w.scale if stored == torch.bfloat16 else w.scale.float(), row
+
+
+def _packed(w: QTensor, columns: int) -> Tensor:
+    """Codes as cpu.c wants them: uint8 [tiles, columns / 4, 16, 4], 4-bit ones [tiles, columns / 8, 16, 4]."""
+    k = w.shape[1]
+    kind, bits = _kind(w.format), w.format.element.bits
+    pieces = []
+    for codes in w.codes.split(max(1, _PIECE // k // _ROWS) * _ROWS):
+        if kind != _E2M1:  # two's complement of `bits` bits, to what is never negative
+            codes = (codes ^ (1 << (bits - 1))) + (_HALF[kind] - (1 << (bits - 1)))
+        codes = F.pad(codes, (0, columns - k, 0, -len(codes) % _ROWS)).unflatten(0, (-1, _ROWS))
+        if kind == _BITS8:
+            pieces.append(codes.unflatten(2, (-1, 4)).transpose(1, 2).contiguous())
+        else:
+            pair = codes.unflatten(2, (-1, 2, 4)).transpose(1, 2)  # [tiles, columns / 8, 16, 2, 4]
+            pieces.append((pair[..., 0, :] | (pair[..., 1, :] << 4)).contiguous())
+    return torch.cat(pieces)

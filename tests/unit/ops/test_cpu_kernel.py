@@ -1,0 +1,216 @@
+"""Integer products on the CPU: against float64, over every format, shape and instruction set; and building them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewbit.errors import UnsupportedError
+from fewbit.numerics.format import ALL, FORMATS, integer_format
+from fewbit.numerics.quantspec import QuantSpec
+from fewbit.numerics.reference import choose_scale, fake_quantize, quantize
+from fewbit.ops.device import device_info
+from fewbit.ops.linear import LinearProblem, LinearWeights, choose, cpu_build
+from fewbit.ops.linear.cpu import Cpu, rounding
+
+BUILT = cpu_build.library()
+needs_compiler = pytest.mark.skipif(isinstance(BUILT, str), reason=f"CPU KERNELS ARE NOT TESTED: {BUILT}")
+VARIANTS = [] if isinstance(BUILT, str) else BUILT.usable
+INT8 = FORMATS["int8_row"]
+OTHERS = {
+    "int4_g128_f32": replace(FORMATS["int4_g128"], scale=torch.float32),
+    "int4_g64_asym_f16": replace(FORMATS["int4_g64_asym"], scale=torch.float16),
+    "int3_g64_asym": integer_format(3, (1, 64), asym=True),
+    "int5_row": integer_format(5, (1, ALL)),
+    "int4_g48": integer_format(4, (1, 48)),
+}
+TAKEN = [f for f in (FORMATS | OTHERS).values() if f.element.integer or f.element.name == "e2m1"]
+SPECS = [*(QuantSpec(f) for f in TAKEN), QuantSpec(INT8, INT8), QuantSpec(FORMATS["int8"], FORMATS["int8"], "static")]
+
+
+def problem(quant: QuantSpec, n: int = 64, k: int = 256, exact: bool = False) -> LinearProblem:
+    return LinearProblem(quant, n, k, torch.float32, device_info(torch.device("cpu")), exact)
+
+
+def drawn(quant: QuantSpec, rows: int, n: int, k: int) -> tuple[torch.Tensor, LinearWeights]:
+    """Fresh random numbers on every run: the seed is in the message of a failure."""
+    random = torch.Generator().manual_seed(seed := torch.seed() % 2**32)
+    print(f"seed {seed}")
+    x, weight, bias = (torch.randn(*shape, generator=random) for shape in ((rows, k), (n, k), (n,)))
+    x[:, 0] *= 20  # an outlier
+    scale = choose_scale(x, quant.input)[0].reshape(()) if quant.input and quant.calibrated else None
+    assert quant.weight
+    return x, LinearWeights(quant, quantize(weight, quant.weight), bias, scale)
+
+
+def expected(x: torch.Tensor, w: LinearWeights) -> torch.Tensor:
+    """The documented numerics in float64."""
+    assert w.quant.weight
+    assert w.bias is not None
+    rounded = w.round_input(x) if w.quant.input else fake_quantize(x, rounding(w.quant.weight))
+    return rounded.double() @ w.weight.dequantize(torch.float64).T + w.bias
+
+
+@needs_compiler
+@pytest.mark.parametrize("quant", SPECS, ids=str)
+def test_is_what_it_says_on_every_instruction_set(quant):
+    block = quant.weight.block[1]
+    for rows, n, k in ((1, 16, 8 * abs(block)), (3, 41, 5 * block if block > 0 else 203), (13, 130, 3 * abs(block))):
+        x, weights = drawn(quant, rows, n, k)
+        assert Cpu().why_not(problem(quant, n, k)) is None
+        found = {name: (kernel := Cpu(name)).run(x, kernel.prepare(weights, torch.float32)) for name in VARIANTS}
+        wanted = expected(x, weights)
+        for name, y in found.items():
+            assert torch.equal(y, found["plain"]), name  # sums in one order everywhere
+        torch.testing.assert_close(found["plain"].double(), wanted, rtol=0, atol=2e-6 * wanted.abs().max().item())
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["int4_g128", "int8_row", "nvfp4"])
+def test_a_row_is_the_same_alone_and_among_others_and_on_two_threads(name):
+    quant = QuantSpec(FORMATS[name])
+    x, weights = drawn(quant, 37, 300, 1024)
+    kernel = Cpu()
+    prepared = kernel.prepare(weights, torch.float32)
+    together = kernel.run(x, prepared)
+    alone = torch.cat([kernel.run(row[None], prepared) for row in x])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        shared = kernel.run(x, prepared)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(together, alone)
+    assert torch.equal(together, shared)
+
+
+@needs_compiler
+def test_prescales_leading_axes_and_no_rows():
+    quant = QuantSpec(FORMATS["int4_g64"], prescale=True)
+    x, weights = drawn(quant, 6, 48, 128)
+    prescale = torch.rand(128) + 0.5
+    kernel = Cpu()
+    found = kernel.run(x.view(2, 3, 128), kernel.prepare(replace(weights, prescale=prescale), torch.float32))
+    plain = kernel.run(x * prescale, kernel.prepare(weights, torch.float32))
+    assert torch.equal(found.view(6, 48), plain)
+    assert kernel.run(x[:0], kernel.prepare(weights, torch.float32)).shape == (0, 48)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_none(bad):
+    x, weights = drawn(QuantSpec(FORMATS["int4_g64"]), 2, 16, 128)
+    x[1, 100] = bad
+    kernel = Cpu()
+    found = kernel.run(x, kernel.prepare(weights, torch.float32))
+    assert found[0].isfinite().all()
+    assert not found[1].isfinite().any()
+
+
+@needs_compiler
+def test_a_plan_counts_the_memory_that_is_taken():
+    for quant in SPECS:
+        k = 10 * 128 if quant.weight.block[1] != 48 else 10 * 96
+        _, weights = drawn(quant, 1, 77, k)
+        prepared = Cpu().prepare(weights, torch.float32)
+        taken = sum(t.numel() * t.element_size() for t in prepared.tensors if t is not None)
+        assert Cpu().weight_bytes(problem(quant, 77, k)) == taken, quant
+
+
+@needs_compiler
+def test_exact_arithmetic_rounds_no_inputs():
+    left, rounded = problem(QuantSpec(INT8)), problem(QuantSpec(INT8, INT8))
+    assert choose(left).kernel.name == "cpu"
+    assert "in groups of 32" in str(choose(left).kernel.remark(left))
+    assert choose(left, "exact").kernel.name == "dense"
+    assert ("cpu", "rounds inputs to INT8, and exact arithmetic was asked for") in choose(left, "exact").declined
+    assert choose(rounded, "exact").kernel.name == "cpu"  # which rounds what the format says
+    assert choose(rounded).kernel.remark(rounded) is None
+
+
+@pytest.mark.parametrize(
+    ("quant", "reason"),
+    [
+        (QuantSpec(), "holds integers and E2M1, not unquantized weights"),
+        (QuantSpec(FORMATS["fp8_row"]), "holds integers and E2M1, not fp8_row"),
+        (QuantSpec(INT8, FORMATS["fp8_row"]), "cannot round inputs to fp8_row"),
+        (QuantSpec(FORMATS["int4_g128"], INT8), "needs weights with a scale a row, not int4_g128"),
+        (QuantSpec(integer_format(4, (1, 64), act_order=True)), "needs groups in the order of their columns"),
+        (QuantSpec(integer_format(4, (1, 20))), "needs groups of whole eights"),
+    ],
+    ids=str,
+)
+def test_declines(quant, reason):
+    assert reason in str(Cpu().why_not(problem(quant)))
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def test_without_a_compiler_it_says_so_and_torch_does_the_work(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu_build.library.cache_clear()
+    try:
+        why = "no C compiler (cc, gcc or clang): decoding is slower without; install gcc"
+        assert cpu_build.library() == why
+        assert Cpu().why_not(problem(QuantSpec(INT8))) == why
+        assert choose(problem(QuantSpec(INT8))).kernel.name == "dense"
+        with pytest.raises(UnsupportedError, match="no C compiler"):
+            choose(problem(QuantSpec(INT8)), "cpu")
+    finally:
+        cpu_build.library.cache_clear()
+
+
+def test_a_compiler_that_fails_is_one_line(monkeypatch, tmp_path):
+    bad = script(tmp_path / "bad", "echo 'cpu.c:1: error: no such thing' >&2; echo more >&2; exit 1")
+    monkeypatch.setenv("CC", bad)
+    with pytest.raises(cpu_build.Unbuilt) as failed:
+        cpu_build.build(tmp_path / "cache")
+    assert str(failed.value) == f"{bad} cannot compile cpu.c: cpu.c:1: error: no such thing"
+    monkeypatch.setenv("CC", "nowhere-cc")
+    with pytest.raises(cpu_build.Unbuilt, match="CC names 'nowhere-cc', which is not there"):
+        cpu_build.build(tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.so"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(cpu_build.Unbuilt, match="set XDG_CACHE_HOME"):
+        cpu_build.build(tmp_path / "cache")
+
+
+def test_a_cache_that_is_a_file_is_one_line(tmp_path):
+    if isinstance(BUILT, str):
+        pytest.skip(f"CPU KERNELS ARE NOT TESTED: {BUILT}")
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(cpu_build.Unbuilt, match=r"cannot build in .*cache .*; set XDG_CACHE_HOME"):
+        cpu_build.build(tmp_path / "cache")
+
+
+@needs_compiler
+def test_a_variant_that_the_compiler_does_not_know_is_left_out(monkeypatch, tmp_path):
+    real = cpu_build._compiler()
+    picky = script(
+        tmp_path / "picky",
+        f'case "$*" in *-mavx*|*dotprod*) echo "error: unknown option" >&2; exit 1;; esac; exec {" ".join(real)} "$@"',
+    )
+    monkeypatch.setenv("CC", picky)
+    built = cpu_build.build(tmp_path / "cache")
+    assert built.variants == built.usable == ("plain",)
+    assert [path.name for path in (tmp_path / "cache").glob("*.so")] == [built.path.name]
+    before = built.path.stat().st_mtime_ns
+    assert cpu_build.build(tmp_path / "cache").path.stat().st_mtime_ns == before  # found, not made again
