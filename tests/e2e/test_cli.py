@@ -166,7 +166,7 @@ def test_explain(fewbit, tiny, int8):
         assert (ended.status, ended.err) == (0, "")
         assert f"{numerics} -> dense" in ended.out
     if not isinstance(library(), str):
-        assert "not cpu: rounds inputs to INT8, and exact arithmetic was asked for" in ended.out
+        assert "not cpu: multiplies inputs as INT8, and exact arithmetic was asked for" in ended.out
         assert (
             "note: rounds inputs to INT8 in groups of 32; --exact leaves them as they are"
             in fewbit("explain", int8).out

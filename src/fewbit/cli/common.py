@@ -90,7 +90,9 @@ EngineOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 BackendOption = Annotated[str, typer.Option("--backend", help="Kernel to use for every linear.")]
-ExactOption = Annotated[bool, typer.Option("--exact", help="Round no inputs that the format leaves as they are.")]
+ExactOption = Annotated[
+    bool, typer.Option("--exact", help="Products of floats, inputs rounded only where the format says so.")
+]
 
 
 def backend_of(backend: str, exact: bool) -> str:

@@ -51,8 +51,8 @@ def load(checkpoint: Checkpoint, device: str | torch.device = "cpu", backend: st
     Args:
         checkpoint: what `open_checkpoint` gave.
         device: where to.
-        backend: ``exact``: the best kernel of each linear that rounds nothing but what its QuantSpec says; ``auto``:
-            the fastest, which on a CPU may round inputs to INT8; or the name of the kernel to use for every linear.
+        backend: ``exact``: for each linear the best kernel of floats that rounds nothing but what its QuantSpec says;
+            ``auto``: the best one, which on a CPU may round inputs to INT8; or the name of the kernel for every linear.
 
     Raises:
         UnsupportedError: `backend` cannot do it.

@@ -128,9 +128,9 @@ def test_exact_arithmetic_rounds_no_inputs():
     assert choose(left).kernel.name == "cpu"
     assert "in groups of 32" in str(choose(left).kernel.remark(left))
     assert choose(left, "exact").kernel.name == "dense"
-    assert ("cpu", "rounds inputs to INT8, and exact arithmetic was asked for") in choose(left, "exact").declined
-    assert choose(rounded, "exact").kernel.name == "cpu"  # which rounds what the format says
-    assert choose(rounded).kernel.remark(rounded) is None
+    assert ("cpu", "multiplies inputs as INT8, and exact arithmetic was asked for") in choose(left, "exact").declined
+    assert choose(rounded).kernel.name == "cpu"
+    assert choose(rounded).kernel.remark(rounded) is None  # it rounds what the format says
 
 
 @pytest.mark.parametrize(

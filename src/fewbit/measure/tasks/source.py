@@ -104,7 +104,7 @@ async def opened(source: Source) -> AsyncIterator[Asked]:
     folder = text_folder(path)
     tokenizer = Tokenizer.load(folder)
     options = EngineOptions(
-        device=source.device, max_batch=source.max_batch, max_model_len=source.max_model_len, max_queued=QUEUED
+        source.device, "exact", max_batch=source.max_batch, max_model_len=source.max_model_len, max_queued=QUEUED
     )
     engine = InProcessClient(open_engine(path, options))
     try:

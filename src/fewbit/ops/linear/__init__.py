@@ -29,7 +29,7 @@ class Choice:
 def choose(problem: LinearProblem, backend: str = "auto") -> Choice:
     """The first kernel of the list that can do `problem`, or the one named by `backend`.
 
-    ``exact``: the first one that rounds no inputs which `problem` leaves as they are.
+    ``exact``: the first one that multiplies floats and rounds no inputs which `problem` leaves as they are.
 
     Raises:
         UnsupportedError: `backend` names no kernel, or one that cannot do the problem.

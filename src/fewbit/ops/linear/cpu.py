@@ -68,8 +68,8 @@ class Cpu:
             return reason
         if problem.dtype != torch.float32:
             return f"computes in float32, the model in {str(problem.dtype).removeprefix('torch.')}"
-        if problem.exact and problem.quant.input is None:
-            return "rounds inputs to INT8, and exact arithmetic was asked for"
+        if problem.exact:
+            return "multiplies inputs as INT8, and exact arithmetic was asked for"
         built = library()
         return built if isinstance(built, str) else None
 

@@ -18,7 +18,7 @@ from fewbit.ops.device import DeviceInfo
 class LinearProblem:
     """Everything a kernel is chosen by: numerics, n outputs, k inputs, dtype of activations, device.
 
-    `exact`: inputs that `quant` leaves as they are must not be rounded.
+    `exact`: products of floats, of inputs that nothing but `quant` rounds.
     """
 
     quant: QuantSpec
