@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from fewbit.measure.compare import Comparison, Entry
 
+QUALITY = ["perplexity", "KL", "top-1 as base", "score", "of the base"]
 NONE = "none"
 """The recipe that leaves a shape as it is: the base."""
 
@@ -64,8 +65,18 @@ def compare(
     output_tokens: OutputOption = "512",
     runs: RunsOption = 3,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Text to predict, .txt or .jsonl (.gz): adds columns of quality.")
+        Path | None,
+        typer.Option(
+            "--data", help="Text to predict, .txt or .jsonl (.gz): adds columns of quality. With --tasks their folder."
+        ),
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", help="Tasks by commas, as eval knows them: adds their mean score.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="With --tasks: text for perplexity, and to hide needles in.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="With --tasks: questions of each.")] = None,
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens of a window of that text.")] = 512,
     windows: Annotated[int | None, typer.Option("--windows", min=1, help="Use the first N windows only.")] = None,
     run_dir: Annotated[
@@ -85,12 +96,17 @@ def compare(
     from fewbit.measure import compare as room
     from fewbit.measure.runfolder import RunFolder
 
-    _check(models, config, recipes, kv, head, data)
+    _check(models, config, recipes, kv, head, data, tasks)
+    for option, given in (("--text", text), ("--limit", limit)):
+        if given and tasks is None:
+            raise RequestError(f"{option} is about tasks; give --tasks as well")
     where = device_of(device)
     sizes = (batch, input_tokens, output_tokens)
     entries = _entries(where, models or [], config, recipes, kv, head, sizes, runs, seed, run_dir)
-    if data is not None:
-        entries = _with_quality(entries, models or [], data, length, windows, where)
+    if data is not None or tasks is not None:
+        asked = [("--data", data), ("--tasks", tasks), ("--text", text), ("--limit", limit), ("--length", length)]
+        asked += [("--windows", windows), ("--seed", seed if tasks else None)]
+        entries = _with_quality(entries, models or [], asked, where)
     folder = RunFolder(run_dir)
     total = sum(len(entry.speed) + (entry.quality is not None) for entry in entries)
     try:
@@ -116,7 +132,7 @@ def compare(
 
 def _check(
     models: Sequence[str] | None, config: str | None, recipes: str | None, kv: str | None, head: str | None,
-    data: Path | None,
+    data: Path | None, tasks: str | None,
 ) -> None:  # fmt: skip
     if (not models) == (config is None):
         raise RequestError("give directories, the base first, or --config with --recipes for random weights")
@@ -127,9 +143,9 @@ def _check(
     for option, given in (("--recipes", recipes), ("--kv", kv), ("--head", head)):
         if models and given:
             raise RequestError(f"{option} is for random weights (--config); a directory's formats are its own")
-    if data is not None and config is not None:
-        raise RequestError("--data: random weights predict nothing; give directories")
-    if data is not None and not data.is_file():
+    if (data is not None or tasks is not None) and config is not None:
+        raise RequestError("--data and --tasks: random weights predict nothing; give directories")
+    if data is not None and not (data.is_file() or (tasks and data.is_dir())):
         raise RequestError(f"--data {data}: no such file")
 
 
@@ -170,9 +186,9 @@ def _entries(
 
 
 def _with_quality(
-    entries: Sequence[Entry], models: Sequence[str], data: Path, length: int, windows: int | None,
-    device: torch.device,
-) -> list[Entry]:  # fmt: skip
+    entries: Sequence[Entry], models: Sequence[str], asked: Sequence[tuple[str, Any]], device: torch.device
+) -> list[Entry]:
+    """Entries with a row of `eval`; `asked`: its options, None where they are not given."""
     from dataclasses import replace
 
     from fewbit.measure.load import file_hash
@@ -180,17 +196,17 @@ def _with_quality(
     from fewbit.ops.device import device_info
 
     held = [next(iter(entry.speed)).key["model"] for entry in entries]
-    digest, name = file_hash(data), device_info(device).name
-    made = []
+    name, made = device_info(device).name, []
+    options = {option: str(value) for option, value in asked if value is not None}
+    digests = {option: file_hash(Path(given)) for option, given in options.items() if Path(given).is_file()}
     for number, (entry, model) in enumerate(zip(entries, models, strict=True)):
         against = ["--against", models[0]] if number else []
         key = {
-            "model": held[number], "against": held[0] if number else None, "data": digest, "length": length,
-            "windows": windows, "device": name,
+            "model": held[number], "against": held[0] if number else None, "device": name,
+            **{option.lstrip("-"): digests.get(option, given) for option, given in options.items()},
         }  # fmt: skip
-        few = ["--windows", str(windows)] if windows else []
-        words = ["eval", model, *against, "--data", str(data), "--length", str(length), *few]
-        words += ["--device", str(device), "--json"]
+        given = [word for pair in options.items() for word in pair]
+        words = ["eval", model, *against, *given, "--device", str(device), "--json"]
         made.append(replace(entry, quality=Row("eval", entry.label, key), evaluate=words))
     return made
 
@@ -206,7 +222,7 @@ def _print(found: Sequence[Comparison]) -> None:
     shapes = {(c["input"], c["output"]) for c in cells}
     measured = any(one.quality for one in found)
     columns = ["format", "bits", "GPUs", "batch", *(["input + output"] * (len(shapes) > 1)), "memory", "tok/s"]
-    columns += ["speed-up", "TTFT ms", "TPOT ms", "MBU", *(["perplexity", "KL", "top-1 as base"] * measured)]
+    columns += ["speed-up", "TTFT ms", "TPOT ms", "MBU", *(QUALITY * measured)]
     rows, failures = [], []
     for one in found:
         for number, c in enumerate(one.cells):
@@ -219,7 +235,7 @@ def _print(found: Sequence[Comparison]) -> None:
             row += [f"{c['input']} + {c['output']}"] * (len(shapes) > 1)
             row += [size(c["peak_bytes"]), f"{c['tokens_per_s']:.1f}", "" if gained is None else f"{gained:.2f}"]
             row += [f"{c['first_token_s'] * 1e3:.1f}", f"{c['per_token_s'] * 1e3:.2f}", f"{c['mbu']:.1%}"]
-            rows.append(row + (_quality(one.quality) if number == 0 else [""] * 3) * measured)
+            rows.append(row + (_quality(one.quality) if number == 0 else [""] * len(QUALITY)) * measured)
         if "failed" in one.quality:
             failures.append(f"failed: {one.label}, quality: {one.quality['failed']}")
     table(columns, rows)
@@ -239,11 +255,19 @@ def _devices(cell: Mapping[str, Any]) -> str:
 
 
 def _quality(found: Mapping[str, Any]) -> list[str]:
-    """Perplexity, KL divergence and agreement, each with its standard error."""
-    if "perplexity" not in found:
-        return ["", "", ""]
-    cells = [f"{found['perplexity']:.3f} ± {found['perplexity_err']:.3f}"]
-    if found.get("kl_mean") is None:
-        return [*cells, "", ""]
-    cells.append(f"{found['kl_mean']:.4f} ± {found['kl_mean_err']:.4f}")
-    return [*cells, f"{found['top1_agreement']:.1%} ± {found['top1_agreement_err']:.1%}"]
+    """Perplexity, KL divergence and agreement with their standard errors; the tasks' score, and what of the base's."""
+    cells = [""] * len(QUALITY)
+    if found.get("perplexity") is not None:
+        cells[0] = f"{found['perplexity']:.3f} ± {found['perplexity_err']:.3f}"
+    if found.get("kl_mean") is not None:
+        cells[1] = f"{found['kl_mean']:.4f} ± {found['kl_mean_err']:.4f}"
+        cells[2] = f"{found['top1_agreement']:.1%} ± {found['top1_agreement_err']:.1%}"
+    if tasks := list((found.get("tasks") or {}).values()):
+        cells[3] = f"{sum(t['accuracy'] for t in tasks) / len(tasks):.1%}"
+        beside = [t["paired"] for t in tasks if t.get("paired") and t["paired"]["recovery"] is not None]
+        if len(beside) == 1:
+            p = beside[0]
+            cells[4] = f"{p['recovery']:.1%} ({p['recovery_low']:.1%} to {p['recovery_high']:.1%})"
+        elif beside:
+            cells[4] = f"{sum(p['recovery'] for p in beside) / len(beside):.1%}"
+    return cells

@@ -68,6 +68,21 @@ def test_rows_are_measured_once_and_stand_beside_the_base(models, here, tmp_path
     assert "100.0% ± 0.0%" in out
 
 
+def test_tasks_give_a_score_and_what_it_is_of_the_bases(models, here, tmp_path, capsys):
+    (tmp_path / "guess.jsonl").write_text(
+        "".join(json.dumps({"query": f"word {i}", "choices": ["a", "b"], "gold": i % 2}) + "\n" for i in range(6))
+    )
+    (tmp_path / "guess.yaml").write_text("name: guess\nkind: multiple_choice\nfile: guess.jsonl\n")
+    words = ["compare", *map(str, models), *SIZES, "--run-dir", str(tmp_path / "run"), "-q"]
+    assert cli.run([*words, "--tasks", str(tmp_path / "guess.yaml"), "--limit", "4", "--json"]) == 0
+    base, other = (m["quality"]["tasks"] for m in json.loads(capsys.readouterr().out)["models"])
+    assert next(iter(other.values()))["paired"]["base"] == next(iter(base.values()))["accuracy"]
+    assert cli.run([*words, "--tasks", str(tmp_path / "guess.yaml"), "--limit", "4"]) == 0
+    assert f"{next(iter(base.values()))['accuracy']:.1%}" in capsys.readouterr().out
+    assert cli.run([*words, "--limit", "4"]) == 2
+    assert "give --tasks as well" in capsys.readouterr().err
+
+
 def test_a_killed_process_fails_one_row_and_the_next_goes_on(here, tmp_path, capsys, monkeypatch, models):
     healthy, ended = compare.child, iter([compare.Ended(-9, "", "batch 1: warming up")])
     monkeypatch.setattr(compare, "child", lambda words, tell: next(ended, None) or healthy(words, tell))

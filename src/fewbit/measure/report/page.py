@@ -230,7 +230,10 @@ def _made_with(found: Collected) -> str:
     for one in found.evals.values():
         add("device of eval", one.get("device"))
         add("seed", one.get("seed"))
-        add("text of eval, SHA-256", (one.get("text") or {}).get("sha256") or (one.get("key") or {}).get("data"))
+        text = (one.get("text") or {}).get("sha256") or (
+            None if one.get("tasks") else (one.get("key") or {}).get("data")
+        )
+        add("text of eval, SHA-256", text)
         for task, t in (one.get("tasks") or {}).items():
             for data in (t.get("data") or {}).values():
                 add(f"data of {task}, SHA-256", data.get("sha256"))
