@@ -194,6 +194,9 @@ def _check_ranges(options: EngineOptions, max_batch: int, budget: int, spec: Dec
         )
 
 
+_FLAG = "--kv-blocks on the command line"
+
+
 def _num_blocks(
     options: EngineOptions, block_size: int, useful_tokens: int, token_bytes: int, free_bytes: int, step_bytes: int
 ) -> tuple[int, str]:
@@ -203,9 +206,9 @@ def _num_blocks(
         if need > free_bytes:
             raise RecipeError(
                 f"num_blocks {options.num_blocks} x {block_size} tokens x {token_bytes} bytes = {need} bytes, "
-                f"but only {free_bytes} are free on {options.device}; lower num_blocks"
+                f"but only {free_bytes} are free on {options.device}; lower num_blocks ({_FLAG})"
             )
-        return options.num_blocks, "num_blocks"
+        return options.num_blocks, f"num_blocks, {_FLAG}"
     block_bytes = block_size * token_bytes
     if options.kv_bytes is not None:
         if options.kv_bytes > free_bytes:

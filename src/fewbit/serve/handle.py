@@ -27,13 +27,18 @@ class Server:
         url: Where it answers.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], quiet: bool = False) -> None:
         """Start it and wait until it answers.
+
+        Args:
+            arguments: Of ``fewbit serve``, without ``-q``: of what that hides one line is waited for.
+            quiet: Whether what it writes is of no more interest than for debugging.
 
         Raises:
             FewbitError: In the server's own words, why it does not.
         """
         command = [sys.executable, "-m", "fewbit.cli.child", "serve", *arguments]
+        self._log = logging.DEBUG if quiet else logging.INFO
         # in a group of its own: Ctrl-C is this process's to take, which then tells the server
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
@@ -62,7 +67,7 @@ class Server:
     def _lines(self) -> Iterator[str]:
         assert self._process.stderr is not None
         for line in self._process.stderr:
-            log.info("%s", line.rstrip())
+            log.log(self._log, "%s", line.rstrip())
             yield line.rstrip()
 
     def wait(self) -> None:
@@ -91,7 +96,7 @@ class Server:
         self.stop()
 
 
-def serve(model: str | Path, port: int = 8000, *, block: bool = False, **options: Any) -> Server:
+def serve(model: str | Path, port: int = 8000, *, block: bool = False, quiet: bool = False, **options: Any) -> Server:
     """Serve a model over HTTP, in a process of its own.
 
         with fewbit.serve("models/storyteller") as server:
@@ -101,12 +106,13 @@ def serve(model: str | Path, port: int = 8000, *, block: bool = False, **options
         model: Its directory, or a Hub id.
         port: To listen on; 0: a free one.
         block: Return only when the server has ended; Ctrl-C ends it.
+        quiet: Log what the server writes as DEBUG, not as INFO.
         **options: Of the command ``fewbit serve``, with ``_`` for ``-``: ``max_batch=8``, ``prefix_cache=False``.
 
     Raises:
         FewbitError: In the server's own words, why it does not start.
     """
-    server = Server([str(model), *arguments_of({"port": port, **options})])
+    server = Server([str(model), *arguments_of({"port": port, **options})], quiet)
     if block:
         server.wait()
     return server

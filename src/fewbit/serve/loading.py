@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
@@ -23,6 +24,10 @@ log = logging.getLogger(__name__)
 
 ROOM_S = 30.0
 """How long a model waits to be loaded while all the memory is in use; then the request is refused."""
+
+AGAIN_S = 30.0
+"""For so long a model that could not be loaded is not ready; then it is said to be, since a request would try again.
+Clients that ask before they send one would else never do so."""
 
 State = Literal["READY", "UNAVAILABLE", "LOADING", "UNLOADING"]
 Tell = Callable[[str], None]
@@ -90,7 +95,7 @@ class Slot:
         self.used = 0  # when it was last used: a number that grows
         self.cost = 0
         self.reason = ""
-        self.failed = False  # the last time that it was to be loaded
+        self.failed_s: float | None = None  # when, if it could not be loaded the last time
         self.opening: asyncio.Task[Service] | None = None
         self.closing: asyncio.Task[None] | None = None
 
@@ -103,6 +108,11 @@ class Slot:
     def idle(self) -> bool:
         """Whether it could be unloaded now."""
         return self.service is not None and self.closing is None and not self.users
+
+    @property
+    def failed(self) -> bool:
+        """Whether it could not be loaded, and it is too early to say that another attempt may do better."""
+        return self.failed_s is not None and time.monotonic() - self.failed_s < AGAIN_S
 
     @property
     def state(self) -> ModelState:
@@ -216,20 +226,20 @@ class Loader:
         try:
             await self._make_room(slot)
             slot.service = await self._source.open(slot.name, self._metrics, slot.say, lost)
-            slot.reason, slot.failed = "", False
+            slot.reason, slot.failed_s = "", None
             self._metrics.of(slot.name).loaded(True)
         except OverloadedError as error:
             slot.reason = str(error)
             raise
         except FewbitError as error:
-            slot.reason, slot.failed = str(error), True
+            slot.reason, slot.failed_s = str(error), time.monotonic()
             log.log(
                 logging.DEBUG if quiet else logging.ERROR,
                 "the model '%s' could not be loaded: %s", slot.name, slot.reason,
             )  # fmt: skip
             raise LoadError(f"the model '{slot.name}' could not be loaded: {slot.reason}") from error
         except Exception as error:
-            slot.reason, slot.failed = f"failed with {type(error).__name__}", True
+            slot.reason, slot.failed_s = f"failed with {type(error).__name__}", time.monotonic()
             log.exception("the model '%s' could not be loaded", slot.name)
             raise LoadError(f"the model '{slot.name}' could not be loaded: {slot.reason}") from error
         finally:

@@ -94,7 +94,7 @@ class Models:
         return self._slot(name).state
 
     def comes_on_demand(self, name: str) -> bool:
-        """Whether a request for this model, which is not loaded, would load it: the last attempt did not fail.
+        """Whether a request for this model, which is not loaded, would load it: the last attempt did not fail just now.
 
         Raises:
             UnknownModelError: There is none of this name.
@@ -242,7 +242,9 @@ class Models:
             slots = self._loader.slots
         if name is None and slots:
             return next(iter(slots.values()))
-        if name is None or name not in slots:
+        if name is None:
+            raise UnknownModelError("no model is served here yet", "model")
+        if name not in slots:
             served = " and ".join(f"'{n}'" for n in itertools.islice(slots, _SHOWN)) or "none"
             verb = "are" if len(slots) > 1 else "is"
             raise UnknownModelError(f"the model '{shown(name)}' is not served here, {served} {verb}", "model")

@@ -125,14 +125,6 @@ class Service:
                 "prompt",
             )
 
-    async def render(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Tokens of a chat, up to where the assistant speaks."""
-        template = self.tokenizer.chat_template
-        if template is None:
-            raise RequestError("this model has no chat template; send a text to /v1/completions", "messages")
-        text = await asyncio.to_thread(template.render, messages)
-        return await self.encode(text, add_special_tokens=False)
-
     def job(self, prompt: Sequence[int], params: SamplingParams, limited: bool, **cut: Any) -> Job:
         """A job that the engine has room for.
 

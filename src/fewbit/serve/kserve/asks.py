@@ -11,6 +11,7 @@ import numpy as np
 
 from fewbit.engine.types import SamplingParams
 from fewbit.errors import RequestError, nearest_name
+from fewbit.serve import turns
 from fewbit.serve.body import shown
 from fewbit.serve.generation import Job
 from fewbit.serve.kserve import guides
@@ -290,7 +291,7 @@ async def _prompt(service: Service, ask: Ask) -> list[int]:
             ids = ids[: ask.prompt_tokens]
         return ids
     if ask.chat:
-        return await service.render(_messages(ask))
+        return (await turns.encoded(service, _messages(ask)))[1]
     if ask.begin is None:
         return await service.encode(ask.prompt)
     ids = await service.encode(ask.prompt, add_special_tokens=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import uuid
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -12,7 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
 from fewbit.errors import CheckpointError, RequestError, nearest_name
-from fewbit.serve.body import aside, shown
+from fewbit.serve import turns
+from fewbit.serve.body import shown
 from fewbit.serve.openai.tools import CHOICE, Function, Tool, check_choice, check_tools
 from fewbit.serve.schema import MAX_TEMPLATE_CHARS, Strict
 from fewbit.serve.service import Service
@@ -20,7 +20,6 @@ from fewbit.text import ChatTemplate
 from fewbit.text.settings import ROLES
 
 REQUEST_TEMPLATE_S = 0.8  # a template of a client's own may take so long
-_PIECES = 256  # of a prompt are tokenized at one go
 _OURS = frozenset({"messages", "tools", "documents", "add_generation_prompt", *ROLES})  # no client sets these by name
 
 
@@ -165,7 +164,7 @@ async def encoded(
 ) -> tuple[str, list[int]]:
     """The prompt's text and its tokens.
 
-    Special tokens are the template's to write: where a user, a system or a tool spells one out, it is plain text.
+    See `turns.encoded`, of which this is the front.
 
     Args:
         service: The model.
@@ -177,25 +176,6 @@ async def encoded(
     Raises:
         RequestError: The template cannot say this, refuses, fails, or takes too long.
     """
-    cut = uuid.uuid4().hex
-    pieces = (await _rendered(service, asked, trusted, cut)).split(cut)
-    text, ids = "".join(pieces), list[int]()
-    service.check_length(text, last)
-    for i, piece in enumerate(pieces):
-        if i % _PIECES == 0:
-            await asyncio.sleep(0)  # others may go on between many pieces
-        if last is None and len(ids) > service.max_model_len:
-            raise RequestError(
-                f"the prompt has more tokens than the model length of {service.max_model_len}, prompt and output "
-                "together: shorten it",
-                "prompt",
-            )
-        ids += await service.encode(piece, add_special_tokens and i == 0, last) if piece else []
-    return text, ids if last is None else ids[-last:]
-
-
-async def _rendered(service: Service, asked: Conversation, trusted: bool, cut: str) -> str:
-    """The prompt's text, with `cut` within each special token that is none."""
     for name in ("chat_template", "chat_template_kwargs"):
         if getattr(asked, name) and not trusted:
             raise RequestError(
@@ -212,28 +192,25 @@ async def _rendered(service: Service, asked: Conversation, trusted: bool, cut: s
         raise RequestError("this model has no chat template; send a text to /v1/completions", "messages")
     variables = _variables(template, asked)
     messages = [message.template_fields() for message in asked.messages]
-    special = service.tokenizer.special_texts
-
-    def split(found: re.Match[str]) -> str:
-        return found[0][0] + cut + found[0][1:]
-
     for message in messages:
         if message["role"] == "developer" and "developer" not in template.source:
             message["role"] = "system"  # most templates know it by its older name
-        if message["role"] != "assistant":
-            content = message["content"]
-            message["content"] = await aside(len(content), special.sub, split, content)
-    mark = ""
+    end = ""
     if asked.continue_final_message:
-        mark = uuid.uuid4().hex
-        messages[-1]["content"] += mark
+        end = uuid.uuid4().hex
+        messages[-1]["content"] += end
     opens = not asked.continue_final_message and asked.add_generation_prompt is not False
-    text = await asyncio.to_thread(template.render, messages, opens, **limits, **variables)
-    if not mark:
-        return text
-    if mark not in text:
-        raise RequestError("the chat template does not show the last message, so nothing can go on with it", "messages")
-    return text[: text.rindex(mark)]
+    return await turns.encoded(
+        service,
+        messages,
+        template,
+        opens=opens,
+        end=end,
+        add_special_tokens=add_special_tokens,
+        last=last,
+        limits=limits,
+        variables=variables,
+    )
 
 
 def _variables(template: ChatTemplate, asked: Conversation) -> dict[str, Any]:
