@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import shutil
 import signal
@@ -260,7 +261,7 @@ def float64_logits(path: Path, windows: list[list[int]]) -> list[torch.Tensor]:
 
 
 def by_hand(base: Path, model: Path, windows: list[list[int]]) -> dict[str, float]:
-    kl, agree, losses, base_losses = [], [], [], []
+    kl, agree, losses, base_losses, flips, squares = [], [], [], [], [], []
     for w, b, m in zip(windows, float64_logits(base, windows), float64_logits(model, windows), strict=True):
         b, m = b.log_softmax(-1), m.log_softmax(-1)
         for t in range(len(w)):
@@ -269,6 +270,8 @@ def by_hand(base: Path, model: Path, windows: list[list[int]]) -> dict[str, floa
             if t:
                 losses.append(-m[t - 1, w[t]].item())
                 base_losses.append(-b[t - 1, w[t]].item())
+                flips.append(float((b[t - 1].argmax() == w[t]) != (m[t - 1].argmax() == w[t])))
+                squares.append((m[t - 1, w[t]].exp() - b[t - 1, w[t]].exp()).item() ** 2)
     mean = lambda x: sum(x) / len(x)  # noqa: E731
     return {
         "tokens": len(kl),
@@ -278,14 +281,19 @@ def by_hand(base: Path, model: Path, windows: list[list[int]]) -> dict[str, floa
         "top1_agreement": mean(agree),
         "perplexity": torch.tensor(mean(losses), dtype=torch.float64).exp().item(),
         "perplexity_base": torch.tensor(mean(base_losses), dtype=torch.float64).exp().item(),
+        "perplexity_ratio": math.exp(mean(losses) - mean(base_losses)),
+        "flips": mean(flips),
+        "probability_rms": mean(squares) ** 0.5,
+        "kl_max": max(kl),
     }
 
 
 def agrees(found: dict, expected: dict) -> None:
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-3), name
-        if name != "tokens":
+        if name not in ("tokens", "kl_max"):
             assert found[f"{name}_err"] >= 0
+            assert found[f"{name}_low"] <= found[f"{name}_high"]
 
 
 def test_eval_by_hand(fewbit, plain, int8, tmp_path):
