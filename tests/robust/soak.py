@@ -39,7 +39,7 @@ GROWTH_S = 120.0
 """So long has the rest to be: in less, a burst is as much as a leak."""
 MAX_SLOPE = 2.0
 """MiB a minute, by `slope`."""
-LEAST = 300
+LEAST = 150
 """Requests of a run, however long they take: fewer do not have all kinds among them."""
 WORDS = ("the", "old", "fox", "king", "sea", "rain", "and", "a boy", "who", "lived", "forest", "said to", "one day")
 SERVED = ("--drain", "2", "--kv-blocks", "512")

@@ -38,6 +38,7 @@ def test_short_runs_are_not_judged():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_half_a_minute_of_mixed_traffic():
     found, said = soak(0.5, seed=1)
     assert not found.wrong, said
