@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
+import time
 
 import pytest
 
@@ -50,8 +52,29 @@ def test_prompts_have_log_probabilities_too(engine):
     assert [p.chosen for p in again.prompt_logprobs[-4:]] == [p.chosen for p in whole.logprobs]
 
 
-def test_many_prompts_are_computed_together(engine):
-    before = engine.stats()
+def machine(engine):
+    """What steps, on its own thread."""
+    return engine._service.client._loop._engine
+
+
+def test_many_prompts_are_computed_together(engine, monkeypatch):
+    before, both = engine.stats(), threading.Event()
+    inner, client = machine(engine), engine._service.client
+    submit, launch = client.submit, inner.runner.launch
+    asked = itertools.count(1)
+
+    async def told(request):
+        stream = await submit(request)
+        if next(asked) == 2:
+            both.set()
+        return stream
+
+    def held(batch):  # the first goes on slowly until the second has come, however long that takes
+        both.wait(1.0)
+        return launch(batch)
+
+    monkeypatch.setattr(client, "submit", told)
+    monkeypatch.setattr(inner.runner, "launch", held)
     engine.generate(["a", "b"], max_tokens=20, temperature=0, ignore_eos=True)
     assert engine.stats().steps_total - before.steps_total < 2 * 20
 
@@ -115,26 +138,39 @@ def test_pieces_for_scripts_and_for_coroutines(engine):
         list(engine.stream(PROMPTS[0], n=2))
 
 
-def test_leaving_a_stream_ends_the_request(engine):
-    def ended() -> bool:
-        for _ in range(200):
-            if engine.stats().blocks_used == 0:
-                return True
-            threading.Event().wait(0.01)
-        return False
+def test_leaving_a_stream_ends_the_request(engine, monkeypatch):
+    left, launch = threading.Event(), machine(engine).runner.launch
 
-    before = engine.stats().endings_total.get("abort", 0)
+    def held(batch):  # so that no text comes to its end before it is left
+        if any(piece.first > 30 for piece in batch.pieces):
+            left.wait(60)
+        return launch(batch)
+
+    monkeypatch.setattr(machine(engine).runner, "launch", held)
+
+    def aborts() -> int:
+        return engine.stats().endings_total.get("abort", 0)
+
+    def ended(count: int) -> None:
+        left.set()
+        limit = time.monotonic() + 60
+        while aborts() < count or engine.stats().blocks_used:
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        left.clear()
+
+    before = aborts()
     for _ in engine.stream(PROMPTS[0], max_tokens=50, ignore_eos=True):
         break
-    assert ended()
+    ended(before + 1)
 
     async def main():
         async for _ in engine.stream(PROMPTS[0], max_tokens=50, ignore_eos=True):
             break
 
     asyncio.run(main())
-    assert ended()
-    assert engine.stats().endings_total["abort"] == before + 2
+    ended(before + 2)
+    assert aborts() == before + 2
 
 
 def test_several_threads_at_once(engine):
@@ -144,7 +180,7 @@ def test_several_threads_at_once(engine):
     for t in threads:
         t.start()
     for t in threads:
-        t.join(30)
+        t.join(120)
     assert len(got) == 12
     assert sum(a.token_ids == wanted.token_ids for a in got) >= 4
 

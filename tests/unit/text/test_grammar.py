@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import random
 import re
+import signal
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
@@ -197,7 +200,7 @@ def test_what_cannot_be_used_is_said_in_one_line_at_once(tokenizer, case):
     began = time.monotonic()
     with pytest.raises(RequestError) as caught:
         grammar.compile(make(), tokenizer, tokenizer.vocab_size)
-    assert time.monotonic() - began < 2  # one on a quiet machine
+    assert time.monotonic() - began < 60  # one on a quiet machine, and minutes without the limits
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
@@ -210,7 +213,7 @@ def test_what_looks_bad_and_is_fine(tokenizer, case):
     matcher = grammar.compile(FINE[case](), tokenizer, tokenizer.vocab_size)
     choose, slowest = random.Random(1).choice, 0.0
     for _ in range(60):
-        start = time.monotonic()
+        start = time.thread_time()
         try:
             if matcher.done:
                 break
@@ -219,9 +222,9 @@ def test_what_looks_bad_and_is_fine(tokenizer, case):
         except RequestError as error:
             assert "too complex" in str(error)  # noqa: PT017 - the walk may end so, in words
             break
-        slowest = max(slowest, time.monotonic() - start)
-    assert time.monotonic() - began < 4
-    assert slowest < 0.5
+        slowest = max(slowest, time.thread_time() - start)
+    assert time.monotonic() - began < 60
+    assert slowest < 5  # some 20 ms on a quiet machine
 
 
 def test_a_child_that_is_killed_or_breaks_down_is_replaced():
@@ -237,26 +240,41 @@ def test_a_child_that_is_killed_or_breaks_down_is_replaced():
     assert "broke down" in own(grammar.from_regex("c"))
     assert own(grammar.from_regex("d")) == ""
     own._child.stdin.close()
-    assert own._child.wait(5) == 0, "it ends with its parent"
+    assert own._child.wait(60) == 0, "it ends with its parent"
 
 
-def test_the_same_grammar_is_tried_once():
+def test_the_same_grammar_is_tried_once(monkeypatch):
     own = Trial()
     slow = grammar.from_json_schema({"type": "integer", "multipleOf": 999_979})
-    began = time.monotonic()
-    assert "too complex" in own(slow)
-    first = time.monotonic() - began
-    began = time.monotonic()
-    assert "too complex" in own(slow)
-    assert time.monotonic() - began < first / 10
+    tries, try_it = [], own._try
+    monkeypatch.setattr(own, "_try", lambda text: (tries.append(text), try_it(text))[1])
+    for _ in range(2):
+        assert "too complex: compiling it took more than 0.6 s" in own(slow)
+        assert own(grammar.from_regex("a")) == ""
+    assert tries == [slow, grammar.from_regex("a")]
+    own.stop()
+
+
+def test_a_child_that_a_busy_machine_holds_up_is_waited_for(monkeypatch):
+    own = Trial()
+    assert own(grammar.from_regex("a")) == ""
+    os.kill(own._child.pid, signal.SIGSTOP)
+    monkeypatch.setattr(trials, "_PATIENCE", 100)
+    with ThreadPoolExecutor(1) as pool:
+        trying = pool.submit(own, grammar.from_regex("b"))
+        done, _ = wait([trying], timeout=2 * trials.LIMIT_S)
+        os.kill(own._child.pid, signal.SIGCONT)
+        assert (done, trying.result(60)) == (set(), "")
     own.stop()
 
 
 def test_a_grammar_that_was_late_is_tried_again_and_one_that_is_wrong_is_not(monkeypatch):
     own, good = Trial(), grammar.from_regex("a")
-    monkeypatch.setattr(trials, "LIMIT_S", 0.0)
+    assert own(grammar.from_regex("b")) == ""
+    os.kill(own._child.pid, signal.SIGSTOP)
+    monkeypatch.setattr(trials, "_PATIENCE", 0.2)
     assert "too complex" in own(good)
-    monkeypatch.setattr(trials, "LIMIT_S", 30.0)
+    monkeypatch.setattr(trials, "_PATIENCE", 100)
     assert "too complex" in own(good)
     wrong = own("{}")
     monkeypatch.setattr(trials.time, "monotonic", lambda now=time.monotonic: now() + 31)
@@ -266,9 +284,11 @@ def test_a_grammar_that_was_late_is_tried_again_and_one_that_is_wrong_is_not(mon
     own.stop()
 
 
-def test_a_child_that_does_not_start_says_nothing_of_the_grammar(monkeypatch):
-    own = Trial()
-    monkeypatch.setattr(trials, "_START_S", 0.0)
+def test_a_child_that_does_not_start_says_nothing_of_the_grammar(monkeypatch, tmp_path):
+    own, mute = Trial(), tmp_path / "mute.py"
+    mute.write_text("import time; time.sleep(600)")
+    monkeypatch.setattr(trials, "__file__", str(mute))
+    monkeypatch.setattr(trials, "_START_S", 0.1)
     assert "did not start" in own(grammar.from_regex("a"))
 
 
