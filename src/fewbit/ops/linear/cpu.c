@@ -24,11 +24,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ROWS = 16, QUAD = 64 };               /* rows of a tile; bytes of 16 rows x 4 columns */
-enum { BITS8, BITS4, E2M1, BFLOAT16, KINDS }; /* what a weight is; the last: x stays as it is */
+enum { ROWS = 16, QUAD = 64 }; /* rows of a tile; bytes of 16 rows x 4 columns */
+enum { BITS8, BITS4, E2M1 };     /* what a weight is */
 
 typedef struct {
-    const uint8_t *codes; /* [tiles][columns / 8][QUAD * 2, of 4 bits QUAD]; BFLOAT16: [tiles][columns][ROWS] */
+    const uint8_t *codes; /* [tiles][columns / 8][QUAD * 2, of 4 bits QUAD] */
     const void *scales;   /* [tiles][groups][ROWS], float if scales_float, else bfloat16; NULL: 1 */
     const uint8_t *zeros; /* [tiles][groups][ROWS]; NULL: `zero` everywhere */
     const float *row;     /* [tiles][ROWS] */
@@ -40,7 +40,6 @@ typedef struct {
 } Linear;
 
 typedef struct { /* x of a call, rounded */
-    const float *x;       /* [m][k] */
     int8_t *codes;        /* [m][columns] */
     float *scales;        /* [m][spans] */
     int32_t *corrections; /* [m][spans]: minus the sum of the codes, times `zero` where that is one for all */
@@ -212,24 +211,11 @@ INLINE void codes(
     for (int r = 0; r < rows; r++) memcpy(out + r * ROWS, sum[r], sizeof sum[r]);
 }
 
-INLINE void bfloat16(const int rows, const Linear *w, int64_t tile, const Input *in, int64_t first, float *out) {
-    const uint16_t *code = (const uint16_t *)w->codes + tile * w->columns * ROWS;
-    VF sum[BLOCK][PARTS] = {0};
-    for (int64_t c = 0; c < w->k; c++)
-        for (int p = 0; p < PARTS; p++) {
-            const VF weight = load_bfloat16(code + c * ROWS + p * LANES);
-            for (int r = 0; r < rows; r++)
-                sum[r][p] = fma_(weight, (VF){0} + in->x[(first + r) * w->k + c], sum[r][p]);
-        }
-    for (int r = 0; r < rows; r++) memcpy(out + r * ROWS, sum[r], sizeof sum[r]);
-}
-
 #define OF(rows)                                                                \
     switch (w->kind) {                                                          \
     case BITS8: codes(BITS8, rows, w, tile, in, m, out); break;                 \
     case BITS4: codes(BITS4, rows, w, tile, in, m, out); break;                 \
-    case E2M1: codes(E2M1, rows, w, tile, in, m, out); break;                   \
-    default: bfloat16(rows, w, tile, in, m, out);                               \
+    default: codes(E2M1, rows, w, tile, in, m, out);                            \
     }
 
 /* Rows `first` to `end` of x with one tile, into their 16 columns of y. */
@@ -297,25 +283,18 @@ static void round_row(const Linear *w, const float *x, int8_t *code, float *scal
 int fewbit_linear(const Linear *w, const float *x, float *y, int64_t m, int threads, int variant) {
     const int64_t count = (w->n + ROWS - 1) / ROWS, spans = w->columns / w->span;
     const int64_t codes = (m * w->columns + 63) / 64 * 64;
-    Input in = {x, NULL, NULL, NULL};
-    char *memory = NULL;
-    if (w->kind != BFLOAT16) {
-        if (!(memory = aligned_alloc(64, (size_t)((codes + m * spans * 8 + 63) / 64 * 64)))) return 1;
-        in.codes = (int8_t *)memory;
-        in.scales = (float *)(memory + codes);
-        in.corrections = (int32_t *)(in.scales + m * spans);
-    }
-    const int64_t width = w->kind == BFLOAT16 ? 4 * w->k : w->columns;
-    int64_t kept = KEPT / width / 8 * 8;
+    char *memory = aligned_alloc(64, (size_t)((codes + m * spans * 8 + 63) / 64 * 64));
+    if (!memory) return 1;
+    Input in = {(int8_t *)memory, (float *)(memory + codes), NULL};
+    in.corrections = (int32_t *)(in.scales + m * spans);
+    int64_t kept = KEPT / w->columns / 8 * 8;
     if (kept < 8) kept = 8;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        if (memory) {
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < m; i++) {
-                const int64_t s = i * spans;
-                round_row(w, x + i * w->k, in.codes + i * w->columns, in.scales + s, in.corrections + s);
-            }
+        for (int64_t i = 0; i < m; i++) {
+            const int64_t s = i * spans;
+            round_row(w, x + i * w->k, in.codes + i * w->columns, in.scales + s, in.corrections + s);
         }
         for (int64_t first = 0; first < m; first += kept) {
             const int64_t end = first + kept < m ? first + kept : m;

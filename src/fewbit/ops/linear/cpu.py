@@ -120,7 +120,7 @@ class Cpu:
         rows = x.numel() // w.k
         threads = min(torch.get_num_threads(), 1 + rows * w.n * w.k // _SHARE)
         call = built.calls.fewbit_linear
-        if call(prepared.address, x.data_ptr(), out.data_ptr(), rows, threads, built.index(self._variant)):
+        if rows and call(prepared.address, x.data_ptr(), out.data_ptr(), rows, threads, built.index(self._variant)):
             raise MemoryError(f"no memory for {rows} rounded inputs of {w.k}")
         return out
 
