@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from fewbit.engine.socketclient import SocketClient
 from fewbit.engine.types import EngineDownError
 from fewbit.errors import FewbitError
 
+_PREFIX = "fewbit-engine-"
 COMMAND = (sys.executable, "-m", "fewbit.engine.process")
 
 
@@ -30,8 +32,8 @@ class EngineProcess:
     """A child that runs an engine. It dies with this process, however this one ends."""
 
     def __init__(self, command: Sequence[str], drain_s: float) -> None:
-        self._folder = private_folder()
-        self.socket = self._folder / "engine.sock"
+        self._folder = PrivateFolder()
+        self.socket = self._folder.path / "engine.sock"
         self._drain_s = drain_s
         self._process: subprocess.Popen[str] | None = None
         self._error: OSError | None = None
@@ -54,7 +56,7 @@ class EngineProcess:
         started.set()
         if self._process is not None:
             self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.remove()
 
     @property
     def process(self) -> subprocess.Popen[str]:
@@ -171,10 +173,61 @@ def _error_named(kind: str, message: str) -> FewbitError:
     return EngineDownError(f"the engine process could not be started: {message}")
 
 
-def private_folder() -> Path:
-    """A new folder that only this user can enter, with a path short enough for a socket (108 bytes on Linux)."""
-    folder = Path(tempfile.mkdtemp(prefix="fewbit-"))
-    if len(os.fsencode(folder)) > 80:
-        folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix="fewbit-", dir="/tmp"))
-    return folder
+class PrivateFolder:
+    """A new folder that only this user can enter, with a path short enough for a socket (108 bytes on Linux).
+
+    It is locked while the process lives that made it: whoever makes another takes away those that were left behind by
+    processes which were killed.
+
+    Attributes:
+        path: Where it is.
+
+    Raises:
+        EngineDownError: There is no place for it.
+    """
+
+    def __init__(self) -> None:
+        try:
+            while not self._make():
+                pass
+        except OSError as error:
+            raise EngineDownError(
+                f"no folder for the engine's socket can be made: {error.strerror or error}; make room in "
+                f"{error.filename or 'the folder for temporary files'}, or name another one with TMPDIR"
+            ) from error
+
+    def _make(self) -> bool:
+        """False: another process took it for one that was left behind, before it was locked."""
+        self.path = _made(tempfile.gettempdir())
+        if len(os.fsencode(self.path)) > 80:
+            self.path.rmdir()
+            self.path = _made("/tmp")
+        try:
+            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            return False
+        with contextlib.suppress(OSError):  # where there are no locks nobody can take it away either
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        if self.path.is_dir():
+            return True
+        os.close(self._lock)
+        return False
+
+    def remove(self) -> None:
+        """It, and what is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _made(parent: str) -> Path:
+    """A new folder in this one, once those of the dead are gone from there."""
+    for left in Path(parent).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(lock).st_uid == os.getuid():
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left)
+            finally:
+                os.close(lock)
+    return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
