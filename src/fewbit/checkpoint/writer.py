@@ -332,7 +332,7 @@ class CheckpointWriter:
 
     def _place_error(self, error: BaseException | None) -> None:
         """Say where the disk is that was full: a write that fails does not know."""
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(self.target)
 
     def _leave(self, keep: bool) -> None:
