@@ -21,6 +21,7 @@ from fewbit.numerics.element import Element
 from fewbit.numerics.format import Format
 from fewbit.numerics.qtensor import QTensor, block_size
 from fewbit.numerics.quantspec import KVSpec, QuantSpec
+from fewbit.spec.decoder import DecoderSpec, LinearShape, MoE
 from fewbit.spec.families import family_of
 from fewbit.spec.hfconfig import HFConfig
 
@@ -140,13 +141,23 @@ def _quantized(shape: tuple[int, ...], fmt: Format, generator: torch.Generator) 
     return QTensor(fmt, codes, stored, outer, zero)
 
 
-def decode_bytes(checkpoint: Checkpoint, batch: int, context: float) -> tuple[float, float]:
-    """Bytes that a decode step must read: weights with the head, and K and V of `batch` sequences of `context`."""
+def _chosen(spec: DecoderSpec, name: str) -> float:
+    """The share of tokens that go through a linear: of an expert's top_k / experts, of any other's all."""
+    mlp = spec.layers[int(name.split(".")[1])].mlp if ".mlp.experts." in name else None
+    return mlp.top_k / mlp.experts if isinstance(mlp, MoE) else 1.0
+
+
+def decode_bytes(checkpoint: Checkpoint, batch: float, context: float) -> tuple[float, float]:
+    """Bytes that a decode step must read: weights with the head, and K and V of `batch` sequences of `context`.
+
+    An expert is read where one token or more of the batch chose it, each token for itself and every expert as often.
+    """
     spec, weights = checkpoint.spec, 0.0
     for linear in spec.linears():
         kind, columns = checkpoint.quant.get(linear.name, QuantSpec()), linear.in_features
         numbers = linear.out_features * columns
-        weights += numbers * file_bits(kind, numbers, columns, checkpoint.dtype) / 8
+        read = 1 - (1 - _chosen(spec, linear.name)) ** batch
+        weights += read * numbers * file_bits(kind, numbers, columns, checkpoint.dtype) / 8
     kv = 0.0
     for index, layer in enumerate(spec.layers):
         a, stored = layer.attention, checkpoint.kv.get(index)
@@ -172,10 +183,10 @@ def decode_flops(checkpoint: Checkpoint, batch: int, context: float) -> float:
     return batch * (linears + sum(4.0 * a.heads * a.head_dim * min(context, a.window or math.inf) for a in heads))
 
 
-def prefill_flops(checkpoint: Checkpoint, tokens: int) -> tuple[float, float]:
-    """Floating-point operations of one prompt: linears (the head for one position), and causal attention."""
+def prefill_flops(checkpoint: Checkpoint, tokens: int, heads: int = 1) -> tuple[float, float]:
+    """Floating-point operations of one prompt: linears (the head for `heads` positions), and causal attention."""
     spec = checkpoint.spec
-    linears = sum(2.0 * x.out_features * x.in_features * (1 if x.name == "lm_head" else tokens) for x in spec.linears())
+    linears = sum(tokens * _flops(spec, x) if x.name != "lm_head" else heads * _flops(spec, x) for x in spec.linears())
 
     def pairs(window: int | None) -> float:
         seen = min(window or tokens, tokens)  # by a token late enough
@@ -183,3 +194,16 @@ def prefill_flops(checkpoint: Checkpoint, tokens: int) -> tuple[float, float]:
 
     attention = (y.attention for y in spec.layers)
     return linears, sum(4.0 * a.heads * a.head_dim * pairs(a.window) for a in attention)
+
+
+def eight_bit_share(checkpoint: Checkpoint) -> float:
+    """The share of a prompt's operations in linears, without the head, whose inputs are quantized."""
+    spec, quant = checkpoint.spec, checkpoint.quant
+    layers = [x for x in spec.linears() if x.name != "lm_head"]
+    eight = [x for x in layers if x.name in quant and quant[x.name].input is not None]
+    return sum(_flops(spec, x) for x in eight) / sum(_flops(spec, x) for x in layers)
+
+
+def _flops(spec: DecoderSpec, linear: LinearShape) -> float:
+    """Operations of a linear for a token, the mean over tokens where it is an expert's."""
+    return 2.0 * linear.out_features * linear.in_features * _chosen(spec, linear.name)

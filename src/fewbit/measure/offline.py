@@ -28,7 +28,14 @@ from fewbit.engine.runner import free_bytes
 from fewbit.engine.types import GenerateRequest, SamplingParams
 from fewbit.errors import UnsupportedError
 from fewbit.measure.ceilings import Ceilings, ceilings, seconds
-from fewbit.measure.dummy import decode_bytes, decode_flops, dummy_checkpoint, prefill_flops, stored_bits
+from fewbit.measure.dummy import (
+    decode_bytes,
+    decode_flops,
+    dummy_checkpoint,
+    eight_bit_share,
+    prefill_flops,
+    stored_bits,
+)
 from fewbit.measure.peaks import Peak, peak_of
 from fewbit.measure.slice import compare_slice
 from fewbit.model.load import Loader
@@ -69,7 +76,7 @@ class Offline:
         mbu: step_bytes / TPOT over the peak of the device's memory.
         mfu: operations of the prompts over the time to the last first token, over the peak of its arithmetic.
         peak: whose peaks these are: `vendor: h100`, or `measured` in this run where the vendor's are not known.
-        peak_bytes_per_s, peak_flops_per_s: the peaks; with inputs of 8 bits those of 8-bit products.
+        peak_bytes_per_s, peak_flops_per_s: the peaks; for the share of linears with 8-bit inputs, of 8-bit products.
         bytes_per_s: step_bytes over step_s; of the copy measured in this run: `bandwidth`.
         flops_per_s: of the prompts, over the time to the last first token; of the ceiling: `compute`.
         limit_tokens_per_s: of the protocol at the ceilings; `of_limit`: what was reached of it.
@@ -195,13 +202,14 @@ class Bench:
         middle = cell.prompt + cell.output / 2  # of the answers: tokens of a sequence
         read = sum(decode_bytes(checkpoint, batch, middle))
         linear, scores = (batch * f for f in prefill_flops(checkpoint, cell.prompt))
-        eight = _eight_bit_prompts(checkpoint)
-        ceiling = top.eight if eight else top.bf16
+        eight = eight_bit_share(checkpoint)
+        here = Peak(top.copy, top.bf16, top.eight)
+        ceiling = here.mixed(eight)
         limit = batch * cell.output / (linear / ceiling + scores / top.bf16 + (cell.output - 1) * read / top.copy)
         speeds = [batch * cell.output / run[0] for run in found[1:]]
         reached = statistics.median(speeds)
-        whose, peak = self.known or ("", Peak(top.copy, top.bf16, top.eight))
-        peak_flops = peak.eight_bit_flops_per_s if eight else peak.flops_per_s
+        whose, peak = self.known or ("", here)
+        peak_flops = peak.mixed(eight)
         return Offline(
             tokens_per_s=reached, slowest=min(speeds), fastest=max(speeds), first_token_s=first, per_token_s=between,
             step_s=step, graph_s=graph, step_bytes=read, step_flops=decode_flops(checkpoint, batch, middle),
@@ -286,11 +294,6 @@ def _allocated(device: torch.device) -> int:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _eight_bit_prompts(checkpoint: Checkpoint) -> bool:
-    quant = next(iter(checkpoint.quant.values()), None)
-    return quant is not None and quant.input is not None
 
 
 def _run(engine: Engine, prompts: list[list[int]], output: int, name: str) -> tuple[float, float, float, float]:

@@ -16,6 +16,10 @@ class Peak:
     flops_per_s: float
     eight_bit_flops_per_s: float
 
+    def mixed(self, eight_bit_share: float) -> float:
+        """FLOP/s where this share of the operations has 8-bit inputs and the others BF16."""
+        return 1 / (eight_bit_share / self.eight_bit_flops_per_s + (1 - eight_bit_share) / self.flops_per_s)
+
 
 PEAKS = {
     "l4": Peak(0.30e12, 121e12, 242e12),
@@ -26,8 +30,8 @@ PEAKS = {
     "b200": Peak(8.0e12, 2250e12, 4500e12),
 }
 """SXM modules of the largest memory, where there are several."""
-_SLOWER = {"pcie", "nvl", "40gb"}
-"""Words in a device's name that say it is another card than the table's."""
+_SLOWER = {"pcie", "nvl", "40gb", "mig"}
+"""Words in a device's name that say it is another card than the table's, or a slice of one."""
 
 
 def peak_named(name: str) -> Peak:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from fewbit import open_checkpoint
+from fewbit.compress.recipe import read_recipe
 from fewbit.demo import demo_model
 from fewbit.errors import CheckpointError, RequestError
+from fewbit.measure.dummy import dummy_checkpoint, shape_named
 from fewbit.measure.load import Sample
 from fewbit.measure.load.answer import Record
 from fewbit.measure.load.drive import Run
@@ -38,10 +41,20 @@ def test_by_hand():
     assert found["bytes_per_s"] == pytest.approx(found["bytes_per_step"] / 0.01)
     assert found["mbu"] == pytest.approx(found["bytes_per_s"] / 1e9)
     attention = 4 * 10 * 4 * 64 * 111 * 112 / 2  # multiply and add, of scores and of values
-    each = 2 * (6_881_280 * 111 + 4096 * 256) + attention
+    each = 2 * (6_881_280 * 111 + 11 * 4096 * 256) + attention  # the head for each token of the answer
     assert found["flops_per_s"] == pytest.approx(2 * each / 0.25)
     assert found["mfu"] == pytest.approx(2 * each / 0.25 / 1e12)
     assert utilization(result, model, None)["mbu"] is None
+
+
+def test_a_model_with_8_bit_inputs_is_held_against_the_8_bit_peak():
+    model = dummy_checkpoint(shape_named("llama3.2-1b"), read_recipe("fp8"), torch.device("cpu"), layers=1)
+    record = Record(
+        0, sent=0.0, ended=0.3, first_chunk=0.1, arrivals=[0.1, 0.2], texts=["x", "y"],
+        usage={"prompt_tokens": 100, "completion_tokens": 2},
+    )  # fmt: skip
+    found = utilization(result_of(Run([record], []), [Sample("p")]), model, Peak(1e9, 1e12, 2e12))
+    assert found["mfu"] == pytest.approx(found["flops_per_s"] / 2e12)
 
 
 def test_peaks_by_name():
@@ -56,3 +69,10 @@ def test_the_peaks_of_a_device_are_those_of_its_own_card():
     assert peak_of("NVIDIA L40S") == ("l40s", peak_named("l40s"))
     for other in ("NVIDIA H100 PCIe", "NVIDIA A100-SXM4-40GB", "AMD EPYC 9575F", "NVIDIA GeForce RTX 4090"):
         assert peak_of(other) is None
+    assert peak_of("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
+
+
+def test_a_peak_of_products_some_of_which_have_8_bit_inputs():
+    peak = Peak(1.0, 100.0, 200.0)
+    assert (peak.mixed(0.0), peak.mixed(1.0)) == pytest.approx((100.0, 200.0))
+    assert peak.mixed(0.5) == pytest.approx(1 / (0.5 / 100 + 0.5 / 200))

@@ -1,8 +1,9 @@
 """How much of a GPU's memory bandwidth (MBU) and arithmetic (MFU) a server's figures amount to.
 
 MBU = what a decode step must read / TPOT / peak bandwidth: the weights as stored, scales included, and K and V of the
-sequences that were decoding. MFU = floating-point operations of all prompts and answers / duration / peak. The client
-sees neither batch nor steps, so the batch is the mean number of answers that were streaming while any was.
+sequences that were decoding. MFU = floating-point operations of all prompts and answers / duration / peak, for linears
+with 8-bit inputs that of 8-bit products. The client sees neither batch nor steps, so the batch is the mean number of
+answers that were streaming while any was.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fewbit.checkpoint import Checkpoint
-from fewbit.measure.dummy import decode_bytes, prefill_flops
+from fewbit.measure.dummy import decode_bytes, eight_bit_share, prefill_flops
 from fewbit.measure.load.report import Result
 from fewbit.measure.peaks import Peak
 
@@ -53,13 +54,12 @@ def utilization(result: Result, checkpoint: Checkpoint, peak: Peak | None) -> di
     streaming = [(r.arrivals[0], r.arrivals[-1]) for r, _, _ in counted]
     batch = sum(end - start for start, end in streaming) / _covered(streaming)
     context = statistics.fmean(prompt + f.tokens / 2 for _, f, prompt in counted)
-    weights, kv = decode_bytes(checkpoint, 1, context)
-    read = weights + batch * kv
+    read = sum(decode_bytes(checkpoint, batch, context))
     bytes_per_s = read / statistics.median(f.tpot for _, f, _ in counted if f.tpot)
-    computed = sum(sum(prefill_flops(checkpoint, prompt + f.tokens)) for _, f, prompt in counted)
+    computed = sum(sum(prefill_flops(checkpoint, prompt + f.tokens, f.tokens)) for _, f, prompt in counted)
     flops_per_s = computed / result.duration
     mbu = bytes_per_s / peak.bytes_per_s if peak else None
-    mfu = flops_per_s / peak.flops_per_s if peak else None
+    mfu = flops_per_s / peak.mixed(eight_bit_share(checkpoint)) if peak else None
     return asdict(Utilization(batch, context, read, bytes_per_s, flops_per_s, mbu, mfu))
 
 
