@@ -87,6 +87,10 @@ def evaluate(
     allow_code: Annotated[
         bool, typer.Option("--allow-code-execution", help="Run the programs that the model writes (task code).")
     ] = False,
+    allow_unconfined: Annotated[
+        bool,
+        typer.Option("--allow-unconfined-code", help="Run them where nothing keeps them from your files and network."),
+    ] = False,
     include: Annotated[
         Path | None, typer.Option("--lm-eval-path", metavar="FOLDER", help="More task descriptions for lm-eval.")
     ] = None,
@@ -126,7 +130,7 @@ def evaluate(
         text, data = text or data, None
     suite = suite_of(
         names, data, scorer=check_scorer(scorer), text=text, needle=_needle(needle_lengths, needle_depths), seed=seed,
-        allow_code=allow_code,
+        allow_code=allow_code, allow_unconfined=allow_unconfined,
     )  # fmt: skip
     if suite.perplexity and text is None:
         raise RequestError("no text to predict: give it with --data FILE, or with --tasks perplexity --text FILE")

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from fewbit.errors import RecipeError
+from fewbit.measure.tasks import sandbox, suite
 from fewbit.measure.tasks.programs import completion, programs
-from fewbit.measure.tasks.sandbox import Limits, namespaces, run_program
+from fewbit.measure.tasks.sandbox import Limits, fences, missing, namespaces, run_program
 from fewbit.measure.tasks.suite import suite_of
 
 FILE = '''"""Sums."""
@@ -64,6 +65,48 @@ def test_a_program_sees_nothing_of_ours(monkeypatch):
     assert "No module named 'fewbit'" in run_program("import fewbit").reason
 
 
+def test_a_program_does_with_its_folder_what_it_likes(monkeypatch):
+    monkeypatch.setattr(sandbox, "fences", lambda: False)  # behind one the folder itself cannot be removed
+    gone = "import os, shutil\nshutil.rmtree(os.getcwd())"
+    assert run_program(gone).finished
+    for made in ("os.mkfifo('.said')", "os.symlink('/dev/zero', '.said')", "os.mkdir('.said'); os.chmod('.', 0)"):
+        assert run_program(f"import os\n{made}").finished
+    assert run_program(f"{gone}\nraise SystemExit('x' * 9000)").reason.startswith("exit status 1: xxx")
+
+
+def test_the_word_stands_in_no_file_of_the_program():
+    found = run_program("raise SystemExit(open(__file__).read())")
+    assert found.reason == "exit status 1: raise SystemExit(open(__file__).read())"
+
+
+def test_a_program_changes_no_files_of_ours(tmp_path):
+    if not fences():
+        pytest.skip("NO LANDLOCK: this kernel cannot keep programs from changing other files")
+    (kept := tmp_path / "kept").write_text("ours")
+    for change in (
+        "open({!r}, 'w')", "open({!r}, 'a')", "os.remove({!r})", "os.truncate({!r}, 0)", "os.rename({!r}, 'mine')",
+        "os.mkdir({!r} + 's')", "os.symlink('x', {!r} + 's')",
+    ):  # fmt: skip
+        assert "PermissionError" in run_program("import os\n" + change.format(str(kept))).reason, change
+    assert kept.read_text() == "ours"
+    assert [p.name for p in tmp_path.iterdir()] == ["kept"]
+    own = "import os\nos.mkdir('a')\nopen('a/b', 'w').write('c')\nos.rename('a/b', 'd')\nos.rmdir('a')\nos.remove('d')"
+    assert run_program(f"{own}\nopen('/dev/null', 'w').write('x')").finished
+
+
+def test_a_program_may_not_fork_without_limit():
+    asked = "import resource\nassert resource.getrlimit(resource.RLIMIT_NPROC) == (7, 7)"
+    assert run_program(asked, Limits(processes=7)).finished
+
+
+def test_programs_are_refused_where_nothing_holds_them(tmp_path, monkeypatch):
+    (tmp_path / "human_eval.jsonl").write_text('{"prompt": "a = 1", "test": ""}')
+    monkeypatch.setattr(suite, "missing", lambda: "a program would reach the network")
+    with pytest.raises(RecipeError, match="reach the network; where that may be, give --allow-unconfined-code"):
+        suite_of(["code"], tmp_path, allow_code=True)
+    assert suite_of(["code"], tmp_path, allow_code=True, allow_unconfined=True).entries
+
+
 def test_a_program_has_no_network():
     if not namespaces():
         pytest.skip("NO NAMESPACES: this machine lets no user make them, so programs have a network")
@@ -102,7 +145,8 @@ def test_rows_of_prompts_and_tests(tmp_path):
     assert not run_program(f"{item.contexts[0]}    return n\n{item.answers[0]}").finished
     with pytest.raises(RecipeError, match="give --allow-code-execution"):
         suite_of(["code"], tmp_path)
-    assert suite_of(["code"], tmp_path, allow_code=True).entries[0].name == "code"
+    allowed = suite_of(["code"], tmp_path, allow_code=True, allow_unconfined=bool(missing()))
+    assert allowed.entries[0].name == "code"
     with pytest.raises(RecipeError, match=r"no human_eval.jsonl or python_test.jsonl"):
         programs(tmp_path / "elsewhere")
 

@@ -19,6 +19,7 @@ from fewbit.measure.tasks.needle import Needle
 from fewbit.measure.tasks.programs import programs
 from fewbit.measure.tasks.prompts import Prompts
 from fewbit.measure.tasks.run import Progress, Result, run_task
+from fewbit.measure.tasks.sandbox import missing
 from fewbit.measure.tasks.source import Asked
 from fewbit.measure.tasks.task import Item, Task, read_tasks
 from fewbit.text import Tokenizer
@@ -79,6 +80,7 @@ def suite_of(
     needle: Needle | None = None,
     seed: int = 0,
     allow_code: bool = False,
+    allow_unconfined: bool = False,
 ) -> Suite:
     """The tasks that a user names.
 
@@ -90,6 +92,7 @@ def suite_of(
         needle: Its lengths and depths; None: as it is by default.
         seed: Of what is drawn.
         allow_code: Whether programs that a model wrote may be run here.
+        allow_unconfined: Whether also where the system cannot keep them from the network and from files.
 
     Raises:
         RecipeError: A name is unknown or comes twice, or what it needs was not given.
@@ -122,11 +125,19 @@ def suite_of(
     for name in seen:
         if seen.count(name) > 1:
             raise RecipeError(f"--tasks: two tasks are called '{name}'; name each once, or rename one in its file")
-    if not allow_code and (running := [entry.name for entry in entries if entry.task.kind == "code"]):
-        raise RecipeError(
-            f"--tasks {running[0]}: runs programs that a model wrote; where that may be, give --allow-code-execution"
-        )
+    if running := [entry.name for entry in entries if entry.task.kind == "code"]:
+        _check_running(running[0], allow_code, allow_unconfined)
     return Suite(tuple(entries), listed, harness, "perplexity" in names)
+
+
+def _check_running(name: str, allow_code: bool, allow_unconfined: bool) -> None:
+    """Whether a task may run programs here."""
+    if not allow_code:
+        raise RecipeError(
+            f"--tasks {name}: runs programs that a model wrote; where that may be, give --allow-code-execution"
+        )
+    if not allow_unconfined and (fault := missing()):
+        raise RecipeError(f"--tasks {name}: on this system {fault}; where that may be, give --allow-unconfined-code")
 
 
 def check_scorer(text: str) -> Scorer:
