@@ -191,18 +191,18 @@ def _with_quality(
     """Entries with a row of `eval`; `asked`: its options, None where they are not given."""
     from dataclasses import replace
 
-    from fewbit.measure.load import file_hash
+    from fewbit.measure.machine import versions
+    from fewbit.measure.rows import file_hash
     from fewbit.measure.runfolder import Row
-    from fewbit.ops.device import device_info
 
     held = [next(iter(entry.speed)).key["model"] for entry in entries]
-    name, made = device_info(device).name, []
+    ran_with, made = versions(device), []
     options = {option: str(value) for option, value in asked if value is not None}
     digests = {option: file_hash(Path(given)) for option, given in options.items() if Path(given).is_file()}
     for number, (entry, model) in enumerate(zip(entries, models, strict=True)):
         against = ["--against", models[0]] if number else []
         key = {
-            "model": held[number], "against": held[0] if number else None, "device": name,
+            "model": held[number], "against": held[0] if number else None, **ran_with,
             **{option.lstrip("-"): digests.get(option, given) for option, given in options.items()},
         }  # fmt: skip
         given = [word for pair in options.items() for word in pair]

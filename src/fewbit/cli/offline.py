@@ -193,13 +193,12 @@ def subject_of(
 
 def row_of(subject: Subject, cell: Cell, device: str, runs: int, seed: int) -> Row:
     """The row of a cell."""
+    from fewbit.measure.machine import versions
     from fewbit.measure.runfolder import Row
-    from fewbit.ops.device import device_info, device_named
+    from fewbit.ops.device import device_named
 
     name = "-".join(str(subject.words[k]) for k in ("model", "config", "recipe", "kv", "head") if subject.words[k])
-    key = {
-        **subject.key, **asdict(cell), "runs": runs, "seed": seed, "device": device_info(device_named(device)).name
-    }  # fmt: skip
+    key = {**subject.key, **asdict(cell), "runs": runs, "seed": seed, **versions(device_named(device))}
     return Row("bench offline", f"{name} b{cell.batch} {cell.prompt}+{cell.output}", key)
 
 

@@ -28,7 +28,6 @@ from fewbit.cli.common import (
     table,
 )
 from fewbit.errors import RecipeError, UnsupportedError
-from fewbit.version import __version__
 
 if TYPE_CHECKING:
     from fewbit.checkpoint import Checkpoint
@@ -84,6 +83,7 @@ def tune(
     """Find the recipe that meets targets of quality and speed on this machine and is best in one figure."""
     from fewbit.checkpoint import check_target
     from fewbit.measure import tune as room
+    from fewbit.measure.machine import versions
     from fewbit.measure.runfolder import identity
 
     goal = room.read_goal(target, minimize, maximize)
@@ -102,10 +102,10 @@ def tune(
     cut = _windows(checkpoint, data, windows, length, calibration, seed)
     folder = run or output.absolute().parent / f"{output.name}.tune"
     settings = {
-        "fewbit": __version__, "model": f"{checkpoint.path.resolve()} {identity(checkpoint)}",
+        **(ran_with := versions(where)), "model": f"{checkpoint.path.resolve()} {identity(checkpoint)}",
         "target": ", ".join(map(str, goal.targets)), "objective": goal.objective.name,
         "candidates": ", ".join(c.name for c in tried), "recipes": _digest([c.text for c in tried]),
-        "device": str(where), "windows": windows, "length": length, "seed": seed,
+        "device": f"{where} {ran_with['device']}", "windows": windows, "length": length, "seed": seed,
         "data": f"{data or 'the shipped text'} {_digest(cut)}", "batch": batch, "prompt": prompt, "tokens": tokens,
         "runs": runs, "exhaustive": exhaustive,
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
@@ -11,13 +12,21 @@ from typing import Any
 
 import torch
 
-from fewbit.ops.device import device_info
+from fewbit.ops.device import card_name, device_info
 from fewbit.version import __version__
 
 _ASKED = {
     "driver": "driver_version", "sm_clock_mhz": "clocks.sm", "memory_clock_mhz": "clocks.mem",
     "power_limit_w": "power.limit", "temperature_c": "temperature.gpu",
 }  # fmt: skip
+
+
+def versions(device: torch.device) -> dict[str, Any]:
+    """What decides a speed besides model and settings, for the key of a row: the device, and what runs on it."""
+    found = {"device": device_info(device).name, "fewbit": __version__, "torch": torch.__version__}
+    if device.type != "cuda":
+        return found | {"threads": torch.get_num_threads()}
+    return found | {"driver": _driver(device)}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -36,12 +45,18 @@ def machine(device: torch.device) -> dict[str, Any]:
         found["triton"] = metadata.version("triton")
     except metadata.PackageNotFoundError:
         found["triton"] = None
-    return found | {"cuda": torch.version.cuda} | _card(device.index or 0)
+    return found | {"cuda": torch.version.cuda} | _card(device)
 
 
-def _card(index: int) -> dict[str, str]:
+@functools.cache
+def _driver(device: torch.device) -> str | None:
+    return _card(device).get("driver")
+
+
+def _card(device: torch.device) -> dict[str, str]:
     """What the driver's own tool says; nothing where it is not there."""
-    query = ["nvidia-smi", f"--query-gpu={','.join(_ASKED.values())}", "--format=csv,noheader,nounits", f"--id={index}"]
+    wanted = [f"--query-gpu={','.join(_ASKED.values())}", f"--id={card_name(device)}"]
+    query = ["nvidia-smi", *wanted, "--format=csv,noheader,nounits"]
     try:
         told = subprocess.run(query, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):

@@ -82,6 +82,12 @@ def device_info(device: torch.device) -> DeviceInfo:
     return DeviceInfo("cpu", _cpu_name(), (0, 0), total, _available_bytes() or page * os.sysconf("SC_AVPHYS_PAGES"))
 
 
+def card_name(device: torch.device) -> str:
+    """What the driver's own tools call a GPU: PyTorch's numbers are others where CUDA_VISIBLE_DEVICES is set."""
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+
+
 def forget_peak(device: torch.device) -> None:
     """Begin to count the peaks anew, where the system lets us: a model that ran before in this process is no matter."""
     with suppress(OSError):

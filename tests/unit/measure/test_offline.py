@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fewbit import cli
 from fewbit.checkpoint import open_checkpoint
+from fewbit.cli.offline import row_of, subject_of
 from fewbit.errors import RequestError
-from fewbit.measure import offline
+from fewbit.measure import machine, offline
 from fewbit.measure.runfolder import Row, RunFolder, identity
 from helpers import make_model
 
@@ -112,3 +115,37 @@ def test_a_directory_that_is_written_again_is_another(tiny, tmp_path):
     assert identity(open_checkpoint(tiny)) == first
     again = make_model(tmp_path / "again")
     assert identity(open_checkpoint(again)) != first
+
+
+def test_a_row_is_measured_again_after_an_upgrade_and_with_other_threads(tiny, monkeypatch):
+    device = torch.device("cpu")
+    subject = subject_of(device, str(tiny), None, None, None, None)
+
+    def file() -> str:
+        return row_of(subject, offline.Cell(1, 2, 3), "cpu", 1, 0).file
+
+    first = file()
+    assert file() == first
+    found = {first}
+    for owner, name, value in (
+        (machine, "__version__", "99"), (torch, "__version__", "99"), (torch, "get_num_threads", lambda: 99),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            found.add(file())
+    assert len(found) == 4
+    assert file() == first
+
+
+def test_the_drivers_tool_is_asked_about_the_card_that_pytorch_means(monkeypatch):
+    asked = []
+
+    def run(query, **_) -> SimpleNamespace:
+        asked.extend(query)
+        return SimpleNamespace(stdout="550.1, 1, 2, 3, 4\n")
+
+    uuid = "1b2c-3d4e"
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuid))
+    monkeypatch.setattr(machine.subprocess, "run", run)
+    assert machine._card(torch.device("cuda", 0))["driver"] == "550.1"
+    assert f"--id=GPU-{uuid}" in asked
