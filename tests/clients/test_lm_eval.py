@@ -214,7 +214,8 @@ def test_eval_runs_the_harness_with_the_engine(delegated, tasks, engine):
         ]
         right += sums.index(max(sums)) == row["answer"]
     assert found["stories_choice"]["acc,none"] == right / len(rows("stories_choice")) > 0.4
-    assert len(delegated["tasks"]["stories_choice"]["intervals"]["acc"]) == 2
+    assert len(delegated["tasks"]["stories_choice"]["intervals"]["acc,none"]) == 2
+    assert delegated["tasks"]["stories_rolling"]["intervals"] == {}, "bits per byte are no mean over texts"
     same = 0
     for row in rows("stories_until"):
         (said,) = engine.generate(encode(row["text"]), max_tokens=24, temperature=0, stop=UNTIL)

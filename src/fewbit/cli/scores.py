@@ -97,8 +97,7 @@ def _harness(made: dict[str, Any]) -> None:
         for metric, value in found["metrics"].items():
             if "stderr" in metric or metric == "sample_len":
                 continue
-            bare = metric.partition(",")[0]
-            pair = found.get("paired", {}).get(bare)
+            pair = found.get("paired", {}).get(metric)
             against = []
             if pair:
                 against = [
@@ -108,7 +107,7 @@ def _harness(made: dict[str, Any]) -> None:
                 ]
             elif (other := found.get("base", {}).get("metrics", {}).get(metric)) is not None:
                 against = [f"{other:.4f}", f"{value - other:+.4f}"]
-            span = found["intervals"].get(bare)
+            span = found["intervals"].get(metric)
             rows.append([f"{name}, {metric}", f"{value:.4f}", _interval(*span) if span else "-", *against])
     width = max((len(row) for row in rows), default=0)
     columns = [f"lm-eval {made['lm_eval']['version']}", "score", "95 % interval", "base", "difference", "95 % interval"]

@@ -81,7 +81,9 @@ def _evaluate(model: Any, names: list[str], include: Path | None, limit: int | N
         "version": lm_eval.__version__,
         "results": {task: _plain(metrics) for task, metrics in found["results"].items()},
         "shots": dict(found.get("n-shot", {})),
-        "scores": {task: _scores(samples) for task, samples in found["samples"].items()},
+        "scores": {
+            task: scores_of(samples, found["results"].get(task, {})) for task, samples in found["samples"].items()
+        },
         "cut": model.cut,
     }
 
@@ -116,15 +118,30 @@ def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kept.items() if math.isfinite(value)}
 
 
-def _scores(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
-    """Every metric that is a number for each sample: by its name, then by the sample's number."""
+def scores_of(samples: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> dict[str, dict[int, float]]:
+    """Every metric that is the mean of a number of each sample: by its full name, ``acc,none``, then by the sample's.
+
+    Args:
+        samples: As the harness logs them: once for each filter.
+        metrics: Of the task, as the harness aggregates them. Those whose value is no mean, as perplexities are not,
+            have no scores here: an interval of the mean would be another figure's.
+    """
     found: dict[str, dict[int, float]] = {}
+    documents: dict[str, set[int]] = {}
     for sample in samples:
+        of, number = sample.get("filter", "none"), int(sample["doc_id"])
+        documents.setdefault(of, set()).add(number)
         for name in sample.get("metrics", ()):
             value = sample.get(name)
             if isinstance(value, (bool, int, float)):
-                found.setdefault(name, {})[int(sample["doc_id"])] = float(value)
-    return {name: scores for name, scores in found.items() if len(scores) == len({s["doc_id"] for s in samples})}
+                found.setdefault(f"{name},{of}", {})[number] = float(value)
+    return {
+        name: scores
+        for name, scores in found.items()
+        if len(scores) == len(documents[name.partition(",")[2]])
+        and isinstance(value := metrics.get(name), (int, float))
+        and math.isclose(math.fsum(scores.values()) / len(scores), value, rel_tol=1e-6, abs_tol=1e-9)
+    }
 
 
 @functools.cache
