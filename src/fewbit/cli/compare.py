@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,6 +79,9 @@ def compare(
         Path | None, typer.Option("--text", help="With --tasks: text for perplexity, and to hide needles in.")
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="With --tasks: questions of each.")] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run the programs that the models write (task code).")
+    ] = False,
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens of a window of that text.")] = 512,
     windows: Annotated[int | None, typer.Option("--windows", min=1, help="Use the first N windows only.")] = None,
     run_dir: Annotated[
@@ -100,13 +105,14 @@ def compare(
     for option, given in (("--text", text), ("--limit", limit)):
         if given and tasks is None:
             raise RequestError(f"{option} is about tasks; give --tasks as well")
+    questions = {} if tasks is None else _questions(tasks, data, text, seed, allow_code)
     where = device_of(device)
     sizes = (batch, input_tokens, output_tokens)
     entries = _entries(where, models or [], config, recipes, kv, head, sizes, runs, seed, run_dir)
     if data is not None or tasks is not None:
         asked = [("--data", data), ("--tasks", tasks), ("--text", text), ("--limit", limit), ("--length", length)]
         asked += [("--windows", windows), ("--seed", seed if tasks else None)]
-        entries = _with_quality(entries, models or [], asked, where)
+        entries = _with_quality(entries, models or [], asked, where, questions, run_dir, allow_code)
     folder = RunFolder(run_dir)
     total = sum(len(entry.speed) + (entry.quality is not None) for entry in entries)
     try:
@@ -121,7 +127,8 @@ def compare(
         note(f"stopped with {there} of {total} rows in {run_dir}; the same command goes on from there")
         raise
     found = [room.known(entry, folder) for entry in entries]
-    if all("failed" in cell for one in found for cell in one.cells):
+    judged = any(one.quality and "failed" not in one.quality for one in found)
+    if not judged and all("failed" in cell for one in found for cell in one.cells):
         raise RequestError(f"every row failed: {found[0].cells[0]['failed']}")
     if json:
         return print_json("compare", {"base": found[0].label, "models": [vars(one) for one in found]})
@@ -147,6 +154,27 @@ def _check(
         raise RequestError("--data and --tasks: random weights predict nothing; give directories")
     if data is not None and not (data.is_file() or (tasks and data.is_dir())):
         raise RequestError(f"--data {data}: no such file")
+
+
+def _questions(tasks: str, data: Path | None, text: Path | None, seed: int, allow_code: bool) -> dict[str, str]:
+    """What decides the questions of each task, as a hash; what `eval` would refuse is refused before anything runs."""
+    from fewbit.measure.tasks.suite import suite_of
+
+    if text is not None and not text.is_file():
+        raise RequestError(f"--text {text}: no such file")
+    suite = suite_of([part.strip() for part in tasks.split(",")], data, text=text, seed=seed, allow_code=allow_code)
+    if suite.harness:
+        raise RequestError(
+            f"--tasks lm-eval:{suite.harness[0]}: compare has no column for tasks of lm-eval; "
+            "fewbit eval --against shows them"
+        )
+    if suite.perplexity and text is None:
+        raise RequestError("--tasks perplexity: no text to predict; give it with --text FILE")
+    try:
+        made = {entry.name: [entry.task.fingerprint(), entry.about] for entry in suite.entries}
+    except OSError as error:
+        raise RequestError(f"--tasks {tasks}: {error.filename} cannot be read ({error.strerror})") from None
+    return {name: sha256(dumps(what, sort_keys=True).encode()).hexdigest()[:16] for name, what in made.items()}
 
 
 def _entries(
@@ -186,9 +214,10 @@ def _entries(
 
 
 def _with_quality(
-    entries: Sequence[Entry], models: Sequence[str], asked: Sequence[tuple[str, Any]], device: torch.device
-) -> list[Entry]:
-    """Entries with a row of `eval`; `asked`: its options, None where they are not given."""
+    entries: Sequence[Entry], models: Sequence[str], asked: Sequence[tuple[str, Any]], device: torch.device,
+    questions: Mapping[str, str], run_dir: Path, allow_code: bool,
+) -> list[Entry]:  # fmt: skip
+    """Entries with a row of `eval`; `asked`: its options, None where they are not given; `questions`: of its tasks."""
     from dataclasses import replace
 
     from fewbit.measure.machine import versions
@@ -202,12 +231,16 @@ def _with_quality(
     for number, (entry, model) in enumerate(zip(entries, models, strict=True)):
         against = ["--against", models[0]] if number else []
         key = {
-            "model": held[number], "against": held[0] if number else None, **ran_with,
+            "model": held[number], "against": held[0] if number else None, **ran_with, "questions": questions,
             **{option.lstrip("-"): digests.get(option, given) for option, given in options.items()},
         }  # fmt: skip
         given = [word for pair in options.items() for word in pair]
         words = ["eval", model, *against, *given, "--device", str(device), "--json"]
-        made.append(replace(entry, quality=Row("eval", entry.label, key), evaluate=words))
+        words += ["--allow-code-execution"] if allow_code else []
+        row = Row("eval", entry.label, key)
+        if questions:  # answers are kept as they come; hidden, since the row says all that a report needs
+            words += ["-o", str(run_dir / ".answers" / Path(row.file).stem)]
+        made.append(replace(entry, quality=row, evaluate=words))
     return made
 
 
@@ -225,7 +258,8 @@ def _print(found: Sequence[Comparison]) -> None:
     columns += ["speed-up", "TTFT ms", "TPOT ms", "MBU", *(QUALITY * measured)]
     rows, failures = [], []
     for one in found:
-        for number, c in enumerate(one.cells):
+        quality = _quality(one.quality)
+        for c in one.cells:
             where = f"{c['batch']} x {c['input']} + {c['output']}"
             if "failed" in c:
                 failures.append(f"failed: {one.label}, {where}: {c['failed']}")
@@ -235,7 +269,10 @@ def _print(found: Sequence[Comparison]) -> None:
             row += [f"{c['input']} + {c['output']}"] * (len(shapes) > 1)
             row += [size(c["peak_bytes"]), f"{c['tokens_per_s']:.1f}", "" if gained is None else f"{gained:.2f}"]
             row += [f"{c['first_token_s'] * 1e3:.1f}", f"{c['per_token_s'] * 1e3:.2f}", f"{c['mbu']:.1%}"]
-            rows.append(row + (_quality(one.quality) if number == 0 else [""] * len(QUALITY)) * measured)
+            rows.append(row + quality * measured)
+            quality = [""] * len(QUALITY)  # the first row of a model has it
+        if any(quality):
+            rows.append([one.label, *[""] * (len(columns) - 1 - len(quality)), *quality])
         if "failed" in one.quality:
             failures.append(f"failed: {one.label}, quality: {one.quality['failed']}")
     table(columns, rows)

@@ -79,8 +79,27 @@ def test_tasks_give_a_score_and_what_it_is_of_the_bases(models, here, tmp_path, 
     assert next(iter(other.values()))["paired"]["base"] == next(iter(base.values()))["accuracy"]
     assert cli.run([*words, "--tasks", str(tmp_path / "guess.yaml"), "--limit", "4"]) == 0
     assert f"{next(iter(base.values()))['accuracy']:.1%}" in capsys.readouterr().out
+    answers = [list(map(json.loads, file.open())) for file in (tmp_path / "run" / ".answers").rglob("guess.jsonl")]
+    assert len(answers) == 3  # of the base, and of the other with the base once more
+    here.clear()
+    (tmp_path / "guess.jsonl").write_text((tmp_path / "guess.jsonl").read_text().replace("word", "term"))
+    assert cli.run([*words, "--tasks", str(tmp_path / "guess.yaml"), "--limit", "4"]) == 0
+    assert [asked[0] for asked in here] == ["eval"] * 2  # of the new questions
     assert cli.run([*words, "--limit", "4"]) == 2
     assert "give --tasks as well" in capsys.readouterr().err
+
+
+def test_quality_is_shown_where_no_speed_is(models, here, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    words = ["compare", *map(str, models), "--batch", "1", "--output", "3", "--runs", "1", "--device", "cpu", "-q"]
+    words += ["--data", str(text), "--length", "32", "--windows", "2", "--run-dir", str(tmp_path / "run")]
+    assert cli.run([*words, "--input", "99999"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("failed: ") == 2
+    assert "100.0% ± 0.0%" in out
+    assert cli.run([*words, "--input", "99999,16"]) == 0  # the first row of each failed
+    assert "100.0% ± 0.0%" in capsys.readouterr().out
 
 
 def test_a_killed_process_fails_one_row_and_the_next_goes_on(here, tmp_path, capsys, monkeypatch, models):
@@ -110,6 +129,11 @@ def test_a_killed_process_fails_one_row_and_the_next_goes_on(here, tmp_path, cap
         (["BASE", "OTHER", "--kv", "fp8"], "--kv is for random weights"),
         (["BASE", "OTHER", "--data", "gone.txt"], "gone.txt: no such file"),
         (["BASE", "gone"], "gone"),
+        (["BASE", "OTHER", "--tasks", "mlmu"], "did you mean 'mmlu'"),
+        (["BASE", "OTHER", "--tasks", "lm-eval:arc_easy"], "no column for tasks of lm-eval"),
+        (["BASE", "OTHER", "--tasks", "perplexity"], "give it with --text FILE"),
+        (["BASE", "OTHER", "--tasks", "needle", "--text", "gone.txt"], "--text gone.txt: no such file"),
+        (["BASE", "OTHER", "--tasks", "gone.yaml"], "gone.yaml"),
     ],
 )
 def test_wrong_words_are_one_line(models, tmp_path, capsys, words, said):
@@ -119,6 +143,7 @@ def test_wrong_words_are_one_line(models, tmp_path, capsys, words, said):
     ended = capsys.readouterr()
     assert said in ended.err
     assert (ended.out, ended.err.count("\n")) == ("", 1)
+    assert not list(tmp_path.rglob("*.json"))  # nothing was measured before
 
 
 @pytest.mark.slow
