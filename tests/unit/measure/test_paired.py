@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
-from fewbit.measure.paired import interval, mcnemar, paired
+from fewbit.measure.paired import Z, difference_interval, interval, mcnemar, paired, ratio_interval, wilson
 
 
 def test_mcnemar_is_the_binomial_test():
@@ -38,7 +40,59 @@ def test_the_interval_is_as_wide_as_theory_says():
 def test_the_same_model_twice():
     scores = [0.0, 1.0, 1.0, 0.0]
     found = paired(scores, scores)
-    assert (found.difference, found.low, found.high, found.p, found.flips, found.recovery) == (0, 0, 0, 1, 0, 1)
+    assert (found.difference, found.p, found.flips, found.recovery) == (0, 1, 0, 1)
+    # without a flip the ends are those of Wilson's interval at none of n: z^2 / (n + z^2)
+    assert (-found.low, found.high) == pytest.approx([wilson(0, 4)[1]] * 2)
+    assert wilson(0, 4)[1] == pytest.approx(Z**2 / (4 + Z**2))
+    assert found.recovery_low < 1 <= found.recovery_high
+
+
+def test_nothing_that_varies_is_still_not_certain():
+    assert interval([0.0] * 20) == pytest.approx((0, 0.16113), abs=1e-5)
+    assert interval([1.0] * 20) == pytest.approx((0.83887, 1), abs=1e-5)
+    assert paired([0, 0, 0], [1, 1, 1]).low < 1 == paired([0, 0, 0], [1, 1, 1]).high
+    assert paired([1, 1, 1], [0, 0, 0]).high > -1 == paired([1, 1, 1], [0, 0, 0]).low
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "both", "neither"), [(2, 12, 36, 0), (0, 3, 20, 9), (5, 0, 1, 4), (7, 6, 9, 8)]
+)
+def test_the_ends_are_where_the_score_test_refuses(lost, won, both, neither):
+    """The likeliest shares under each end, found by trying them all: there the statistic is Z."""
+    n = lost + won + both + neither
+    share = np.linspace(0, 1, 2_000_001)[1:-1]
+    for value in difference_interval(lost, won, n):
+        same = 1 - 2 * share - value  # of items that both or neither have right
+        usable = (share + value > 0) & (same > 0)
+        likely = lost * np.log(share[usable]) + won * np.log(share[usable] + value)
+        likely += (both + neither) * np.log(same[usable])
+        at = share[usable][likely.argmax()]
+        spread = n * (2 * at + value - value**2)
+        assert abs(won - lost - n * value) / math.sqrt(spread) == pytest.approx(Z, rel=1e-3)
+    m = n - neither
+    for value in ratio_interval(lost, won, both):
+        right = (1 - share) / value  # of the base, where `share` is lost of those items that one has right at least
+        usable = (right - share > 0) & (1 - right > 0)
+        likely = lost * np.log(share[usable]) + won * np.log(1 - right[usable])
+        likely += both * np.log(right[usable] - share[usable])
+        at = likely.argmax()
+        spread = m * value * (share[usable][at] + 1 - right[usable][at])
+        assert abs(both + won - value * (both + lost)) / math.sqrt(spread) == pytest.approx(Z, rel=1e-3)
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.05, 0.05), (0.9, 0.04, 0.02), (0.2, 0.1, 0.15), (0.98, 0.01, 0.0)])
+def test_intervals_hold_the_truth_as_often_as_they_say(shares):
+    """Of 2,000 drawn samples of 200 items: nineteen of twenty, and three points of room."""
+    both, lost, won = shares
+    drawn = np.random.default_rng(7).multinomial(200, [both, lost, won, 1 - sum(shares)], size=2000)
+    truth, ratio, held, held_ratio = won - lost, (both + won) / (both + lost), 0, 0
+    for b, lo, w, _ in drawn.tolist():
+        low, high = difference_interval(lo, w, 200)
+        held += low <= truth <= high
+        low, high = ratio_interval(lo, w, b)
+        held_ratio += low <= ratio <= high
+    assert held / 2000 > 0.92
+    assert held_ratio / 2000 > 0.92
 
 
 def test_scores_that_are_no_flips_and_a_base_without_any():

@@ -165,6 +165,15 @@ def test_generated_texts_end_at_a_stop_and_are_compared(tmp_path, tokenizer):
     assert result.outcomes[0].given == " time there"
 
 
+def test_an_alias_of_which_nothing_is_left_accepts_nothing(tmp_path):
+    row = {"context": "Who?", "answer": "Ada", "aliases": ["The", "?!", ""]}
+    file = write(tmp_path, "g.jsonl", [row])
+    task = Task("who", "generation", file, match="begins", normalize=True)
+    (item,) = task.items()
+    assert is_right(task, item, "Ada, of course")
+    assert not is_right(task, item, "Bob")
+
+
 def test_a_stopped_run_goes_on_and_another_model_is_refused(tmp_path, tokenizer):
     task, journal = described(tmp_path), tmp_path / "run" / "bears.jsonl"
     prompts, items = Prompts(task, tokenizer, 256), task.items()

@@ -158,7 +158,9 @@ def is_right(task: Task, item: Item, said: str) -> bool:
         said = said.rpartition(task.reasoning)[2]
     clean = normalized if task.normalize else str.strip
     text, answers = clean(said), tuple(clean(answer) for answer in item.answers)
-    return text.startswith(answers) if task.match == "begins" else text in answers
+    if task.match == "begins":  # everything begins with an alias of which nothing is left
+        return text.startswith(tuple(filter(None, answers)))
+    return text in answers
 
 
 def normalized(text: str) -> str:
