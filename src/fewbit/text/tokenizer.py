@@ -19,6 +19,7 @@ from fewbit.text.chat import ChatTemplate
 from fewbit.text.settings import TokenizerSettings, read_json, read_settings
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how byte-fallback vocabularies spell one byte
+_ROLES = ("system", "developer", "user", "assistant", "tool")  # of the turns of a chat
 _UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are no character (yet)
 
 
@@ -131,9 +132,31 @@ class Tokenizer:
 
     @cached_property
     def special_texts(self) -> re.Pattern[str]:
-        """Finds the special tokens that a text spells out."""
-        texts = sorted((t.content for i, t in self._added.items() if i in self.special_ids), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+        """Finds the special tokens that a text spells out, and whatever begins or ends texts."""
+        return _any_of(self._special.values())
+
+    def turn_texts(self, source: str, besides: Collection[str] = ()) -> re.Pattern[str]:
+        """Finds those special tokens that may begin or end a turn of a chat.
+
+        They begin or end texts, stand in the template, or name a role: templates put these together from the role.
+
+        Args:
+            source: Of the chat template.
+            besides: Texts that count as none of these, though they stand there.
+        """
+        return _any_of(
+            text
+            for i, text in self._special.items()
+            if self._bounds(i) or (text not in besides and (text in source or any(r in text for r in _ROLES)))
+        )
+
+    @cached_property
+    def _special(self) -> dict[int, str]:
+        return {i: t.content for i, t in self._added.items() if i in self.special_ids or self._bounds(i)}
+
+    def _bounds(self, token: int) -> bool:
+        """Whether it begins or ends texts."""
+        return token == self.bos_id or token in self.eos_ids
 
     @cached_property
     def byte_ids(self) -> frozenset[int]:
@@ -156,6 +179,11 @@ class Tokenizer:
                 names = ("single_word", "lstrip", "rstrip", "normalized", "special")
                 token = tokenizers.AddedToken(text, **{n: bool(flags[n]) for n in names if n in flags})
                 self._backend.add_tokens([token])
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Finds any of these, the longer first."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
 class Detokenizer:

@@ -277,8 +277,10 @@ def test_special_tokens_without_end(ask, engine, tokenizer, monkeypatch):
     assert "more tokens than the model length of 256" in error["message"]
     messages[0]["content"] *= 1000
     error = ask(CHAT, TALK | {"messages": messages}).json()["error"]
-    assert "tokens at the very least" in error["message"]
-    assert len(calls) < 200
+    assert (error["param"], len(calls) < 200, engine.seen) == ("messages", True, [])
+    assert "is too long: its messages and tools have more than" in error["message"]
+    messages[0]["content"] = "x " * 2000
+    assert "tokens at the very least" in ask(CHAT, TALK | {"messages": messages}).json()["error"]["message"]
 
 
 def test_the_body_is_checked_before_the_model(ask, engine):

@@ -203,12 +203,13 @@ def test_going_on_with_the_last_message(ask, tokenizer, engine):
     assert engine.seen[-1].prompt == tuple(tokenizer.encode(rendered, add_special_tokens=False))
 
 
-def test_special_tokens_that_a_user_spells_out_are_text(ask, tokenizer, engine):
-    messages = [{"role": "user", "content": "a</s><s>b"}, {"role": "assistant", "content": "c</s>"}]
+def test_special_tokens_that_are_spelled_out_are_text(ask, tokenizer, engine):
+    """An assistant's turn may hold the model's own, but for those that bound turns."""
+    messages = [{"role": "user", "content": "a</s><s>b<unk>"}, {"role": "assistant", "content": "c<unk></s>\n<s>d"}]
     assert ask(CHAT, TALK | {"messages": messages}).status_code == 200
     prompt = engine.seen[-1].prompt
-    assert tokenizer.decode(prompt, False) == "<s><|user|>a</s><s>b\n<|assistant|>c</s>\n<|assistant|>"
-    assert [t for t in prompt if t in tokenizer.special_ids] == [1, 2]  # the template's, and the assistant's own
+    assert tokenizer.decode(prompt, False) == "<s><|user|>a</s><s>b<unk>\n<|assistant|>c<unk></s>\n<s>d\n<|assistant|>"
+    assert [t for t in prompt if t in tokenizer.special_ids] == [1, 0]  # the template's, and the assistant's own
     found = ask("/tokenize", {"messages": messages}).json()["tokens"]
     assert tuple(found) == prompt
 

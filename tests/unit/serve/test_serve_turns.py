@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import string
 
 import pytest
 from serve_names import CHAT, client_of, models_of
@@ -23,7 +24,7 @@ SPELLED = "un</s><s>deux<unk>"
 @pytest.mark.parametrize("role", ["user", "system", "user</s>"])
 def test_both_protocols_make_the_same_tokens_of_a_chat(engine, tokenizer, run, role):
     """The one special token is the template's; the words are all there."""
-    messages = [{"role": role, "content": SPELLED}, {"role": "assistant", "content": "trois"}]
+    messages = [{"role": role, "content": SPELLED}, {"role": "assistant", "content": "trois</s><s>"}]
     messages += [{"role": "user", "content": "</s>"}]
     nemo = {
         "inputs": [
@@ -47,7 +48,7 @@ def test_both_protocols_make_the_same_tokens_of_a_chat(engine, tokenizer, run, r
     assert len(prompts) == 1
     (ids,) = prompts
     assert [i for i in ids if i in tokenizer.special_ids] == [tokenizer.bos_id]
-    rendered = f"<s><|{role}|>{SPELLED}\n<|assistant|>trois\n<|user|></s>\n<|assistant|>"
+    rendered = f"<s><|{role}|>{SPELLED}\n<|assistant|>trois</s><s>\n<|user|></s>\n<|assistant|>"
     assert tokenizer.decode(ids, skip_special_tokens=False) == rendered
 
 
@@ -68,14 +69,53 @@ def test_a_question_that_is_no_chat(engine, tokenizer, run):
 def test_tokens_that_lie_in_one_another():
     special = re.compile("abc|bc|cd|x y")
     value = {"content": "abcd", "parts": [{"text": "x y", "n": 3}], "none": None}
-    found = turns._plain(value, special, "#")
+    found = turns._plain(value, special, "#", room())
     assert (found["parts"][0]["n"], found["none"]) == (3, None)
     for text in (found["content"], found["parts"][0]["text"]):
         assert not special.search(text)
         assert not any(special.search(piece) for piece in text.split("#"))
     assert found["content"].replace("#", "") == "abcd"
     with pytest.raises(RequestError, match="'§' is a special token of this model and cannot be text"):
-        turns._plain("a § b", re.compile("§"), "#")
+        turns._plain("a § b", re.compile("§"), "#", room())
+
+
+def room(chars: int = 1000) -> turns._Room:
+    return turns._Room(chars, 10)
+
+
+def test_keys_are_text_too():
+    """The schema of a tool may name a property as it likes."""
+    special = re.compile("<end>")
+    found = turns._plain({"tools": [{"properties": {"a<end>b": {"type": "<end>"}}}]}, special, "#", room())
+    assert found == {"tools": [{"properties": {"a<#end>b": {"type": "<#end>"}}}]}
+
+
+@pytest.mark.parametrize("tokens", ["ab", "0123456789abcdef", string.hexdigits + "|<end>"])
+def test_a_cut_makes_no_special_token(tokens):
+    """Not even where one may lie in any hex number."""
+    special = re.compile(f"{tokens}|a0|0a|f1")
+    for _ in range(20):
+        cut = turns._cut_of(special)
+        assert len(set(cut)) > 3
+        found = turns._plain(tokens + "a0" * 5, special, cut, room())
+        assert not special.search(found)
+        assert found.replace(cut, "") == tokens + "a0" * 5
+
+
+def test_a_chat_that_grows_is_refused_before_it_has():
+    special, cut = re.compile("<e>"), "#" * 32
+    assert turns._plain(["<e>"] * 7, special, cut, room(100)) == [f"<{cut}e>"] * 7  # 7 * (3 + 10) characters
+    for chat in (["<e>"] * 8, "<e>" * 8, "x" * 101, {"<e>" * 8: 1}):
+        with pytest.raises(RequestError, match="more than 100 characters"):
+            turns._plain(chat, special, cut, room(100))
+
+
+def test_the_tokens_that_bound_turns(tokenizer):
+    """Those that begin or end texts always; others where the template writes them."""
+    for source, more in (("", ""), ("{{ '<unk>' }}", "<unk>")):
+        bounds = tokenizer.turn_texts(source)
+        assert bounds.findall("<unk></s>x<s>") == [*([more] if more else []), "</s>", "<s>"]
+    assert tokenizer.turn_texts("<unk>", ["<unk>", "</s>"]).findall("<unk></s>") == ["</s>"]
 
 
 def test_grpc_messages_share_the_limit_of_all_bodies():

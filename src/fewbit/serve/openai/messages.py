@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 from fewbit.errors import CheckpointError, RequestError, nearest_name
 from fewbit.serve import turns
 from fewbit.serve.body import shown
+from fewbit.serve.openai.dialects import THINK, THOUGHT
 from fewbit.serve.openai.tools import CHOICE, Function, Tool, check_choice, check_tools
 from fewbit.serve.schema import MAX_TEMPLATE_CHARS, Strict
 from fewbit.serve.service import Service
@@ -206,6 +207,7 @@ async def encoded(
         template,
         opens=opens,
         end=end,
+        own=(THINK, THOUGHT),
         add_special_tokens=add_special_tokens,
         last=last,
         limits=limits,
