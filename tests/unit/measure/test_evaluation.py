@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from fewbit.checkpoint import open_checkpoint
 from fewbit.cli import run
 from fewbit.errors import RecipeError
 from fewbit.measure.load.endpoint import client_of
-from fewbit.measure.tasks.answer import AnswerError, Likelihood
+from fewbit.measure.tasks.answer import AnswerError, Likelihood, several
 from fewbit.measure.tasks.predict import losses, predicted
 from fewbit.measure.tasks.prompts import Continuation
 from fewbit.measure.tasks.remote import HttpAnswerer, served
@@ -214,6 +215,28 @@ def test_a_busy_server_is_asked_again():
     found, seen = answered([busy, busy, WHOLE], lambda a: a.likelihood(ASKED))
     assert found.total == -2.5
     assert len(seen) == 3
+
+
+def test_as_many_are_asked_at_a_time_as_was_said():
+    async def main():
+        client, under_way, all_here = client_of("127.0.0.1:1", None), 0, asyncio.Event()
+
+        async def exchange(request, told):
+            nonlocal under_way
+            under_way += 1
+            if under_way == 200:
+                all_here.set()
+            await all_here.wait()
+            told(0.0, WHOLE.parts[0][1])
+            return SimpleNamespace(status=200, headers={})
+
+        client.exchange = exchange
+        answerer = HttpAnswerer(client, "m")
+        work = [answerer.likelihood(ASKED) for _ in range(200)]
+        async with asyncio.timeout(60):
+            return await several(work, 200, lambda done: None)
+
+    assert len(asyncio.run(main())) == 200
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from fewbit.engine.client import InProcessClient
 from fewbit.engine.config import EngineOptions
 from fewbit.engine.engine import open_engine
 from fewbit.errors import RecipeError
-from fewbit.measure.tasks.answer import EngineAnswerer
+from fewbit.measure.tasks.answer import EngineAnswerer, Likelihood
 from fewbit.measure.tasks.gauntlet import composite, gauntlet
 from fewbit.measure.tasks.mmlu import mmlu
 from fewbit.measure.tasks.prompts import Prompts
@@ -211,6 +211,33 @@ def test_a_stopped_run_goes_on_and_another_model_is_refused(tmp_path, tokenizer)
     assert asked == 4, "two of four items were known"
     with pytest.raises(RecipeError, match="of another model, task or setting"):
         over(options, lambda a: run_task(task, items, prompts, a, journal=journal, key="b"))
+
+
+def test_a_half_line_is_cut_off_in_place_and_a_journal_has_one_writer(tmp_path, tokenizer):
+    task, journal = described(tmp_path), tmp_path / "run" / "bears.jsonl"
+    prompts, items = Prompts(task, tokenizer, 256), task.items()
+
+    class Tells:
+        """Answers the same to everything, but first tries to open the journal that is being written."""
+
+        async def likelihood(self, asked):
+            with pytest.raises(RecipeError, match="another fewbit eval writes to it"):
+                await run_task(task, items, prompts, self, journal=journal)
+            return Likelihood((-1.0,), False, 1)
+
+    def again():
+        return asyncio.run(run_task(task, items, prompts, Tells(), journal=journal))
+
+    whole = again()
+    before, place = journal.read_bytes(), journal.stat().st_ino
+    journal.write_bytes(before[:-9])
+    assert again() == whole
+    assert (journal.read_bytes(), journal.stat().st_ino) == (before, place)
+    journal.write_bytes(before[:3])
+    assert again() == whole
+    journal.write_bytes(b"[]\n{}\n")
+    with pytest.raises(RecipeError, match="not a journal of a task"):
+        again()
 
 
 def test_the_composite_of_a_worked_example(tmp_path):

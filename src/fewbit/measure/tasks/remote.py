@@ -11,8 +11,6 @@ from fewbit.measure.load.http import Client, ExchangeError
 from fewbit.measure.tasks.answer import AnswerError, Likelihood
 from fewbit.measure.tasks.prompts import Continuation
 
-AT_ONCE = 64
-"""Requests under way at a time."""
 TRIES = 6
 TIMEOUT_S = 600.0
 BUSY = (429, 503)
@@ -20,11 +18,13 @@ BUSY = (429, 503)
 
 
 class HttpAnswerer:
-    """Asks `/v1/completions`. A server that is busy or breaks a connection is asked again, some times."""
+    """Asks `/v1/completions`. A server that is busy or breaks a connection is asked again, some times.
+
+    How many requests are under way at a time is for those who ask to say.
+    """
 
     def __init__(self, client: Client, model: str) -> None:
         self._client, self._model = client, model
-        self._room = asyncio.Semaphore(AT_ONCE)
 
     async def likelihood(self, asked: Continuation) -> Likelihood:
         """See `Answerer`.
@@ -62,15 +62,14 @@ class HttpAnswerer:
     async def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
         """The first choice of an answer."""
         sent = self._client.request("POST", "/v1/completions", json.dumps({"model": self._model, **body}).encode())
-        async with self._room:
-            for number in range(TRIES):
-                status, got, after = await _exchange(self._client, sent)
-                if status == 200:
-                    return _choice(self._client, got)
-                if status and status not in BUSY:
-                    break
-                if number < TRIES - 1:
-                    await asyncio.sleep(min(after or 0.5 * 2**number, 30))
+        for number in range(TRIES):
+            status, got, after = await _exchange(self._client, sent)
+            if status == 200:
+                return _choice(self._client, got)
+            if status and status not in BUSY:
+                break
+            if number < TRIES - 1:
+                await asyncio.sleep(min(after or 0.5 * 2**number, 30))
         words = _message(got) if status else got.decode()
         raise AnswerError(f"{self._client.url.text}: {f'HTTP {status}: ' if status else ''}{words}")
 

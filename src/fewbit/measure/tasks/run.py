@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
+import os
 import re
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fewbit.errors import RecipeError
 from fewbit.measure.paired import interval
@@ -99,20 +101,18 @@ async def run_task(
         progress: Told name, items done, items in all.
 
     Raises:
-        RecipeError: The journal is of something else, or a question does not fit the model.
+        RecipeError: The journal is of something else or in use, or a question does not fit the model.
         FewbitError: The model could not go on; what was known is in the journal.
     """
-    known = {} if journal is None else _opened(journal, task, key)
+    file, known = (None, {}) if journal is None else _opened(journal, {"task": task.fingerprint(), "key": key})
     todo = [item for item in items if item.index not in known]
     before = len(items) - len(todo)
     progress(task.name, before, len(items))
-    file = None if journal is None else journal.open("a", encoding="utf8")
 
     async def one(item: Item) -> None:
         known[item.index] = outcome = await ask(task, item, prompts, answerer)
         if file is not None:
-            file.write(json.dumps(asdict(outcome)) + "\n")
-            file.flush()
+            _keep(file, asdict(outcome))
 
     try:
         await several([one(item) for item in todo], at_once, lambda n: progress(task.name, before + n, len(items)))
@@ -169,27 +169,40 @@ def normalized(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
 
 
-def _opened(journal: Path, task: Task, key: str) -> dict[int, Outcome]:
-    """The outcomes that a journal holds; a new one gets its first line."""
-    head = {"task": task.fingerprint(), "key": key}
-    if not journal.exists():
-        journal.parent.mkdir(parents=True, exist_ok=True)
-        journal.write_text(json.dumps(head) + "\n", "utf8")
-        return {}
-    lines = journal.read_text("utf8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):  # a run was killed while it wrote this line
-        lines.pop()
-        journal.write_text("".join(lines), "utf8")
-    if not lines:
-        journal.unlink()
-        return _opened(journal, task, key)
+def _opened(journal: Path, head: dict[str, Any]) -> tuple[BinaryIO, dict[int, Outcome]]:
+    """A journal, locked and open at its end, and the outcomes that it holds; a new one gets its first line."""
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    file = journal.open("a+b")
     try:
-        found: dict[str, Any] = json.loads(lines[0])
-        outcomes = [Outcome(**json.loads(line)) for line in lines[1:]]
-    except (ValueError, TypeError) as e:
-        raise RecipeError(f"{journal}: not a journal of a task ({e}); remove it") from e
-    if found != head:
-        raise RecipeError(
-            f"{journal}: holds outcomes of another model, task or setting; remove it or choose another -o"
-        )
-    return {o.index: o for o in outcomes}
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RecipeError(f"{journal}: another fewbit eval writes to it; wait, or choose another -o") from None
+        file.seek(0)
+        whole = file.read()
+        complete = whole[: whole.rfind(b"\n") + 1]
+        if not complete:
+            file.truncate(0)
+            _keep(file, head)
+            return file, {}
+        try:
+            found, *rest = map(json.loads, complete.splitlines())
+            outcomes = [Outcome(**line) for line in rest]
+        except (ValueError, TypeError) as e:
+            raise RecipeError(f"{journal}: not a journal of a task ({e}); remove it") from e
+        if found != head:
+            raise RecipeError(
+                f"{journal}: holds outcomes of another model, task or setting; remove it or choose another -o"
+            )
+        file.truncate(len(complete))  # a run was killed while it wrote what is behind
+    except BaseException:
+        file.close()
+        raise
+    return file, {o.index: o for o in outcomes}
+
+
+def _keep(file: BinaryIO, line: dict[str, Any]) -> None:
+    """Put a line on the disk."""
+    file.write(json.dumps(line).encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
