@@ -38,8 +38,9 @@ def problem(quant: QuantSpec, n: int = 64, k: int = 256, exact: bool = False) ->
 
 
 def drawn(quant: QuantSpec, rows: int, n: int, k: int) -> tuple[torch.Tensor, LinearWeights]:
-    """Fresh random numbers on every run: the seed is in the message of a failure."""
-    random = torch.Generator().manual_seed(seed := torch.seed() % 2**32)
+    """Random numbers; new ones on every run where FEWBIT_NEW_EXAMPLES is set: the seed is in a failure's message."""
+    new = "FEWBIT_NEW_EXAMPLES" in os.environ
+    random = torch.Generator().manual_seed(seed := torch.seed() % 2**32 if new else rows * n + k)
     print(f"seed {seed}")
     x, weight, bias = (torch.randn(*shape, generator=random) for shape in ((rows, k), (n, k), (n,)))
     x[:, 0] *= 20  # an outlier
@@ -87,6 +88,40 @@ def test_a_row_is_the_same_alone_and_among_others_and_on_two_threads(name):
         torch.set_num_threads(before)
     assert torch.equal(together, alone)
     assert torch.equal(together, shared)
+
+
+@needs_compiler
+def test_all_threads_work_or_one_alone(monkeypatch):
+    """A number of threads that changes from call to call costs milliseconds, see `Cpu.run`."""
+    calls, given = cpu_build.library().calls, []
+    real = calls.fewbit_linear
+    monkeypatch.setattr(calls, "fewbit_linear", lambda *a: (given.append(a[4]), real(*a))[1])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        for n in (16, 256, 512, 768, 2048):
+            x, weights = drawn(QuantSpec(INT8), 1, n, 1024)
+            Cpu().run(x, Cpu().prepare(weights, torch.float32))
+    finally:
+        torch.set_num_threads(before)
+    assert given == [1, 4, 4, 4, 4]
+
+
+@needs_compiler
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="this system does not say what its processor has")
+def test_instruction_sets_are_those_of_the_processor():
+    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    has = {word for name, _, words in lines if name.strip() in ("flags", "Features") for word in words.split()}
+    avx512 = {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}
+    needs = {
+        "avx512vnni": avx512,
+        "avx512vl": avx512,
+        "avxvnni": {"avx2", "fma", "avx_vnni"},
+        "avx2": {"avx2", "fma"},
+        "neon": {"asimddp"},
+    }
+    runs = cpu_build.library().calls.fewbit_runs
+    assert {name for name in needs if runs(name.encode())} == {name for name in needs if needs[name] <= has}
 
 
 @needs_compiler
@@ -186,6 +221,7 @@ def test_a_compiler_that_fails_is_one_line(monkeypatch, tmp_path):
     assert not list((tmp_path / "cache").glob("*.so"))
 
 
+@needs_compiler
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
     tmp_path.chmod(0o500)

@@ -23,6 +23,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 enum { ROWS = 16, QUAD = 64 }; /* rows of a tile; bytes of 16 rows x 4 columns */
 enum { BITS8, BITS4, E2M1 };     /* what a weight is */
@@ -332,7 +335,11 @@ int fewbit_runs(const char *name) {
         __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
         return a >> 4 & 1;
     }
+#elif defined(__aarch64__) && defined(__linux__)
+    if (!strcmp(name, "neon")) return getauxval(AT_HWCAP) >> 20 & 1; /* HWCAP_ASIMDDP: `sdot`, optional until 8.4 */
+#elif defined(__aarch64__) /* macOS: all of Apple's have it */
+    if (!strcmp(name, "neon")) return 1;
 #endif
-    return !strcmp(name, "plain") || !strcmp(name, "neon"); /* the latter is only built where it runs */
+    return !strcmp(name, "plain");
 }
 #endif

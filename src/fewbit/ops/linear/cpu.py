@@ -28,7 +28,7 @@ _HALF = {
     _E2M1: 12,
 }  # what is added to a value (of E2M1, to twice the value), so that it is >= 0
 _PIECE = 1 << 24  # weights packed at a time
-_SHARE = 1 << 18  # products for which another thread is worth waking
+_SHARE = 1 << 18  # products that are worth waking the other threads for
 
 
 class _Linear(ctypes.Structure):
@@ -118,7 +118,8 @@ class Cpu:
         x, w = x.contiguous(), prepared.linear
         out = torch.empty(*x.shape[:-1], w.n, dtype=x.dtype)
         rows = x.numel() // w.k
-        threads = min(torch.get_num_threads(), 1 + rows * w.n * w.k // _SHARE)
+        # all of torch's threads or none: OpenMP ends and starts threads when a team is not as large as the last
+        threads = torch.get_num_threads() if rows * w.n * w.k >= _SHARE else 1
         call = built.calls.fewbit_linear
         if rows and call(prepared.address, x.data_ptr(), out.data_ptr(), rows, threads, built.index(self._variant)):
             raise MemoryError(f"no memory for {rows} rounded inputs of {w.k}")
