@@ -82,6 +82,10 @@ def compare(
     allow_code: Annotated[
         bool, typer.Option("--allow-code-execution", help="Run the programs that the models write (task code).")
     ] = False,
+    allow_unconfined: Annotated[
+        bool,
+        typer.Option("--allow-unconfined-code", help="Run them where nothing keeps them from your files and network."),
+    ] = False,
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens of a window of that text.")] = 512,
     windows: Annotated[int | None, typer.Option("--windows", min=1, help="Use the first N windows only.")] = None,
     run_dir: Annotated[
@@ -105,14 +109,16 @@ def compare(
     for option, given in (("--text", text), ("--limit", limit)):
         if given and tasks is None:
             raise RequestError(f"{option} is about tasks; give --tasks as well")
-    questions = {} if tasks is None else _questions(tasks, data, text, seed, allow_code)
+    questions = {} if tasks is None else _questions(tasks, data, text, seed, allow_code, allow_unconfined)
     where = device_of(device)
     sizes = (batch, input_tokens, output_tokens)
     entries = _entries(where, models or [], config, recipes, kv, head, sizes, runs, seed, run_dir)
     if data is not None or tasks is not None:
         asked = [("--data", data), ("--tasks", tasks), ("--text", text), ("--limit", limit), ("--length", length)]
         asked += [("--windows", windows), ("--seed", seed if tasks else None)]
-        entries = _with_quality(entries, models or [], asked, where, questions, run_dir, allow_code)
+        flags = [("--allow-code-execution", allow_code), ("--allow-unconfined-code", allow_unconfined)]
+        allowed = [option for option, given in flags if given]
+        entries = _with_quality(entries, models or [], asked, where, questions, run_dir, allowed)
     folder = RunFolder(run_dir)
     total = sum(len(entry.speed) + (entry.quality is not None) for entry in entries)
     try:
@@ -156,13 +162,16 @@ def _check(
         raise RequestError(f"--data {data}: no such file")
 
 
-def _questions(tasks: str, data: Path | None, text: Path | None, seed: int, allow_code: bool) -> dict[str, str]:
+def _questions(
+    tasks: str, data: Path | None, text: Path | None, seed: int, allow_code: bool, allow_unconfined: bool
+) -> dict[str, str]:
     """What decides the questions of each task, as a hash; what `eval` would refuse is refused before anything runs."""
     from fewbit.measure.tasks.suite import suite_of
 
     if text is not None and not text.is_file():
         raise RequestError(f"--text {text}: no such file")
-    suite = suite_of([part.strip() for part in tasks.split(",")], data, text=text, seed=seed, allow_code=allow_code)
+    names = [part.strip() for part in tasks.split(",")]
+    suite = suite_of(names, data, text=text, seed=seed, allow_code=allow_code, allow_unconfined=allow_unconfined)
     if suite.harness:
         raise RequestError(
             f"--tasks lm-eval:{suite.harness[0]}: compare has no column for tasks of lm-eval; "
@@ -215,7 +224,7 @@ def _entries(
 
 def _with_quality(
     entries: Sequence[Entry], models: Sequence[str], asked: Sequence[tuple[str, Any]], device: torch.device,
-    questions: Mapping[str, str], run_dir: Path, allow_code: bool,
+    questions: Mapping[str, str], run_dir: Path, allowed: Sequence[str],
 ) -> list[Entry]:  # fmt: skip
     """Entries with a row of `eval`; `asked`: its options, None where they are not given; `questions`: of its tasks."""
     from dataclasses import replace
@@ -235,8 +244,7 @@ def _with_quality(
             **{option.lstrip("-"): digests.get(option, given) for option, given in options.items()},
         }  # fmt: skip
         given = [word for pair in options.items() for word in pair]
-        words = ["eval", model, *against, *given, "--device", str(device), "--json"]
-        words += ["--allow-code-execution"] if allow_code else []
+        words = ["eval", model, *against, *given, *allowed, "--device", str(device), "--json"]
         row = Row("eval", entry.label, key)
         if questions:  # answers are kept as they come; hidden, since the row says all that a report needs
             words += ["-o", str(run_dir / ".answers" / Path(row.file).stem)]

@@ -4,7 +4,7 @@ from fewbit.compress.decide import Decision, decide
 from fewbit.compress.plan import Plan, Report, dialect, plan
 from fewbit.compress.recipe import Recipe, built_in, group_name, read_recipe, summary
 from fewbit.compress.run import compress
-from fewbit.compress.verify import Verified, bits_per_weight, verify
+from fewbit.compress.verify import Verified, bits_per_weight, layer_bits, verify
 
 __all__ = [
     "Decision",
@@ -18,6 +18,7 @@ __all__ = [
     "decide",
     "dialect",
     "group_name",
+    "layer_bits",
     "plan",
     "read_recipe",
     "summary",

@@ -27,12 +27,14 @@ class Verified:
         tokens: on how many held-out tokens the logits were equal bit for bit.
         bits_per_weight: bits of codes, scales, zeros, prescales and low-rank branches of the quantized linears, for
             each of their weights.
+        layer_bits: the same of all linears of the layers, those that stayed as they were included.
         weight_bytes: all tensors together.
     """
 
     scales: int
     tokens: int
     bits_per_weight: float
+    layer_bits: float
     weight_bytes: int
 
 
@@ -87,7 +89,16 @@ def verify(
             f"the written files do not give back the model: logits of {different} of {len(logits)} held-out tokens "
             f"differ, by up to {(found - logits).abs().max().item():.3g}; nothing was kept"
         )
-    return Verified(scales, len(logits), bits_per_weight(written), sum(map(written.tensors.nbytes, written.tensors)))
+    stored = sum(map(written.tensors.nbytes, written.tensors))
+    return Verified(scales, len(logits), bits_per_weight(written), layer_bits(written), stored)
+
+
+def layer_bits(checkpoint: Checkpoint) -> float:
+    """True bits per weight of all linears of the layers, those that stay as they were included: what models compare by.
+
+    The head is left out: a tied one is the embedding, and costs a small model more than all of its layers save.
+    """
+    return bits_per_weight(checkpoint, {x.name for x in checkpoint.spec.linears() if x.name != "lm_head"})
 
 
 def bits_per_weight(checkpoint: Checkpoint, linears: Collection[str] = ()) -> float:

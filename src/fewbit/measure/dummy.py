@@ -167,10 +167,10 @@ def decode_bytes(checkpoint: Checkpoint, batch: float, context: float) -> tuple[
 
 
 def stored_bits(checkpoint: Checkpoint) -> float:
-    """Bits per weight of the quantized linears, or of all where none is, by their formats: no weight is looked at."""
+    """Bits per weight of all linears of the layers by their formats, as `layer_bits` has them of files."""
     bits = numbers = 0.0
     for linear in checkpoint.spec.linears():
-        if not checkpoint.quant or linear.name in checkpoint.quant:
+        if linear.name != "lm_head":
             count, kind = linear.out_features * linear.in_features, checkpoint.quant.get(linear.name, QuantSpec())
             numbers, bits = numbers + count, bits + count * file_bits(kind, count, linear.in_features, checkpoint.dtype)
     return bits / numbers

@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 
 from fewbit.checkpoint import Checkpoint
-from fewbit.compress import bits_per_weight
+from fewbit.compress import layer_bits
 from fewbit.compress.recipe import Recipe, read_recipe
 from fewbit.engine import config as engine_config
 from fewbit.engine.attend import token_bytes
@@ -80,7 +80,7 @@ class Offline:
         bytes_per_s: step_bytes over step_s; of the copy measured in this run: `bandwidth`.
         flops_per_s: of the prompts, over the time to the last first token; of the ceiling: `compute`.
         limit_tokens_per_s: of the protocol at the ceilings; `of_limit`: what was reached of it.
-        bits_per_weight: of the quantized linears as stored, or of all where none is.
+        bits_per_weight: of all linears of the layers as stored, those that are not quantized included.
         weight_bytes: weights as the kernels hold them.
         kv_bytes: K and V.
         peak_bytes: most memory of the GPU; on a CPU of the process so far.
@@ -218,7 +218,7 @@ class Bench:
             peak_bytes_per_s=peak.bytes_per_s, peak_flops_per_s=peak_flops, bytes_per_s=read / step,
             bandwidth=read / step / top.copy, flops_per_s=(linear + scores) / last_first,
             compute=(linear + scores) / last_first / ceiling, limit_tokens_per_s=limit, of_limit=reached / limit,
-            bits_per_weight=stored_bits(checkpoint) if self.shape else bits_per_weight(checkpoint),
+            bits_per_weight=stored_bits(checkpoint) if self.shape else layer_bits(checkpoint),
             weight_bytes=self.weight_bytes, kv_bytes=engine.runner.kv_bytes,
             peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes(),
             difference=difference, agreement=agreement, ceilings=top, runs=speeds,

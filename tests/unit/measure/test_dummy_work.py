@@ -5,8 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fewbit.checkpoint import open_checkpoint
+from fewbit.compress import bits_per_weight, compress, layer_bits, plan
 from fewbit.compress.recipe import AS_IT_WAS, read_recipe
-from fewbit.measure.dummy import decode_bytes, decode_flops, dummy_checkpoint, eight_bit_share, prefill_flops
+from fewbit.measure.dummy import (
+    decode_bytes,
+    decode_flops,
+    dummy_checkpoint,
+    eight_bit_share,
+    prefill_flops,
+    stored_bits,
+)
+from helpers import make_model
 
 CPU = torch.device("cpu")
 HIDDEN, WIDTH, LAYERS, VOCAB, EXPERTS = 4096, 14336, 32, 32000, 8
@@ -61,3 +71,19 @@ def test_the_share_with_quantized_inputs_is_of_all_linears_but_the_head():
     for name in [name for name in whole.quant if name.startswith("layers.0.")]:
         del whole.quant[name]
     assert eight_bit_share(whole) == pytest.approx(0.5)
+
+
+def test_bits_are_those_of_all_linears_of_the_layers(tmp_path):
+    half = tmp_path / "half.yaml"
+    half.write_text("rules:\n  - {match: layers.*.mlp.*, weight: int8_row}\n")
+    model = open_checkpoint(make_model(tmp_path / "model"))
+    small = compress(model, plan(model, read_recipe(str(half))), tmp_path / "small", device="cpu")
+    made = open_checkpoint(tmp_path / "small")
+    linears = [x for x in made.spec.linears() if x.name != "lm_head"]
+    whole = sum(x.out_features * x.in_features for x in linears)
+    mlp = sum(x.out_features * x.in_features for x in linears if ".mlp." in x.name)
+    expected = (mlp * bits_per_weight(made) + (whole - mlp) * 16) / whole
+    assert 8 < bits_per_weight(made) < 9
+    assert layer_bits(made) == small.verified.layer_bits == pytest.approx(expected)
+    dummy = dummy_checkpoint(made.config, read_recipe(str(half)), CPU)
+    assert stored_bits(dummy) == pytest.approx(expected, rel=0.02)

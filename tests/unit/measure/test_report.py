@@ -73,7 +73,8 @@ def run(tmp_path_factory) -> Path:
             "stopped": True, "seed": 7,
         },
         "compress.json": {
-            "command": "compress", "output": "small", "calibration": "none", "verified": {"bits_per_weight": 4.25},
+            "command": "compress", "output": "small", "calibration": "none",
+            "verified": {"bits_per_weight": 4.0, "layer_bits": 4.25},
             "weight_error": {f"layers.{i}.{n}": 0.01 * (i + 1) for i in range(3) for n in ("attn.q", "mlp.up")},
         },
         "strange.json": {"x": 1},

@@ -164,7 +164,8 @@ def recoveries(found: Collected) -> list[tuple[str, float, float, str]]:
     """
     bits = {label(c): c["bits_per_weight"] for c in found.cells if c.get("bits_per_weight")}
     for name, one in found.compressions.items():
-        bits.setdefault(name, one["verified"]["bits_per_weight"])
+        if "layer_bits" in one["verified"]:
+            bits.setdefault(name, one["verified"]["layer_bits"])
     made = []
     for name, one in found.evals.items():
         if name not in bits:

@@ -259,7 +259,7 @@ def _recovery(found: Collected) -> Made:
                   fillstyle="full" if on else "none", zorder=2)  # fmt: skip
         axes.annotate(name, (bits, 100 * kept), textcoords="offset points", xytext=(7, 4), fontsize=8)
     axes.margins(x=0.15, y=0.15)
-    axes.set_xlabel("bits per weight, as stored")
+    axes.set_xlabel("bits per weight of the layers' linears, as stored")
     axes.set_ylabel("% of the base")
     made.legend(loc="outside lower center")
     of = next(of for *_, of in points if of != "base")

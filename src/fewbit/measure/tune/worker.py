@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from fewbit.checkpoint import Checkpoint, open_checkpoint
-from fewbit.compress import bits_per_weight, compress, decide, plan
+from fewbit.compress import compress, decide, layer_bits, plan
 from fewbit.compress.recipe import parse_recipe
 from fewbit.engine.config import EngineOptions
 from fewbit.engine.engine import open_engine
@@ -90,9 +90,8 @@ STAGES = {"make": make, "speed": speed, "quality": windows}
 
 def facts_of(checkpoint: Checkpoint, request: dict[str, Any], device: torch.device) -> dict[str, float]:
     """What follows from a model's files alone."""
-    linears = [linear.name for linear in checkpoint.spec.linears() if linear.name != "lm_head"]
     memory = facts.memory(checkpoint, None, device, request["batch"], request["prompt"] + request["tokens"])
-    return {"bits_per_weight": bits_per_weight(checkpoint, linears), "memory_gb": memory.total / 1e9}
+    return {"bits_per_weight": layer_bits(checkpoint), "memory_gb": memory.total / 1e9}
 
 
 def _say(message: dict[str, Any]) -> None:
