@@ -88,7 +88,9 @@ def _gauntlet(made: dict[str, Any]) -> None:
     table(["gauntlet, above guessing", "score", *(["base"] if base else [])], rows)
     if not found["complete"]:
         missing = ", ".join(name for names in found["missing"].values() for name in names)
-        note(f"not the published composite: no files of {missing}")
+        why = [f"no files of {missing}"] if missing else []
+        why += ["only --limit questions of each task"] if made["limit"] is not None else []
+        note(f"not the published composite: {', '.join(why)}")
 
 
 def _harness(made: dict[str, Any]) -> None:

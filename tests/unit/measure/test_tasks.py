@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,11 @@ from fewbit.engine.config import EngineOptions
 from fewbit.engine.engine import open_engine
 from fewbit.errors import RecipeError
 from fewbit.measure.tasks.answer import EngineAnswerer, Likelihood
-from fewbit.measure.tasks.gauntlet import composite, gauntlet
+from fewbit.measure.tasks.gauntlet import Gauntlet, composite, gauntlet
 from fewbit.measure.tasks.mmlu import mmlu
 from fewbit.measure.tasks.prompts import Prompts
 from fewbit.measure.tasks.run import Outcome, Result, is_right, run_task
+from fewbit.measure.tasks.suite import compared
 from fewbit.measure.tasks.task import Task, read_tasks
 from fewbit.model import DenseAttend, load
 from fewbit.text import Tokenizer
@@ -276,6 +278,39 @@ def test_the_composite_of_a_worked_example(tmp_path):
     assert made.categories["language_understanding"] == pytest.approx(0.2)
     with pytest.raises(RecipeError, match="none of the gauntlet's files"):
         gauntlet(tmp_path / "elsewhere")
+
+
+def test_a_score_by_groups(tmp_path, tokenizer):
+    """Three of four of a large group and none of one of a small one: 0.375, not 0.6."""
+    rows = [ROWS[0] | {"category": "large" if i < 8 else "small"} for i in range(10)]
+    task = described(tmp_path, file=write(tmp_path, "g.jsonl", rows), by_group=True, shots=1, baseline=0.25)
+    items, prompts = task.items(), Prompts(task, tokenizer, 256)
+    for item in items:
+        (example,) = prompts.examples(item)
+        assert (example.group, example.index != item.index) == (item.group, True)
+
+    def result(right):
+        return Result(task, tuple(Outcome(i.index, float(i.index < right), "", i.group) for i in items))
+
+    found, base = result(6), result(8)
+    assert found.accuracy == pytest.approx(0.375)
+    assert found.above_chance == pytest.approx((0.375 - 0.25) / 0.75)
+    low, high = found.interval
+    assert low <= 0.375 <= high
+    pair = compared(found, base)
+    assert (pair["base"], pair["difference"]) == pytest.approx((0.5, -0.125))
+    assert (pair["lost"], pair["won"], pair["flips"], pair["p"]) == (2, 0, 0.2, 0.5)
+    write(tmp_path, "g.jsonl", ROWS)
+    with pytest.raises(RecipeError, match="line 1: no field 'category'"):
+        task.items()
+
+
+def test_a_composite_of_some_questions_is_not_complete():
+    tasks = {c: (Task(c, "generation", MODEL, by_group=False),) for c in ("a", "b")}
+    listed = Gauntlet(tasks, {"a": (), "b": ()})
+    whole = {c: Result(t, (Outcome(0, 1.0, ""),)) for c, (t,) in tasks.items()}
+    assert composite(listed, whole).complete
+    assert not composite(listed, whole | {"b": replace(whole["b"], whole=False)}).complete
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ class Composite:
     Attributes:
         categories: Score of each; of those tasks that were run.
         score: The mean over all categories; None if one of them has no task at all.
-        complete: Whether every task of the list was run: only then the score is the published one.
+        complete: Whether every question of every task of the list was asked: only then the score is the published one.
     """
 
     categories: Mapping[str, float]
@@ -78,6 +78,8 @@ def composite(described: Gauntlet, results: Mapping[str, Result]) -> Composite:
         run = [results[task.name].above_chance for task in tasks if task.name in results]
         if run:
             scores[category] = fmean(run)
-    everything = not any(described.missing.values()) and all(t.name in results for t in described.tasks)
+    everything = not any(described.missing.values()) and all(
+        t.name in results and results[t.name].whole for t in described.tasks
+    )
     score = fmean(scores.values()) if len(scores) == len(described.categories) else None
     return Composite(scores, score, everything)

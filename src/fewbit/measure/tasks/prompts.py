@@ -45,7 +45,8 @@ class Prompts:
         if task.first_shots:
             found = self._groups.get(item.group, [])[: task.shots]
         else:
-            others = [s for s in self._solved if task.examples is not None or s.index != item.index]
+            solved = self._groups.get(item.group, []) if task.by_group else self._solved
+            others = [s for s in solved if task.examples is not None or s.index != item.index]
             rng = random.Random(f"{self._seed}/{task.name}/{item.index}")
             found = rng.sample(others, min(task.shots, len(others)))
         return found

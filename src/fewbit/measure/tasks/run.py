@@ -8,6 +8,7 @@ import json
 import os
 import re
 import string
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,20 +48,30 @@ class Result:
     Attributes:
         task: Which.
         outcomes: In the order of the items.
+        whole: Whether these are all items of the task.
     """
 
     task: Task
     outcomes: tuple[Outcome, ...]
+    whole: bool = True
+
+    @property
+    def scores(self) -> list[float]:
+        """One for each item, whose mean is the task's score: of a mean over groups those of small groups weigh more."""
+        if not self.task.by_group:
+            return [o.score for o in self.outcomes]
+        sizes = Counter(o.group for o in self.outcomes)
+        return [o.score * len(self.outcomes) / (len(sizes) * sizes[o.group]) for o in self.outcomes]
 
     @property
     def accuracy(self) -> float:
-        """The mean over all items."""
-        return sum(o.score for o in self.outcomes) / len(self.outcomes)
+        """The mean over all items, or of a task by groups over these."""
+        return sum(self.scores) / len(self.outcomes)
 
     @property
     def interval(self) -> tuple[float, float]:
         """Its 95 % interval, over items."""
-        return interval([o.score for o in self.outcomes])
+        return interval(self.scores)
 
     @property
     def above_chance(self) -> float:

@@ -178,7 +178,7 @@ async def ask_all(
     for entry in suite.entries:
         if entry.name not in chosen:  # reading rows and making texts takes a while; nobody else is to wait for it
             chosen[entry.name] = await asyncio.to_thread(entry.chosen, asked, limit, seed)
-        results[entry.name] = await run_task(
+        result = await run_task(
             entry.task,
             chosen[entry.name],
             Prompts(entry.task, asked.tokenizer, asked.length, seed),
@@ -188,6 +188,7 @@ async def ask_all(
             at_once=at_once,
             progress=progress,
         )
+        results[entry.name] = replace(result, whole=limit is None)
     return results
 
 
@@ -228,7 +229,11 @@ def compared(result: Result, base: Result, seed: int = 0) -> dict[str, Any]:
     """
     if [o.index for o in result.outcomes] != [o.index for o in base.outcomes]:
         raise RecipeError(f"task '{result.task.name}': the two models were asked different questions")
-    return paired([o.score for o in base.outcomes], [o.score for o in result.outcomes], seed).figures()
+    found = paired(base.scores, result.scores, seed)
+    if result.task.by_group:  # weighted scores are not 0 or 1; the answers are right or wrong all the same
+        plain = paired([o.score for o in base.outcomes], [o.score for o in result.outcomes], seed)
+        found = replace(found, lost=plain.lost, won=plain.won, p=plain.p)
+    return found.figures()
 
 
 def _figures(entry: Entry, result: Result) -> dict[str, Any]:

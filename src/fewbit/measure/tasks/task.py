@@ -44,6 +44,7 @@ class Task:
         examples: Where solved examples come from; None: other rows of `file`.
         shots: How many of them stand before the question.
         first_shots: Take the first ones of the same group, as MMLU does, rather than draw them.
+        by_group: The score is the unweighted mean over the groups, and examples come from the question's own group.
         baseline: What guessing scores.
         preamble: Before everything; ``{group}`` in it is the row's group, its _ as spaces.
         before: Before each question.
@@ -66,6 +67,7 @@ class Task:
     examples: Path | None = None
     shots: int = 0
     first_shots: bool = False
+    by_group: bool = False
     baseline: float = 0.0
     preamble: str = ""
     before: str = ""
@@ -127,6 +129,8 @@ class Task:
             return row[self.fields.get(name, name)]
 
         group = row.get(self.fields.get("category", "category"))
+        if self.by_group and group is None:
+            raise KeyError(self.fields.get("category", "category"))
         group = None if group is None else str(group)
         if self.kind == "multiple_choice" or self.letters:
             query, choices = _text(get("query")), tuple(map(_text, get("choices")))
