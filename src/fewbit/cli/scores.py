@@ -94,11 +94,11 @@ def _gauntlet(made: dict[str, Any]) -> None:
 
 
 def _harness(made: dict[str, Any]) -> None:
+    from fewbit.measure.tasks.harness import shown
+
     rows = []
     for name, found in made["lm_eval"]["tasks"].items():
-        for metric, value in found["metrics"].items():
-            if "stderr" in metric or metric == "sample_len":
-                continue
+        for metric, value in shown(found["metrics"]).items():
             pair = found.get("paired", {}).get(metric)
             against = []
             if pair:

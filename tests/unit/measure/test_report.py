@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fewbit import cli
+from fewbit.measure.report import page
 from fewbit.measure.report.collect import base_of, collect, label, lines, recoveries
 from helpers import make_model
 
@@ -108,6 +109,63 @@ def test_of_equal_rows_the_newest_counts_and_lines_are_told_apart(tmp_path):
     assert list(lines([cell | {"environment": {"device": "x"}}, other])) == [
         "int8, fp8 K/V, 8 + 2", "int8, fp8 K/V, 9 + 2",
     ]  # fmt: skip
+
+
+def test_results_of_one_name_are_told_apart(tmp_path):
+    cell = {
+        "config": None,
+        "batch": 1,
+        "input": 8,
+        "output": 2,
+        "bits_per_weight": 16.0,
+        "environment": {"device": "x"},
+    }
+    for number in range(2):
+        folder = tmp_path / f"run{number}"
+        folder.mkdir()
+        (folder / "eval.json").write_text(json.dumps({"command": "eval", "model": f"/{number}/m", "perplexity": 2.0}))
+        (folder / "load.json").write_text(json.dumps({"command": "bench serve", "label": "same"}))
+        row = cell | {"model": "m", "path": f"{number}/m"}
+        (folder / "row.json").write_text(json.dumps({"command": "bench offline", "cells": [row]}))
+    found = collect(tmp_path)
+    assert set(found.evals) == {"m (run0/eval.json)", "m (run1/eval.json)"}
+    assert set(found.loads) == {"same (run0/load.json)", "same (run1/load.json)"}
+    assert set(lines(found.cells)) == {"m (0/m)", "m (1/m)"}
+    assert [(name, bits) for name, bits, *_ in recoveries(found)] == [(name, 16.0) for name in found.evals]
+
+
+def test_a_speed_up_is_over_the_base_in_the_same_sizes_on_the_same_device(tmp_path):
+    fixed = {"config": None, "batch": 1, "output": 2, "peak_bytes": 2**30, "first_token_s": 1.0, "per_token_s": 1.0}
+    cells = [
+        fixed | {"model": name, "bits_per_weight": bits, "input": size, "tokens_per_s": speed,
+                 "environment": {"device": device}}
+        for name, bits, size, device, speed in (
+            ("base", 16, 8, "x", 10.0), ("base", 16, 9, "x", 20.0), ("base", 16, 8, "y", 40.0),
+            ("small", 4, 8, "x", 15.0), ("small", 4, 9, "x", 50.0), ("small", 4, 8, "y", 44.0),
+        )
+    ]  # fmt: skip
+    (tmp_path / "rows.json").write_text(json.dumps({"command": "bench offline", "cells": cells}))
+    text = page.page(collect(tmp_path), [], "title")
+    for size, device, speed_up in ((8, "x", "1.50"), (9, "x", "2.50"), (8, "y", "1.10")):
+        row = next(r for r in text.split("<tr>") if f"small, {size} + 2, {device}" in r)
+        assert f"<td>{speed_up}</td>" in row
+
+
+def test_tasks_of_lm_eval_and_the_gauntlet_are_tables(tmp_path):
+    one = {
+        "command": "eval", "model": "m", "tasks": {},
+        "gauntlet": {"categories": {"world": 0.25}, "score": 0.125, "complete": False, "missing": {},
+                     "base": {"categories": {"world": 0.5}, "score": 0.375, "complete": False}},
+        "lm_eval": {"version": "0.4", "cut_prompts": 0, "tasks": {"arc_easy": {
+            "metrics": {"acc,none": 0.75, "acc_stderr,none": 0.0625}, "intervals": {"acc,none": [0.5, 0.875]},
+            "base": {"metrics": {"acc,none": 0.8125}}}}},
+    }  # fmt: skip
+    (tmp_path / "eval.json").write_text(json.dumps(one))
+    text = page.page(collect(tmp_path), [], "title")
+    assert "<td>world</td><td>0.2500</td><td>0.5000</td>" in text
+    assert "not the published composite</td><td>0.1250</td><td>0.3750</td>" in text
+    assert "<td>acc,none</td><td>0.7500</td><td>0.5000 to 0.8750</td><td>0.8125</td>" in text
+    assert "stderr" not in text
 
 
 def test_the_page_stands_alone(run, capsys):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ class Collected:
         folder: Where.
         cells: Rows of `bench offline` that have figures; of equal ones the newest.
         failed: Rows that have none: what, and why.
-        loads: Objects of `bench serve`, by name.
-        evals: Objects of `eval`, by the model's name.
-        compressions: Objects of `compress`, by the name of what was written.
+        loads: Objects of `bench serve`, by name; where several have one, by their files' as well.
+        evals: Objects of `eval`, by the model's name, likewise.
+        compressions: Objects of `compress`, by the name of what was written, likewise.
         others: Files that are none of these.
     """
 
@@ -59,8 +60,11 @@ def collect(folder: Path) -> Collected:
             one = json.loads(file.read_text("utf8"))
         except (OSError, ValueError):
             one = None
-        if not isinstance(one, dict) or not _sort(found, seen, file, one):
+        if not isinstance(one, dict) or not _sort(found, seen, name, one):
             found.others.append(name)
+    found.loads = _by_name(found.loads, lambda file, one: str(one.get("label") or Path(file).stem))
+    found.evals = _by_name(found.evals, lambda _, one: name_of(one))
+    found.compressions = _by_name(found.compressions, lambda file, one: written(file, one))
     order = lambda c: (-(c.get("bits_per_weight") or _guess(c)), label(c), *(c[k] for k in SIZES))  # noqa: E731
     found.cells = sorted(seen.values(), key=order)
     if found.empty:
@@ -71,23 +75,30 @@ def collect(folder: Path) -> Collected:
     return found
 
 
-def _sort(found: Collected, seen: dict[Any, Object], file: Path, one: Object) -> bool:
-    """Put an object where it belongs; False: it says nothing that is known here."""
+def _sort(found: Collected, seen: dict[Any, Object], file: str, one: Object) -> bool:
+    """Put the object of a file where it belongs; False: it says nothing that is known here."""
     command = one.get("command")
     if isinstance(one.get("cells"), list):
         for cell in one["cells"]:
             _cell(found, seen, cell | {"environment": cell.get("environment") or _of_record(one)})
     elif command == "bench serve" or str(one.get("result_schema", "")).startswith("fewbit.bench.serve"):
-        found.loads[str(one.get("label") or file.stem)] = one
+        found.loads[file] = one
     elif command == "eval" and "failed" in one:
         found.failed.append((f"{name_of(one)}, quality", one["failed"]))
-    elif command == "eval" or (file.name == "eval.json" and "tasks" in one):
-        found.evals[name_of(one)] = one
+    elif command == "eval" or (Path(file).name == "eval.json" and "tasks" in one):
+        found.evals[file] = one
     elif command == "compress" and "weight_error" in one:
-        found.compressions[Path(str(one.get("output", file.stem))).name] = one
+        found.compressions[file] = one
     else:
         return False
     return True
+
+
+def _by_name(files: Mapping[str, Object], name: Callable[[str, Object], str]) -> dict[str, Object]:
+    """Objects of files by name, those of one name told apart by their files."""
+    names = {file: name(file, one) for file, one in files.items()}
+    counted = Counter(names.values())
+    return {names[f] if counted[names[f]] == 1 else f"{names[f]} ({f})": one for f, one in files.items()}
 
 
 def _cell(found: Collected, seen: dict[Any, Object], cell: Object) -> None:
@@ -95,7 +106,7 @@ def _cell(found: Collected, seen: dict[Any, Object], cell: Object) -> None:
         where = f"{label(cell)}, {cell['batch']} x {cell['input']} + {cell['output']}"
         found.failed.append((where, cell["failed"]))
         return
-    key = (label(cell), cell.get("config"), cell["environment"].get("device"), *(cell[k] for k in SIZES))
+    key = (*owner(cell), cell["environment"].get("device"), *(cell[k] for k in SIZES))
     other = seen.get(key)
     if other is None or _date(other) <= _date(cell):
         seen[key] = cell
@@ -118,6 +129,20 @@ def name_of(one: Mapping[str, Any]) -> str:
     return str(one.get("label") or Path(str(one.get("model") or "model")).name)
 
 
+def written(name: str, one: Mapping[str, Any]) -> str:
+    """The name of the folder that `compress` wrote; `name`: of its object, where that does not say it."""
+    return Path(str(one.get("output", Path(name).stem))).name
+
+
+def owner(cell: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a row is about, besides its sizes and its device: two folders of one name are two models."""
+    return label(cell), cell.get("config"), _path(cell)
+
+
+def _path(cell: Mapping[str, Any]) -> str | None:
+    return str(Path(cell["path"])) if cell.get("path") else None
+
+
 def label(cell: Mapping[str, Any]) -> str:
     """What a figure calls a row: its model, or its recipe and formats of K and V and of the head."""
     if cell.get("model"):
@@ -134,9 +159,13 @@ def lines(cells: Iterable[Object]) -> dict[str, list[Object]]:
     shapes = {(c["input"], c["output"]) for c in cells}
     configs = {c.get("config") for c in cells}
     devices = {c["environment"].get("device") for c in cells}
+    places: dict[str, set[str | None]] = {}
+    for cell in cells:
+        places.setdefault(label(cell), set()).add(_path(cell))
     found: dict[str, list[Object]] = {}
     for cell in cells:
         name = label(cell)
+        name += f" ({_path(cell)})" if len(places[name]) > 1 and _path(cell) else ""
         name += f", {cell['config']}" if len(configs) > 1 and cell.get("config") else ""
         name += f", {cell['input']} + {cell['output']}" if len(shapes) > 1 else ""
         name += f", {cell['environment'].get('device')}" if len(devices) > 1 else ""
@@ -162,21 +191,23 @@ def recoveries(found: Collected) -> list[tuple[str, float, float, str]]:
 
     Recovery is the mean over tasks of model / base; where no task was asked, perplexity of the base / the model's.
     """
-    bits = {label(c): c["bits_per_weight"] for c in found.cells if c.get("bits_per_weight")}
+    sized = [c for c in found.cells if c.get("bits_per_weight")]
+    bits = {name: c["bits_per_weight"] for c in sized for name in (label(c), c.get("path")) if name}  # as compare names
     for name, one in found.compressions.items():
         if "layer_bits" in one["verified"]:
-            bits.setdefault(name, one["verified"]["layer_bits"])
+            bits.setdefault(written(name, one), one["verified"]["layer_bits"])
     made = []
     for name, one in found.evals.items():
-        if name not in bits:
+        size = bits.get(name_of(one))
+        if size is None:
             continue
         parts = [t["paired"]["recovery"] for t in (one.get("tasks") or {}).values() if t.get("paired")]
         if parts := [part for part in parts if part is not None]:
-            made.append((name, bits[name], sum(parts) / len(parts), f"mean over {len(parts)} tasks of model / base"))
+            made.append((name, size, sum(parts) / len(parts), f"mean over {len(parts)} tasks of model / base"))
         elif one.get("perplexity_base"):
-            made.append((name, bits[name], one["perplexity_base"] / one["perplexity"], PERPLEXITY))
+            made.append((name, size, one["perplexity_base"] / one["perplexity"], PERPLEXITY))
         elif one.get("perplexity"):
-            made.append((name, bits[name], 1.0, "base"))
+            made.append((name, size, 1.0, "base"))
     return made
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fewbit.measure.report import draw
-from fewbit.measure.report.collect import Collected, Object, base_of, lines, recoveries
+from fewbit.measure.report.collect import Collected, Object, base_of, label, lines, owner, recoveries
 from fewbit.measure.report.figures import Made, split
+from fewbit.measure.tasks.harness import shown
 from fewbit.version import __version__
 
 _STYLE = """
@@ -120,7 +121,8 @@ def _summary(found: Collected) -> str:
 
 def _speed(found: Collected) -> str:
     base = base_of(found.cells)
-    speeds = {_size(c): c["tokens_per_s"] for c in lines(found.cells).get(base or "", [])}
+    first = lines(found.cells)[base][0] if base else {}
+    speeds = {_size(c): c["tokens_per_s"] for c in found.cells if base and owner(c) == owner(first)}
     rows = []
     for name, some in lines(found.cells).items():
         for c in some:
@@ -136,12 +138,15 @@ def _speed(found: Collected) -> str:
             )  # fmt: skip
     columns = ("format", "bits", "batch", "input + output", "memory, GiB", "tokens/s", "speed-up", "TTFT, ms",
                "TPOT, ms", "MBU", "MFU", "of the limit")  # fmt: skip
-    beside = f"Speed-up over {base}. Of the limit: of what the ceilings measured in the same run allow."
+    beside = (
+        f"Speed-up over {label(first)}, in the same sizes on the same device. "
+        "Of the limit: of what the ceilings measured in the same run allow."
+    ) if base else ""  # fmt: skip
     return table(columns, rows) + (f"<p class=soft>{_text(beside)}</p>" if base else "")
 
 
 def _size(cell: Mapping[str, Any]) -> tuple[Any, ...]:
-    return cell.get("config"), cell["batch"], cell["input"], cell["output"]
+    return cell["environment"].get("device"), cell.get("config"), cell["batch"], cell["input"], cell["output"]
 
 
 def _fixed(value: float | None, digits: int) -> str:
@@ -171,8 +176,35 @@ def _quality(found: Collected) -> str:
         for name, one in found.evals.items()
         for task, t in (one.get("tasks") or {}).items()
     ]  # fmt: skip
-    wide = table(("model", "task", "accuracy", "of the base", "recovery (95 %)"), tasks)
-    return table(columns, rows) + (f"<p></p>{wide}" if wide else "")
+    more = [table(("model", "task", "accuracy", "of the base", "recovery (95 %)"), tasks)]
+    more.append(table(("model", "gauntlet, above guessing", "score", "of the base"), _gauntlets(found)))
+    more.append(table(("model", "lm-eval", "metric", "score", "95 % interval", "of the base"), _harness(found)))
+    return table(columns, rows) + "".join(f"<p></p>{one}" for one in more if one)
+
+
+def _gauntlets(found: Collected) -> list[tuple[str, ...]]:
+    """The gauntlet's categories, and last its composite: the published one only where every task was run."""
+    rows = []
+    for name, one in found.evals.items():
+        if made := one.get("gauntlet"):
+            base = made.get("base") or {"categories": {}, "score": None}
+            for category, score in made["categories"].items():
+                rows.append((name, category, _fixed(score, 4), _fixed(base["categories"].get(category), 4)))
+            whole = "composite" if made["complete"] else "mean of these, not the published composite"
+            rows.append((name, whole, _fixed(made["score"], 4), _fixed(base["score"], 4)))
+    return rows
+
+
+def _harness(found: Collected) -> list[tuple[str, ...]]:
+    rows = []
+    for name, one in found.evals.items():
+        for task, made in ((one.get("lm_eval") or {}).get("tasks") or {}).items():
+            other = (made.get("base") or {}).get("metrics", {})
+            for metric, value in shown(made["metrics"]).items():
+                span = made["intervals"].get(metric)
+                between = f"{span[0]:.4f} to {span[1]:.4f}" if span else ""
+                rows.append((name, task, metric, _fixed(value, 4), between, _fixed(other.get(metric), 4)))
+    return rows
 
 
 def _mean_accuracy(one: Object) -> str:

@@ -112,6 +112,11 @@ def harness_report(found: Mapping[str, Any], base: Mapping[str, Any] | None = No
     return {"version": found["version"], "cut_prompts": found["cut"], "tasks": tasks}
 
 
+def shown(metrics: Mapping[str, float]) -> dict[str, float]:
+    """A task's metrics without what lm-eval puts among them: their errors, and how many questions there were."""
+    return {name: value for name, value in metrics.items() if "stderr" not in name and name != "sample_len"}
+
+
 def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics that JSON can say; errors that were not computed are words or no numbers."""
     kept = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
