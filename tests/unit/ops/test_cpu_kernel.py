@@ -1,16 +1,14 @@
-"""Integer products on the CPU: against float64, over every format, shape and instruction set; and building them."""
+"""Integer products on the CPU: against float64, over every format, shape and instruction set."""
 
 from __future__ import annotations
 
 import os
-import stat
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from fewbit.errors import UnsupportedError
 from fewbit.numerics.format import ALL, FORMATS, integer_format
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.numerics.reference import choose_scale, fake_quantize, quantize
@@ -182,71 +180,3 @@ def test_exact_arithmetic_rounds_no_inputs():
 )
 def test_declines(quant, reason):
     assert reason in str(Cpu().why_not(problem(quant)))
-
-
-# --- building ---------------------------------------------------------------------------------------------------------
-
-
-def script(path: Path, text: str) -> str:
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return str(path)
-
-
-def test_without_a_compiler_it_says_so_and_torch_does_the_work(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cpu_build.library.cache_clear()
-    try:
-        why = "no C compiler (cc, gcc or clang): decoding is slower without; install gcc"
-        assert cpu_build.library() == why
-        assert Cpu().why_not(problem(QuantSpec(INT8))) == why
-        assert choose(problem(QuantSpec(INT8))).kernel.name == "dense"
-        with pytest.raises(UnsupportedError, match="no C compiler"):
-            choose(problem(QuantSpec(INT8)), "cpu")
-    finally:
-        cpu_build.library.cache_clear()
-
-
-def test_a_compiler_that_fails_is_one_line(monkeypatch, tmp_path):
-    bad = script(tmp_path / "bad", "echo 'cpu.c:1: error: no such thing' >&2; echo more >&2; exit 1")
-    monkeypatch.setenv("CC", bad)
-    with pytest.raises(cpu_build.Unbuilt) as failed:
-        cpu_build.build(tmp_path / "cache")
-    assert str(failed.value) == f"{bad} cannot compile cpu.c: cpu.c:1: error: no such thing"
-    monkeypatch.setenv("CC", "nowhere-cc")
-    with pytest.raises(cpu_build.Unbuilt, match="CC names 'nowhere-cc', which is not there"):
-        cpu_build.build(tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("*.so"))
-
-
-@needs_compiler
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(cpu_build.Unbuilt, match="set XDG_CACHE_HOME"):
-        cpu_build.build(tmp_path / "cache")
-
-
-def test_a_cache_that_is_a_file_is_one_line(tmp_path):
-    if isinstance(BUILT, str):
-        pytest.skip(f"CPU KERNELS ARE NOT TESTED: {BUILT}")
-    (tmp_path / "cache").write_text("")
-    with pytest.raises(cpu_build.Unbuilt, match=r"cannot build in .*cache .*; set XDG_CACHE_HOME"):
-        cpu_build.build(tmp_path / "cache")
-
-
-@needs_compiler
-def test_a_variant_that_the_compiler_does_not_know_is_left_out(monkeypatch, tmp_path):
-    real = cpu_build._compiler()
-    picky = script(
-        tmp_path / "picky",
-        f'case "$*" in *-mavx*|*dotprod*) echo "error: unknown option" >&2; exit 1;; esac; exec {" ".join(real)} "$@"',
-    )
-    monkeypatch.setenv("CC", picky)
-    built = cpu_build.build(tmp_path / "cache")
-    assert built.variants == built.usable == ("plain",)
-    assert [path.name for path in (tmp_path / "cache").glob("*.so")] == [built.path.name]
-    before = built.path.stat().st_mtime_ns
-    assert cpu_build.build(tmp_path / "cache").path.stat().st_mtime_ns == before  # found, not made again
