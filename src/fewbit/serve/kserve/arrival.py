@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 MAX_OPEN_CALLS = 64
 """Calls without a key whose message has not come; one more ends the oldest of them."""
+MAX_SLOW_CALLS = 8
+"""Of these, those whose message is on its way for longer than `QUICK_S`: it may be as large as any."""
+QUICK_S = 0.5
 ARRIVE_S = 10.0
 """How long they may take to send it."""
 OPEN = ("ServerLive", "ServerReady", "Check")  # without a key, as over HTTP
@@ -51,6 +54,7 @@ class Waiting:
 
     def __init__(self) -> None:
         self._calls: dict[asyncio.Task[bytes | None], None] = {}  # the oldest is the first
+        self._slow: dict[asyncio.Task[bytes | None], None] = {}  # here too
 
     async def first(self, requests: AsyncIterator[bytes]) -> bytes | None:
         """The message; None: it did not come in time, or too many others wait too."""
@@ -59,16 +63,27 @@ class Waiting:
             return await anext(aiter(requests), b"")  # no message at all is one without fields, as over HTTP
 
         task = asyncio.create_task(read())
-        self._calls[task] = None
-        if len(self._calls) > MAX_OPEN_CALLS:
-            next(iter(self._calls)).cancel()
         try:
-            await asyncio.wait([task], timeout=ARRIVE_S)
+            _add(self._calls, task, MAX_OPEN_CALLS)
+            await asyncio.wait([task], timeout=QUICK_S)
+            if not task.done():
+                _add(self._slow, task, MAX_SLOW_CALLS)
+                await asyncio.wait([task], timeout=ARRIVE_S - QUICK_S)
         finally:
-            del self._calls[task]
+            self._calls.pop(task, None)
+            self._slow.pop(task, None)
             if not task.done():
                 task.cancel()
         return None if task.cancelled() or not task.done() else task.result()
+
+
+def _add(calls: dict[asyncio.Task[bytes | None], None], task: asyncio.Task[bytes | None], most: int) -> None:
+    """One more; the oldest is ended where there are too many."""
+    calls[task] = None
+    if len(calls) > most:
+        oldest = next(iter(calls))
+        del calls[oldest]
+        oldest.cancel()
 
 
 async def message(kind: Any, raw: bytes) -> Any:

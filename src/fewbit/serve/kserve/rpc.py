@@ -18,6 +18,7 @@ from fewbit.serve.exchange import exchange
 from fewbit.serve.kserve import describe, protobuf, protocol, repository
 from fewbit.serve.kserve.arrival import ARRIVE_S, OPEN, Keys, Waiting, asked_of, door, message
 from fewbit.serve.kserve.front import Front
+from fewbit.serve.kserve.messages import InferRequest
 from fewbit.serve.problems import Problem, UnimplementedError, problem_of
 from fewbit.serve.run import bind
 from fewbit.serve.service import Service
@@ -147,8 +148,8 @@ class _Grpc:
             self._stream, None, self._types["ModelStreamInferResponse"].SerializeToString
         )
         for name in OPEN[:2]:
-            table[name] = self._open_call(name, unary[name], self._types)
-        health = self._open_call("Check", self._check, self._health, "HealthCheck")
+            table[name] = self._open_call(name, unary[name], self._types, name, reads=False)
+        health = self._open_call("Check", self._check, self._health, "HealthCheck", reads=True)
         return [
             grpc.method_handlers_generic_handler(protocol.INFERENCE, table),
             grpc.method_handlers_generic_handler(protocol.HEALTH, {"Check": health}),
@@ -166,21 +167,24 @@ class _Grpc:
 
         return guarded
 
-    def _open_call(self, name: str, handler: Handler, types: Any, called: str = "") -> Any:
-        """A method that needs no key. Its calls take room before their message is there, so that has limits."""
+    def _open_call(self, name: str, handler: Handler, types: Any, called: str, *, reads: bool) -> Any:
+        """A method that needs no key. Its calls take room before their message is there, so that has limits.
+
+        Where the message has no fields it is not read.
+        """
         import grpc
 
-        guarded = self._guarded(name, handler, types[f"{called or name}Request"])
+        guarded = self._guarded(name, handler, types[f"{called}Request"])
 
         async def call(requests: AsyncIterator[bytes], context: Any) -> Any:
-            raw = await self._waiting.first(requests)
+            raw = await self._waiting.first(requests) if reads else b""
             if raw is None:
                 text = f"the message of the call did not come within {ARRIVE_S:g} s, or while there was room to wait"
                 await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, text)
             return await guarded(raw or b"", context)
 
         # To a client this is the same as a call of one message, which gRPC would wait for by itself, for ever.
-        answer = types[f"{called or name}Response"].SerializeToString
+        answer = types[f"{called}Response"].SerializeToString
         return grpc.stream_unary_rpc_method_handler(call, None, answer)
 
     @contextmanager
@@ -282,10 +286,11 @@ class _Grpc:
     # ---- inference ----
 
     async def _infer(self, request: Any) -> Any:
-        asked = await asked_of(request)
+        asked, name, version = await asked_of(request), request.model_name, request.model_version
+        del request  # of any size, and no longer needed while the model works
         async with AsyncExitStack() as leases:
-            found = await self._front.infer(request.model_name, request.model_version, asked, self._lease(leases))
-        return protobuf.answer(request.model_name, request.id, found)
+            found = await self._front.infer(name, version, asked, self._lease(leases))
+        return protobuf.answer(name, asked.id, found)
 
     async def _stream(self, requests: AsyncIterator[Any], context: Any) -> None:
         """Each request of a stream is answered as it goes; their parts may come between one another."""
@@ -301,13 +306,16 @@ class _Grpc:
                 raise _GoneError from e
 
         async def work(raw: bytes) -> None:
-            request = self._types["ModelInferRequest"]()
+            name = request_id = ""
             try:
                 with self._answering("ModelStreamInfer", context):
-                    request = await message(type(request), raw)
-                    await self._parts(request, write)
+                    request = await message(self._types["ModelInferRequest"], raw)
+                    name, request_id, version = request.model_name, request.id, request.model_version
+                    asked = await asked_of(request)
+                    del raw, request  # of any size, and no longer needed while the model works
+                    await self._parts(name, version, asked, write)
             except _FailedError as e:  # the others of this stream go on
-                failed = self._types["ModelInferResponse"](model_name=request.model_name, id=request.id)
+                failed = self._types["ModelInferResponse"](model_name=name, id=request_id)
                 await write(
                     self._types["ModelStreamInferResponse"](error_message=e.problem.message, infer_response=failed)
                 )
@@ -320,26 +328,26 @@ class _Grpc:
                 async for raw in requests:
                     await room.acquire()
                     tasks.create_task(work(raw))
+                    del raw
         except* _GoneError:
             slow = True
         if slow:
             await context.abort(grpc.StatusCode.CANCELLED, f"nothing of the stream was taken for {SLOW_S:g} s")
 
-    async def _parts(self, request: Any, write: Handler) -> None:
+    async def _parts(self, name: str, version: str, asked: InferRequest, write: Handler) -> None:
         """The answers to one request of a stream."""
         reply = self._types["ModelStreamInferResponse"]
-        asked = await asked_of(request)
         says_final = asked.parameters.get("triton_enable_empty_final_response", False)
         async with AsyncExitStack() as leases:
-            parts = self._front.stream(request.model_name, request.model_version, asked, self._lease(leases))
+            parts = self._front.stream(name, version, asked, self._lease(leases))
             async with aclosing(parts):
                 async for part in parts:
-                    found = protobuf.answer(request.model_name, request.id, part)
+                    found = protobuf.answer(name, asked.id, part)
                     if says_final:
                         found.parameters["triton_final_response"].bool_param = False
                     await write(reply(infer_response=found))
         if says_final:
-            found = protobuf.answer(request.model_name, request.id, ())
+            found = protobuf.answer(name, asked.id, ())
             found.parameters["triton_final_response"].bool_param = True
             await write(reply(infer_response=found))
 
