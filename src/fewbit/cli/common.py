@@ -182,6 +182,7 @@ def progress() -> Iterator[ProgressBars]:
 class ProgressBars:
     """Bars with the time left, shown once the work has taken two seconds; call with (stage, done, total).
 
+    A stage of which less is done than before has begun anew, for another model say: its time left is counted from there.
     Where stderr is no terminal, a line every ten seconds takes their place.
     """
 
@@ -193,9 +194,15 @@ class ProgressBars:
         self._bars: Progress | None = None
         self._tasks: dict[str, Any] = {}
         self._first: dict[str, tuple[float, int]] = {}
+        self._last: dict[str, int] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show how far a stage is."""
+        if done < self._last.get(stage, done):
+            del self._first[stage]
+            if self._bars is not None and stage in self._tasks:
+                self._bars.reset(self._tasks[stage])
+        self._last[stage] = done
         began, known = self._first.setdefault(stage, (time.monotonic(), done))
         if settings.quiet or time.monotonic() - self._start < self.PATIENCE_S:
             return

@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import random
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -394,3 +396,28 @@ def test_the_risk_is_shared_by_all_comparisons():
         tried = [Candidate(str(i), "") for i in range(count)]
         made = Search(tried, read_goal("kl<=1"), None, None, windows)
         assert made.risk * len(rounds(windows)) * (count + 1) == pytest.approx(0.05)
+
+
+def test_what_a_library_prints_is_not_taken_for_an_answer():
+    """A real worker whose measurement prints, itself and through a process; its stdin stays open till it ends."""
+    code = """
+import subprocess
+from fewbit.measure.tune import worker
+
+def talk(request, device, progress):
+    print("hello")
+    subprocess.run(["echo", "there"], check=True)
+    progress("talk", 1, 2)
+    return {"figures": {}}
+
+worker.STAGES["talk"] = talk
+worker.main()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        child.stdin.write(json.dumps({"stage": "talk", "device": "cpu"}) + "\n")
+        child.stdin.flush()
+        answers, words = child.stdout.read(), child.stderr.read()
+    assert list(map(json.loads, answers.splitlines())) == [{"progress": ["talk", 1, 2]}, {"found": {"figures": {}}}]
+    assert {"hello", "there"} <= set(words.split())

@@ -64,7 +64,7 @@ def collect(folder: Path) -> Collected:
             found.others.append(name)
     found.loads = _by_name(found.loads, lambda file, one: str(one.get("label") or Path(file).stem))
     found.evals = _by_name(found.evals, lambda _, one: name_of(one))
-    found.compressions = _by_name(found.compressions, lambda file, one: written(file, one))
+    found.compressions = _by_name(found.compressions, written)
     order = lambda c: (-(c.get("bits_per_weight") or _guess(c)), label(c), *(c[k] for k in SIZES))  # noqa: E731
     found.cells = sorted(seen.values(), key=order)
     if found.empty:

@@ -94,11 +94,6 @@ def facts_of(checkpoint: Checkpoint, request: dict[str, Any], device: torch.devi
     return {"bits_per_weight": layer_bits(checkpoint), "memory_gb": memory.total / 1e9}
 
 
-def _say(message: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(message) + "\n")
-    sys.stdout.flush()
-
-
 def _watch(stdin: int) -> None:
     while os.read(stdin, 1024):
         pass
@@ -107,6 +102,14 @@ def _watch(stdin: int) -> None:
 
 def main() -> None:
     """Do what the line on standard input asks for."""
+    # what a library prints, here or in a process that it starts, goes where its complaints go
+    answers = os.fdopen(os.dup(1), "w", encoding="utf8")
+    os.dup2(2, 1)
+
+    def say(message: dict[str, Any]) -> None:
+        answers.write(json.dumps(message) + "\n")
+        answers.flush()
+
     request = json.loads(sys.stdin.readline())
     threading.Thread(target=_watch, args=(sys.stdin.fileno(),), daemon=True).start()
     torch.manual_seed(0)
@@ -114,12 +117,12 @@ def main() -> None:
         device = device_named(request["device"])
         make_current(device)
         found = STAGES[request["stage"]](
-            request, device, lambda stage, done, total: _say({"progress": [stage, done, total]})
+            request, device, lambda stage, done, total: say({"progress": [stage, done, total]})
         )
     except FewbitError as error:
-        _say({"error": str(error)})
+        say({"error": str(error)})
     else:
-        _say({"found": found})
+        say({"found": found})
 
 
 if __name__ == "__main__":
