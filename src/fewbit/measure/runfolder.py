@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,12 +83,6 @@ class RunFolder:
     def forget(self, row: Row) -> None:
         """Let a row be measured again."""
         (self.path / row.file).unlink(missing_ok=True)
-
-    def objects(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """All files that hold a command's object, this folder's and those of folders in it, by name."""
-        for file in sorted(self.path.rglob("*.json")):
-            if not any(part.startswith(".") for part in file.relative_to(self.path).parts):
-                yield file, read_object(file)
 
 
 def read_object(file: Path) -> dict[str, Any]:

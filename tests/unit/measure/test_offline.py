@@ -101,7 +101,7 @@ def test_a_rows_file_follows_from_everything_that_decides_it(tmp_path):
     assert folder.read(one) is None
     folder.write(one, {"value": 3})
     assert folder.read(one) == {"schema": 1, "command": "eval", "key": {"seed": 0}, "value": 3}
-    assert [file.name for file, _ in folder.objects()] == [one.file]
+    assert [file.name for file in folder.path.iterdir()] == [one.file]
     (folder.path / one.file).write_text('{"cut')
     with pytest.raises(RequestError, match="not JSON"):
         folder.read(one)
