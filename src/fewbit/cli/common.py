@@ -182,7 +182,7 @@ def progress() -> Iterator[ProgressBars]:
 class ProgressBars:
     """Bars with the time left, shown once the work has taken two seconds; call with (stage, done, total).
 
-    A stage of which less is done than before has begun anew, say for another model: the time left is counted from there.
+    A stage of which less is done than before has begun anew, say for another model, and its time left with it.
     Where stderr is no terminal, a line every ten seconds takes their place.
     """
 
