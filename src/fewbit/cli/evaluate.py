@@ -99,7 +99,7 @@ def evaluate(
         int | None, typer.Option("--max-batch", min=1, help="Sequences at a time in the engine.")
     ] = None,
     max_model_len: Annotated[
-        int | None, typer.Option("--max-model-len", min=2, help="Longest sequence [default: the model's]")
+        int | None, typer.Option("--max-model-len", min=2, help="Longest sequence [default: the model's, up to 8192]")
     ] = None,
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", metavar="DIR", help="For a URL: the model's directory.")
@@ -140,8 +140,13 @@ def evaluate(
     job = _Job(
         suite, source, other, output, limit, seed, at_once, include, _Text(text, length, stride, windows, where)
     )  # fmt: skip
-    with progress() as bars:
-        made = {"result_schema": RESULT_SCHEMA, **_settings(job, scorer)} | job.run(bars)
+    try:
+        with progress() as bars:
+            made = {"result_schema": RESULT_SCHEMA, **_settings(job, scorer)} | job.run(bars)
+    except KeyboardInterrupt:
+        if output is None and suite.entries:
+            note("nothing was kept; with -o RUNDIR every answer is, and the same command goes on")
+        raise
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         (output / "eval.json").write_text(json_.dumps({"schema": SCHEMA, "command": "eval", **made}) + "\n", "utf8")
@@ -199,6 +204,7 @@ class _Job:
             return made
         items: dict[str, list[Item]] = {}
         windows: list[list[int]] = []
+        self._check(items)
         mine = asyncio.run(self._ask("model", self.source, items, windows, bars))
         other = None if self.base is None else asyncio.run(self._ask("base", self.base, items, windows, bars))
         if self.suite.perplexity and not by_layer:
@@ -210,6 +216,15 @@ class _Job:
         if self.suite.harness:
             made["lm_eval"] = harness_report(mine.harness, None if other is None else other.harness, self.seed)
         return made
+
+    def _check(self, items: dict[str, list[Item]]) -> None:
+        """Whether both can be asked everything, before one answers for hours."""
+        from fewbit.measure.tasks.source import known
+        from fewbit.measure.tasks.suite import check_all
+
+        for source in (self.source, self.base):
+            if source is not None:
+                check_all(self.suite, asyncio.run(known(source)), self.limit, self.seed, items)
 
     def _by_layer(self, bars: Any) -> Quality:
         import torch

@@ -25,7 +25,7 @@ from fewbit.measure.tasks.answer import AnswerError, Likelihood, several
 from fewbit.measure.tasks.predict import losses, predicted
 from fewbit.measure.tasks.prompts import Continuation
 from fewbit.measure.tasks.remote import HttpAnswerer, served
-from fewbit.measure.tasks.source import Asked, Source, is_url, opened
+from fewbit.measure.tasks.source import Asked, Source, is_url, known, opened
 from fewbit.measure.tasks.suite import ask_all, report, suite_of
 from fewbit.model import DenseAttend, load
 from fewbit.text import Tokenizer
@@ -317,6 +317,61 @@ def test_wrong_inputs_are_one_line(tmp_path, monkeypatch, capsys, words, fault):
     said = capsys.readouterr()
     assert fault in said.err
     assert (said.out, said.err.count("\n")) == ("", 1)
+
+
+def test_a_base_that_cannot_be_asked_is_found_before_the_first_question(tasks, tmp_path, capsys, monkeypatch):
+    def never(*given, **more):
+        raise AssertionError("the model was asked")
+
+    monkeypatch.setattr("fewbit.measure.tasks.suite.run_task", never)
+    words = ["eval", str(MODEL), "-q", "--tasks", str(tasks), "--max-model-len", "256"]
+    (unreadable := tmp_path / "unreadable").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (unreadable / name).write_bytes((MODEL / name).read_bytes())
+    for base, fault in (
+        (["gone/typo"], "gone/typo"),
+        (["127.0.0.1:1", "--tokenizer", str(MODEL)], "is a server running there"),
+        ([str(unreadable)], "tokenizer"),
+    ):
+        assert run([*words, "--base", *base]) == 2
+        said = capsys.readouterr().err
+        assert fault in said
+        assert said.count("\n") == 1
+    (tmp_path / "stories.jsonl").write_text(json.dumps({"context": "far too long " * 300, "answer": "x"}))
+    assert run(words) == 2
+    assert "task 'stories', row 1" in capsys.readouterr().err
+
+
+def test_ctrl_c_without_a_folder_says_that_nothing_was_kept(tasks, tmp_path, capsys, monkeypatch):
+    async def stopped(*given, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fewbit.measure.tasks.suite.run_task", stopped)
+    words = ["eval", str(MODEL), "--tasks", str(tasks), "--max-model-len", "256"]
+    assert run(words) == 130
+    assert "nothing was kept; with -o RUNDIR" in capsys.readouterr().err
+    assert run([*words, "-o", str(tmp_path / "run")]) == 130
+    assert "nothing was kept" not in capsys.readouterr().err
+
+
+def test_the_length_of_prompts_is_the_models_or_8192_whatever_memory_is_free():
+    length = asyncio.run(known(Source(str(MODEL)))).length
+    assert length == min(open_checkpoint(MODEL).spec.context, 8192) - 1
+    assert asyncio.run(known(Source(str(MODEL), max_model_len=64))).length == 63
+
+
+def test_another_model_behind_the_same_address_has_another_key():
+    def key(text: str) -> str:
+        async def main():
+            async with stub_server(lambda number, body: said({"choices": [{"text": text}]})) as stub:
+                source = Source(stub.url, tokenizer=str(MODEL), max_model_len=256)
+                async with opened(source) as asked:
+                    return asked.key.split(" ", 1)[1]  # without the port
+
+        return asyncio.run(main())
+
+    assert key(" 42") == key(" 42") != key(" 43")
+    assert fewbit.__version__ in key(" 42")
 
 
 @pytest.mark.slow

@@ -9,16 +9,22 @@ from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from fewbit.checkpoint import locate, text_folder
+from fewbit.checkpoint import locate, open_checkpoint, text_folder
 from fewbit.engine.client import InProcessClient
 from fewbit.engine.config import EngineOptions
 from fewbit.engine.engine import open_engine
 from fewbit.errors import RecipeError
 from fewbit.measure.load.endpoint import client_of
+from fewbit.measure.load.http import Client
 from fewbit.measure.tasks.answer import Answerer, EngineAnswerer
 from fewbit.measure.tasks.remote import HttpAnswerer, served
 from fewbit.text import Tokenizer
+from fewbit.version import __version__
 
+LENGTH = 8192
+"""Tokens of a sequence that a directory is asked with where nothing is said, if the model takes as many. What free
+memory would hold is no measure: a run that was stopped is to go on with the same prompts."""
+PROBE = "Once upon a time, in the year 1984, a model was asked: 12 + 30 ="
 QUEUED = 1 << 20
 """Requests that may wait in the engine: whoever asks limits itself."""
 
@@ -31,7 +37,7 @@ class Source:
         model: A directory or Hub id, or the URL of a server that speaks OpenAI's API.
         device: For a directory: ``cpu``, ``cuda:N`` or ``auto``.
         max_batch: For a directory: sequences at a time; None: the engine decides.
-        max_model_len: Most tokens of a sequence; None: what the model or the server takes.
+        max_model_len: Most tokens of a sequence; None: what the server takes, or the model, of which at most `LENGTH`.
         tokenizer: For a URL: the directory of the served model, or at least its tokenizer.
         name: For a URL: the model's name there; None: the first that the server lists.
         api_key: For a URL: sent as a bearer token.
@@ -49,6 +55,15 @@ class Source:
     def remote(self) -> bool:
         """Whether it is a URL."""
         return is_url(self.model)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a source before anything is asked: the first fields of `Asked` after the answerer."""
+
+    tokenizer: Tokenizer
+    folder: Traversable
+    length: int
 
 
 @dataclass(frozen=True)
@@ -87,32 +102,65 @@ async def opened(source: Source) -> AsyncIterator[Asked]:
         FewbitError: The model cannot be opened, the server cannot be reached, or something needed was not given.
     """
     if source.remote:
-        if source.tokenizer is None:
-            raise RecipeError(f"{source.model}: tasks are asked in tokens; give the model's directory: --tokenizer DIR")
-        folder = text_folder(Path(locate(source.tokenizer)))
-        tokenizer = Tokenizer.load(folder)
         client = client_of(source.model, source.api_key)
         try:
-            name, length = await served(client, source.name)
-            length = _shorter(source, length)
-            key = f"{client.url.host}:{client.url.port}{client.url.prefix} {name}"
-            yield Asked(HttpAnswerer(client, name), tokenizer, folder, length - 1, f"{key}, {length} tokens")
+            known, name = await _of_server(source, client)
+            server = HttpAnswerer(client, name)
+            said = await server.text(known.tokenizer.encode(PROBE), 8, ())
+            # a server's name says nothing of its weights: the tokens that it is asked in and what it answers do
+            mark = hashlib.sha256(repr((known.tokenizer.encode(PROBE), said)).encode()).hexdigest()[:16]
+            where = f"{client.url.host}:{client.url.port}{client.url.prefix} {name} {mark}"
+            yield Asked(server, known.tokenizer, known.folder, known.length, _key(where, known))
         finally:
             await client.close()
         return
-    path = Path(locate(source.model))
-    folder = text_folder(path)
-    tokenizer = Tokenizer.load(folder)
+    path, known = _of_directory(source)
     options = EngineOptions(
-        source.device, "exact", max_batch=source.max_batch, max_model_len=source.max_model_len, max_queued=QUEUED
+        source.device, "exact", max_batch=source.max_batch, max_model_len=known.length + 1, max_queued=QUEUED
     )
     engine = InProcessClient(open_engine(path, options))
     try:
-        length = engine.info.max_model_len
-        key = f"{fingerprint_of(path)} on {source.device.partition(':')[0]}, {length} tokens"
-        yield Asked(EngineAnswerer(engine, tokenizer), tokenizer, folder, length - 1, key)
+        where = f"{fingerprint_of(path)} on {source.device.partition(':')[0]}"
+        answerer = EngineAnswerer(engine, known.tokenizer)
+        yield Asked(answerer, known.tokenizer, known.folder, known.length, _key(where, known))
     finally:
         await engine.close()
+
+
+async def known(source: Source) -> Known:
+    """What can be said of a source without loading its weights or asking it anything.
+
+    Raises:
+        FewbitError: As of `opened`.
+    """
+    if not source.remote:
+        return _of_directory(source)[1]
+    client = client_of(source.model, source.api_key)
+    try:
+        return (await _of_server(source, client))[0]
+    finally:
+        await client.close()
+
+
+async def _of_server(source: Source, client: Client) -> tuple[Known, str]:
+    """A server, and its model's name there."""
+    if source.tokenizer is None:
+        raise RecipeError(f"{source.model}: tasks are asked in tokens; give the model's directory: --tokenizer DIR")
+    folder = text_folder(Path(locate(source.tokenizer)))
+    tokenizer = Tokenizer.load(folder)
+    name, length = await served(client, source.name)
+    return Known(tokenizer, folder, _shorter(source, length) - 1), name
+
+
+def _of_directory(source: Source) -> tuple[Path, Known]:
+    path = Path(locate(source.model))
+    folder = text_folder(path)
+    length = source.max_model_len or min(open_checkpoint(path).spec.context, LENGTH)
+    return path, Known(Tokenizer.load(folder), folder, length - 1)
+
+
+def _key(model: str, known: Known) -> str:
+    return f"{model}, {known.length + 1} tokens, fewbit {__version__}"
 
 
 def _shorter(source: Source, served_length: int | None) -> int:

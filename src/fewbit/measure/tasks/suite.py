@@ -20,7 +20,7 @@ from fewbit.measure.tasks.programs import programs
 from fewbit.measure.tasks.prompts import Prompts
 from fewbit.measure.tasks.run import Progress, Result, run_task
 from fewbit.measure.tasks.sandbox import missing
-from fewbit.measure.tasks.source import Asked
+from fewbit.measure.tasks.source import Asked, Known
 from fewbit.measure.tasks.task import Item, Task, read_tasks
 from fewbit.text import Tokenizer
 
@@ -45,7 +45,7 @@ class Entry:
     items: Callable[[Tokenizer, int], list[Item]] | None = None
     about: str = ""
 
-    def chosen(self, asked: Asked, limit: int | None, seed: int) -> list[Item]:
+    def chosen(self, asked: Asked | Known, limit: int | None, seed: int) -> list[Item]:
         """The questions, of which a limit takes some: drawn, and those of a smaller limit are among them."""
         found = self.task.items() if self.items is None else self.items(asked.tokenizer, asked.length)
         if limit is None or limit >= len(found):
@@ -145,6 +145,23 @@ def check_scorer(text: str) -> Scorer:
     if text not in get_args(Scorer):
         raise RecipeError(f"--scorer {text}: {nearest_name(text, get_args(Scorer))}")
     return text  # type: ignore[return-value]
+
+
+def check_all(
+    suite: Suite, known: Known, limit: int | None = None, seed: int = 0, items: dict[str, list[Item]] | None = None
+) -> None:
+    """Whether every question fits a model, before it is asked the first one. The arguments are those of `ask_all`.
+
+    Raises:
+        RecipeError: One does not.
+    """
+    chosen = {} if items is None else items
+    for entry in suite.entries:
+        if entry.name not in chosen:
+            chosen[entry.name] = entry.chosen(known, limit, seed)
+        prompts = Prompts(replace(entry.task, shots=0), known.tokenizer, known.length, seed)
+        for item in chosen[entry.name]:
+            _ = (prompts.question if entry.task.kind in ("generation", "code") else prompts.continuations)(item)
 
 
 async def ask_all(
