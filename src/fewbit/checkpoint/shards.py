@@ -132,10 +132,10 @@ def _check_room(folder: Path, groups: Mapping[str, Mapping[str, Stored]]) -> Non
     """
     wanted = sum(stored.nbytes for group in groups.values() for stored in group.values())
     there = sum((folder / name).stat().st_blocks * 512 for name in groups if (folder / name).exists())
-    free = shutil.disk_usage(folder).free
-    if wanted - there > free:
+    disk = shutil.disk_usage(folder)
+    if disk.total and wanted - there > disk.free:  # some file systems tell neither, and say 0
         raise CheckpointError(
-            f"the disk of {folder.parent} is too full: the tensors take {wanted - there} bytes, {free} are free; "
+            f"the disk of {folder.parent} is too full: the tensors take {wanted - there} bytes, {disk.free} are free; "
             "make room there, or choose another folder"
         )
 

