@@ -46,7 +46,11 @@ def _tasks(made: dict[str, Any]) -> None:
     tasks, against = made["tasks"], made["base"] is not None
     columns = ["task", "questions", "score", "95 % interval", "guessing"]
     columns += ["base", "difference", "95 % interval", "recovery", "flips", "p"] if against else []
-    table(columns, [_row(name, found) for name, found in tasks.items()])
+    rows = [_row(name, found) for name, found in tasks.items()]
+    table(columns, [row + ["-"] * (len(columns) - len(row)) for row in rows])
+    for name, found in tasks.items():
+        if fewer := found["items"] - found["shown"].get(str(found["shots"]), 0):
+            note(f"{name}: {fewer:,} of {found['items']:,} questions had fewer than {found['shots']} examples")
     for name, found in tasks.items():
         if name == "needle":
             print()

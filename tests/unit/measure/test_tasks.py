@@ -305,6 +305,30 @@ def test_a_score_by_groups(tmp_path, tokenizer):
         task.items()
 
 
+def test_examples_that_did_not_fit_are_counted_and_not_compared(tmp_path, tokenizer):
+    task = described(tmp_path, shots=3)
+    items = task.items()
+
+    class Same:
+        async def likelihood(self, asked):
+            return Likelihood((-1.0,), False, 1)
+
+    def asked(length):
+        return asyncio.run(run_task(task, items, Prompts(task, tokenizer, length), Same()))
+
+    longest = max(
+        len(m.context + m.continuation) for i in items for m in Prompts(task, tokenizer, 512).continuations(i)
+    )
+    whole, tight = asked(512), asked(longest - 1)
+    assert {o.shots for o in whole.outcomes} == {3}
+    equal = sum(o.shots == 3 for o in tight.outcomes)
+    assert 0 < equal < len(items)
+    assert compared(whole, whole)["items"] == len(items)
+    assert compared(whole, tight)["items"] == equal
+    none = replace(tight, outcomes=tuple(replace(o, shots=0) for o in tight.outcomes))
+    assert compared(whole, none) is None
+
+
 def test_a_composite_of_some_questions_is_not_complete():
     tasks = {c: (Task(c, "generation", MODEL, by_group=False),) for c in ("a", "b")}
     listed = Gauntlet(tasks, {"a": (), "b": ()})

@@ -32,6 +32,7 @@ class Prompts:
 
     def __init__(self, task: Task, tokenizer: Tokenizer, length: int, seed: int = 0) -> None:
         self._task, self._tokenizer, self._length, self._seed = task, tokenizer, length, seed
+        self.shown: dict[int, int] = {}  # examples that fitted before the item of an index
         self._solved = task.solved() if task.shots else []
         self._groups: dict[str | None, list[Item]] = {}
         for item in self._solved:
@@ -75,6 +76,7 @@ class Prompts:
             ]
             longest = max(len(m.context) + len(m.continuation) for m in made)
             if longest <= self._length:
+                self.shown[item.index] = len(examples)
                 return made
             if not examples:
                 raise RecipeError(self._too_long(item, longest))
@@ -90,6 +92,7 @@ class Prompts:
         while True:
             ids = self._tokenizer.encode(self.text(item, examples))
             if len(ids) + self._task.max_tokens <= self._length:
+                self.shown[item.index] = len(examples)
                 return ids
             if not examples:
                 raise RecipeError(self._too_long(item, len(ids) + self._task.max_tokens))

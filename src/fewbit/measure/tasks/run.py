@@ -10,7 +10,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,12 +33,14 @@ class Outcome:
         score: 1 if right, else 0.
         given: What the model chose or said.
         group: The item's.
+        shots: Solved examples that stood before it: fewer than the task's where they did not fit.
     """
 
     index: int
     score: float
     given: str
     group: str | None = None
+    shots: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ async def run_task(
     progress(task.name, before, len(items))
 
     async def one(item: Item) -> None:
-        known[item.index] = outcome = await ask(task, item, prompts, answerer)
+        answered = await ask(task, item, prompts, answerer)
+        known[item.index] = outcome = replace(answered, shots=prompts.shown.get(item.index, 0))
         if file is not None:
             _keep(file, asdict(outcome))
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -225,8 +227,11 @@ def report(
         made = _figures(entry, results[entry.name])
         if base is not None:
             other = base[entry.name]
-            made["base"] = {"accuracy": other.accuracy, "interval": list(other.interval), "groups": other.groups}
-            made["paired"] = compared(results[entry.name], other, seed)
+            made["base"] = {"accuracy": other.accuracy, "interval": list(other.interval), "groups": other.groups} | {
+                "shown": _shown(other)
+            }
+            if (pair := compared(results[entry.name], other, seed)) is not None:
+                made["paired"] = pair
         tasks[entry.name] = made
     found: dict[str, Any] = {"tasks": tasks}
     if suite.gauntlet is not None:
@@ -238,14 +243,20 @@ def report(
     return found
 
 
-def compared(result: Result, base: Result, seed: int = 0) -> dict[str, Any]:
-    """Two models on the same questions: `Paired.figures`.
+def compared(result: Result, base: Result, seed: int = 0) -> dict[str, Any] | None:
+    """Two models on the same questions: `Paired.figures`, over those that both saw with equally many examples.
+
+    None: there is no such question.
 
     Raises:
         RecipeError: They answered different questions.
     """
     if [o.index for o in result.outcomes] != [o.index for o in base.outcomes]:
         raise RecipeError(f"task '{result.task.name}': the two models were asked different questions")
+    same = [a.shots == b.shots for a, b in zip(result.outcomes, base.outcomes, strict=True)]
+    if not any(same):
+        return None
+    result, base = (replace(r, outcomes=tuple(compress(r.outcomes, same))) for r in (result, base))
     found = paired(base.scores, result.scores, seed)
     if result.task.by_group:  # weighted scores are not 0 or 1; the answers are right or wrong all the same
         plain = paired([o.score for o in base.outcomes], [o.score for o in result.outcomes], seed)
@@ -264,10 +275,16 @@ def _figures(entry: Entry, result: Result) -> dict[str, Any]:
         "baseline": task.baseline,
         "above_chance": result.above_chance,
         "shots": task.shots,
+        "shown": _shown(result),
         "scored_by": "generate" if task.kind in ("generation", "code") else "loglikelihood",
         "groups": result.groups,
         "data": {name: {"path": str(path), "sha256": file_hash(path)} for name, path in files.items()},
     }
+
+
+def _shown(result: Result) -> dict[str, int]:
+    """How many questions had how many examples before them."""
+    return {str(shots): n for shots, n in sorted(Counter(o.shots for o in result.outcomes).items())}
 
 
 def _composite(listed: Gauntlet, results: Mapping[str, Result]) -> dict[str, Any]:
