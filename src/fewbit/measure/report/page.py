@@ -184,7 +184,7 @@ def _quality(found: Collected) -> str:
 
 def _gauntlets(found: Collected) -> list[tuple[str, ...]]:
     """The gauntlet's categories, and last its composite: the published one only where every task was run."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, one in found.evals.items():
         if made := one.get("gauntlet"):
             base = made.get("base") or {"categories": {}, "score": None}
@@ -196,7 +196,7 @@ def _gauntlets(found: Collected) -> list[tuple[str, ...]]:
 
 
 def _harness(found: Collected) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, one in found.evals.items():
         for task, made in ((one.get("lm_eval") or {}).get("tasks") or {}).items():
             other = (made.get("base") or {}).get("metrics", {})
