@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -9,16 +10,19 @@ import torch
 from torch import Tensor
 
 from fewbit.checkpoint import Checkpoint
-from fewbit.errors import UnsupportedError
+from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.model.attend import KVCodec
 from fewbit.model.decoder import Decoder, DecoderLayer, Embedding, Normalize
 from fewbit.model.fused import FusedDecoder, FusedLayer
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.ops.device import DeviceInfo, arithmetic_dtype, device_info
 from fewbit.ops.linear import Choice, LinearKernel, LinearProblem, LinearWeights, choose
+from fewbit.ops.linear.cpu_build import Missing
 from fewbit.ops.linear.dense import Dense
 from fewbit.ops.linear.gpu import GpuKernel, GpuLinear
 from fewbit.spec.decoder import MLP, DecoderSpec, Layer, LinearShape, Norm, Rope, key_of, leaf_of
+
+log = logging.getLogger(__name__)
 
 
 class Linear:
@@ -56,7 +60,7 @@ def load(checkpoint: Checkpoint, device: str | torch.device = "cpu", backend: st
 
     Raises:
         UnsupportedError: `backend` cannot do it.
-        CheckpointError: a file ends early.
+        CheckpointError: a file ends early; a calibrated scale is no positive number.
     """
     loader = Loader(checkpoint, torch.device(device), backend)
     return loader.decoder() if loader.fused_why_not() else loader.fused()
@@ -85,6 +89,7 @@ class Loader:
         self.checkpoint, self.device, self.backend = checkpoint, device, backend
         self.dtype = arithmetic_dtype(device, checkpoint.dtype)
         self._info: DeviceInfo = device_info(device)
+        self._warned = False
 
     def decoder(self) -> Decoder:
         """The whole model."""
@@ -228,10 +233,21 @@ class Loader:
     def linear(self, shape: LinearShape, look: Look = _nothing) -> Linear:
         """One linear, loaded and prepared; `look` is shown its name and its weights in between."""
         look(shape.name, weights := self.weights(shape))
-        return Linear(self.choose(shape).kernel, weights, self.dtype)
+        choice = self.choose(shape)
+        for _, reason in choice.declined:
+            if isinstance(reason, Missing) and not self._warned:
+                self._warned = True
+                log.warning(
+                    "few-bit weights are decoded to float32, slower and in up to 8 times the memory: %s", reason
+                )
+        return Linear(choice.kernel, weights, self.dtype)
 
     def weights(self, shape: LinearShape) -> LinearWeights:
-        """One linear as the checkpoint has it, on the device."""
+        """One linear as the checkpoint has it, on the device.
+
+        Raises:
+            CheckpointError: its calibrated scale is no positive number.
+        """
         tensors, name = self.checkpoint.tensors, shape.name
         quant = self.checkpoint.quant.get(name, QuantSpec())
         source = "embed.weight" if name == "lm_head" and self.checkpoint.spec.tied else f"{name}.weight"
@@ -239,6 +255,11 @@ class Loader:
         def optional(leaf: str, wanted: bool) -> Tensor | None:
             return tensors.dense(f"{name}.{leaf}", self.device) if wanted else None
 
+        scale = optional("input_scale", quant.calibrated)
+        if scale is not None and not (scale > 0).all():
+            raise CheckpointError(
+                f"{name}.input_scale is {scale.flatten().tolist()[0]:g}; expected a positive number: calibrate it again"
+            )
         weight = tensors.on(source, self.device)
         if name == "lm_head" and self.checkpoint.spec.unit_head and isinstance(weight, Tensor):
             weight = (weight / weight.float().norm(dim=1, keepdim=True).clamp_min(1e-12)).to(weight.dtype)
@@ -246,7 +267,7 @@ class Loader:
             quant,
             weight,
             optional("bias", shape.bias),
-            optional("input_scale", quant.calibrated),
+            scale,
             optional("prescale", quant.prescale),
             (tensors.dense(f"{name}.lowrank_a", self.device), tensors.dense(f"{name}.lowrank_b", self.device))
             if quant.lowrank

@@ -85,3 +85,12 @@ def test_the_manifest_gives_flags_that_exist_and_time_to_drain():
 def test_the_image_probes_what_needs_no_key(pattern):
     (found,) = re.findall(pattern, (DEPLOY / "Dockerfile").read_text())
     assert found in OPEN_PATHS | {"8000"}
+
+
+def test_the_image_has_the_kernels_that_the_server_looks_for():
+    last = (DEPLOY / "Dockerfile").read_text().rpartition("\nFROM ")[2]
+    steps = [
+        last.index(text) for text in ("install -y --no-install-recommends gcc", "USER fewbit", "RUN fewbit doctor")
+    ]
+    assert steps == sorted(steps)  # as the user whose they must be
+    assert "XDG_CACHE_HOME=/home/fewbit/.cache" in last[: steps[1]]

@@ -49,6 +49,12 @@ class Unbuilt(Exception):  # noqa: N818 (a state, not a fault)
     """Why there is no library, in one line."""
 
 
+class Missing(str):
+    """Why there is no library, for a user to read."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class Library:
     """The loaded library.
@@ -73,14 +79,14 @@ class Library:
 
 
 @functools.cache
-def library() -> Library | str:
-    """The library, built if it is not yet; or the reason why there is none, for a user to read."""
+def library() -> Library | Missing:
+    """The library, built if it is not yet; or the reason why there is none."""
     try:
         return build(_cache())
     except Unbuilt as why:
-        return str(why)
+        return Missing(why)
     except Exception as error:  # house: without this library everything still works, and the reason is told
-        return f"cannot build {SOURCE.name}: {type(error).__name__}: {error}"
+        return Missing(f"cannot build {SOURCE.name}: {type(error).__name__}: {error}")
 
 
 def build(cache: Path) -> Library:
