@@ -284,6 +284,12 @@ def test_a_grammar_that_was_late_is_tried_again_and_one_that_is_wrong_is_not(mon
     own.stop()
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """A child may take minutes to import what it needs where others run too."""
+    monkeypatch.setattr(trials, "_START_S", 300.0)
+
+
 def test_a_child_that_does_not_start_says_nothing_of_the_grammar(monkeypatch, tmp_path):
     own, mute = Trial(), tmp_path / "mute.py"
     mute.write_text("import time; time.sleep(600)")
