@@ -116,16 +116,18 @@ STAGES = {
     "stage", [pytest.param(s, marks=[] if s == "on the way" else pytest.mark.slow) for s in STAGES]
 )
 def test_a_client_that_leaves(server: Server, stage: str):
-    """Its blocks are free within 0.1 s, it is counted, and a neighbour's text is what it is alone.
+    """Its blocks are free soon, it is counted, and a neighbour's text is what it is alone.
 
-    By the clock that is 0.1 s and what it takes to look; the best of some times, since the machine may have others to
-    serve. One that was not ended would go on for hundreds of steps.
+    Soon is within the time of a hundred steps, and what it takes to look; the best of some times, since the machine may
+    have others to serve. One that was not ended would go on for hundreds of steps more.
     """
     path, body = STAGES[stage]
     asked = {"prompt": "Once upon a time", "temperature": 0, "ignore_eos": True}
+    began = time.monotonic()
     alone = server.ask(COMPLETION, asked | {"max_tokens": 100}).json["choices"][0]["text"]
+    soon = 0.1 + time.monotonic() - began
     late = []
-    while not late or (min(late) > 0.1 and len(late) < 5):
+    while not late or (min(late) > soon and len(late) < 5):
         neighbour = Events(server, COMPLETION, asked | {"max_tokens": 900})
         text = text_of([neighbour.next()])
         server.quiet_but(1)
@@ -149,7 +151,7 @@ def test_a_client_that_leaves(server: Server, stage: str):
         assert text[: len(alone)] == alone
         neighbour.close()
         server.quiet()
-    assert min(late) < 0.1, late
+    assert min(late) <= soon, (late, soon)
     server.unharmed()
 
 
@@ -207,7 +209,7 @@ def test_a_reader_that_takes_a_byte_a_second(server: Server):
 def test_sigterm(times: int):
     """Once: what runs is finished, new work is refused. Twice: now."""
     with started("--drain", "600") as server:
-        events = Events(server, COMPLETION, FLAT | {"max_tokens": 600})
+        events = Events(server, COMPLETION, FLAT | {"max_tokens": 1200})  # it lasts while this process is held up
         events.next()
         server.process.send_signal(signal.SIGTERM)
         until(lambda: server.ask("/health").status == 503, what="a /health of 503")

@@ -50,7 +50,7 @@ def test_a_program_passes_only_at_its_end():
 
 
 def test_a_program_has_limits():
-    small = Limits(cpu_s=10, memory=256 << 20, file=1 << 16)
+    small = Limits(cpu_s=4, memory=256 << 20, file=1 << 16)
     assert "exit status" in run_program("while True: pass", small).reason
     assert "MemoryError" in run_program("x = bytearray(1 << 30)", small).reason
     assert not run_program("open('big', 'wb').write(bytes(1 << 20))", small).finished
