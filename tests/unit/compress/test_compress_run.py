@@ -328,7 +328,9 @@ def test_a_scale_that_is_zero_or_not_finite_is_found(source, data, tmp_path, mon
         return verify(written, windows, logits, device, progress)
 
     monkeypatch.setattr(run, "verify", spoil)
-    with pytest.raises(CheckpointError, match=f"a scale of '{name}' is zero or not finite in the written files"):
+    with pytest.raises(
+        CheckpointError, match=rf"{name}.* is (zero or not finite in the written files|\S+; expected a positive)"
+    ):
         carry_out(source, tmp_path / "out", on("fp8", data).with_kv("int8"))
     assert not (tmp_path / "out").exists()
 
