@@ -109,7 +109,7 @@ def agree(outcome: Any, gold: int, options: list[tuple[float, bool, int]], per_t
     values = [total / (tokens if per_token else 1) for total, _, tokens in options]
     best = max(range(len(values)), key=lambda i: values[i])
     second = max(v for i, v in enumerate(values) if i != best)
-    clear = values[best] - second > 0.02
+    clear = values[best] - second > 0.1
     if clear:
         assert outcome.given == str(best)
         assert score == float(best == gold)
@@ -178,7 +178,7 @@ def test_tasks_of_the_gauntlet(shared_data, storyteller):
                 ids = hand.tokenizer("".join(examples) + context).input_ids
                 whole = hand.tokenizer("".join(examples) + context + continuation).input_ids
                 found = said[tuple(ids), tuple(whole[len(ids) :])]
-                assert found.total == pytest.approx(total, abs=2e-3 * tokens + 0.01)
+                assert found.total == pytest.approx(total, rel=2e-3, abs=2e-3 * tokens + 0.01)  # K and V are BF16
                 if answer == "lambada_openai":
                     assert (found.greedy, outcome.score) == (greedy, float(greedy))
             asked += 1
