@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from fewbit import cli
 from fewbit.checkpoint import open_checkpoint
 from fewbit.model import DenseAttend, load
-from fewbit.ops.linear.cpu_build import library
+from fewbit.ops.cpu.build import library
 from fewbit.text.tokenizer import Tokenizer
 from fewbit.version import __version__
 from helpers import TEMPLATE, VOCAB, edit_json, ids, make_model

@@ -13,7 +13,7 @@ from fewbit.checkpoint import open_checkpoint
 from fewbit.cli.common import read_windows
 from fewbit.demo import demo_model
 from fewbit.measure.quality import evaluate
-from fewbit.ops.linear import cpu_build
+from fewbit.ops.cpu import build as cpu_build
 
 BUILT = cpu_build.library()
 

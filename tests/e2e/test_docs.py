@@ -21,7 +21,7 @@ import pytest
 
 from fewbit.demo import demo_model
 from fewbit.errors import CheckpointError
-from fewbit.ops.linear.cpu_build import library
+from fewbit.ops.cpu.build import library
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "fewbit"

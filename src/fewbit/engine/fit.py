@@ -74,7 +74,7 @@ def need(
     weights, scratch = spec.vocab * spec.hidden * stored.itemsize, 0  # the embedding
     for linear in spec.linears():
         problem = LinearProblem(
-            quant.get(linear.name, QuantSpec()), linear.out_features, linear.in_features, dtype, info
+            quant.get(linear.name, QuantSpec()), linear.out_features, linear.in_features, dtype, info, stored=stored
         )  # fmt: skip
         kernel = choose(problem, backend).kernel
         if linear.name == "lm_head" and spec.tied and kernel.device == "cuda":

@@ -200,7 +200,7 @@ def explain(checkpoint: Checkpoint, device: torch.device, backend: str = "auto")
     groups: dict[tuple[str, str, tuple[tuple[str, str], ...], str | None], dict[str, None]] = {}
     info, dtype = device_info(device), arithmetic_dtype(device, checkpoint.dtype)
     for linear, quant, choice in choices(checkpoint, device, backend):
-        problem = LinearProblem(quant, linear.out_features, linear.in_features, dtype, info)
+        problem = LinearProblem(quant, linear.out_features, linear.in_features, dtype, info, stored=checkpoint.dtype)
         key = str(quant), choice.kernel.name, choice.declined, choice.kernel.remark(problem)
         groups.setdefault(key, {})[group_name(linear.name)] = None
     return [Explained(tuple(names), *key) for key, names in groups.items()]

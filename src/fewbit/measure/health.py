@@ -14,8 +14,8 @@ import torch
 
 from fewbit.numerics.format import FORMATS
 from fewbit.numerics.reference import quantize
+from fewbit.ops.cpu.build import library
 from fewbit.ops.device import device_info
-from fewbit.ops.linear.cpu_build import library
 from fewbit.version import __version__
 
 

@@ -19,6 +19,9 @@ from fewbit.spec.decoder import MLP, DecoderSpec, Layer, MoE, Norm, Rope
 LinearOp = Callable[[Tensor], Tensor]
 """[T, in] to [T, out]: a kernel with its weights, or whatever a compressor puts in its place."""
 
+LayerOp = Callable[[Tensor, rope.Rotary, Attend], Tensor]
+"""A layer: [T, d] to [T, d]."""
+
 _PIECE = 1 << 14
 
 
@@ -195,7 +198,7 @@ class Decoder:
         self,
         spec: DecoderSpec,
         embed: Embedding,
-        layers: Sequence[DecoderLayer],
+        layers: Sequence[LayerOp],
         final_norm: Normalize,
         head: LinearOp,
         codecs: Sequence[KVCodec],

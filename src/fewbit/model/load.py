@@ -12,15 +12,17 @@ from torch import Tensor
 from fewbit.checkpoint import Checkpoint
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.model.attend import KVCodec
+from fewbit.model.cpu import CpuLayer
 from fewbit.model.decoder import Decoder, DecoderLayer, Embedding, Normalize
 from fewbit.model.fused import FusedDecoder, FusedLayer
 from fewbit.numerics.quantspec import QuantSpec
+from fewbit.ops.cpu.build import Missing
 from fewbit.ops.device import DeviceInfo, arithmetic_dtype, device_info
 from fewbit.ops.linear import Choice, LinearKernel, LinearProblem, LinearWeights, choose
-from fewbit.ops.linear.cpu_build import Missing
+from fewbit.ops.linear.cpu import Cpu
 from fewbit.ops.linear.dense import Dense
 from fewbit.ops.linear.gpu import GpuKernel, GpuLinear
-from fewbit.spec.decoder import MLP, DecoderSpec, Layer, LinearShape, Norm, Rope, key_of, leaf_of
+from fewbit.spec.decoder import MLP, DecoderSpec, Layer, LinearShape, MoE, Norm, Rope, key_of, leaf_of
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +99,7 @@ class Loader:
         return Decoder(
             spec,
             self.embed(),
-            [self.layer(index) for index in range(len(spec.layers))],
+            [self.layer(i) if self.cpu_why_not(i) else self.cpu_layer(i) for i in range(len(spec.layers))],
             self.final_norm(),
             self.head(),
             [self.codec(index) for index in range(len(spec.layers))],
@@ -128,8 +130,8 @@ class Loader:
         a, kv = layer.attention, self.checkpoint.kv.get(index)
         if reason := _shape_why_not(layer):
             return reason
-        if layer.mlp.act != "silu":
-            return f"the activation is {layer.mlp.act}, the kernels know silu"
+        if reason := _act_why_not(layer.mlp):
+            return reason
         if layer.mlp.width % 8:
             return f"an MLP width of {layer.mlp.width} does not divide by 8"
         if a.head_dim not in (32, 64, 128, 256) or a.heads // a.kv_heads > 16:
@@ -196,6 +198,31 @@ class Loader:
         norm = self.checkpoint.spec.final_norm
         return Normalize(norm, self.vector("final_norm.weight"), self.vector("final_norm.bias") if norm.bias else None)
 
+    def cpu_why_not(self, index: int) -> str | None:
+        """None: this layer can run as a `CpuLayer`; else the reason, for a user to read."""
+        layer, shapes = self.checkpoint.spec.layers[index], self.checkpoint.spec.layer_linears(index)
+        for shape in shapes:
+            if (kernel := self.choose(shape).kernel).name != Cpu.name:
+                return f"{shape.name} runs on '{kernel.name}'"
+            if self.checkpoint.quant.get(shape.name, QuantSpec()).lowrank:
+                return f"{shape.name} has a low-rank branch"
+        if not isinstance(layer.mlp, MLP):
+            return "it is a mixture of experts"
+        return _shape_why_not(layer) or _act_why_not(layer.mlp)
+
+    def cpu_layer(self, index: int) -> CpuLayer:
+        """One layer in C; `cpu_why_not` has been asked."""
+        kernel, linears = Cpu(), {}
+        prescales: list[Tensor] = []
+        for shape in self.checkpoint.spec.layer_linears(index):
+            weights = self.weights(shape)
+            if weights.prescale is not None:  # one tensor for those that have the same: their input is rounded once
+                same = next((p for p in prescales if torch.equal(p, weights.prescale)), weights.prescale.float())
+                prescales.append(same)
+                weights = replace(weights, prescale=same)
+            linears[shape.name.rpartition(".")[2]] = kernel.prepare(weights, self.dtype)
+        return CpuLayer(index, self.checkpoint.spec.layers[index], linears, self.norms(index))
+
     def layer(self, index: int, look: Look = _nothing) -> DecoderLayer:
         """One layer with its kernels; see `linear`."""
         shapes = self.checkpoint.spec.layer_linears(index)
@@ -228,7 +255,10 @@ class Loader:
 
     def choose_for(self, quant: QuantSpec, shape: LinearShape) -> Choice:
         """The kernel for one linear, were it quantized so."""
-        return choose(LinearProblem(quant, shape.out_features, shape.in_features, self.dtype, self._info), self.backend)
+        problem = LinearProblem(
+            quant, shape.out_features, shape.in_features, self.dtype, self._info, stored=self.checkpoint.dtype
+        )
+        return choose(problem, self.backend)
 
     def linear(self, shape: LinearShape, look: Look = _nothing) -> Linear:
         """One linear, loaded and prepared; `look` is shown its name and its weights in between."""
@@ -286,6 +316,10 @@ def _spec_why_not(spec: DecoderSpec) -> str | None:
     if spec.unit_head and spec.tied:
         return "its head is the embedding with rows of length one"
     return "its logits are capped" if spec.logit_softcap is not None else None
+
+
+def _act_why_not(mlp: MLP | MoE) -> str | None:
+    return None if mlp.act == "silu" else f"the activation is {mlp.act}, the kernels know silu"
 
 
 def _shape_why_not(layer: Layer) -> str | None:

@@ -15,8 +15,9 @@ import torch
 from fewbit.errors import UnsupportedError
 from fewbit.numerics.format import FORMATS
 from fewbit.numerics.quantspec import QuantSpec
+from fewbit.ops.cpu import build as cpu_build
 from fewbit.ops.device import device_info
-from fewbit.ops.linear import LinearProblem, choose, cpu_build
+from fewbit.ops.linear import LinearProblem, choose
 from fewbit.ops.linear.cpu import Cpu
 
 BUILT = cpu_build.library()

@@ -12,8 +12,9 @@ import torch
 from fewbit.numerics.format import ALL, FORMATS, integer_format
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.numerics.reference import choose_scale, fake_quantize, quantize
+from fewbit.ops.cpu import build as cpu_build
 from fewbit.ops.device import device_info
-from fewbit.ops.linear import LinearProblem, LinearWeights, choose, cpu_build
+from fewbit.ops.linear import LinearProblem, LinearWeights, choose
 from fewbit.ops.linear.cpu import Cpu, rounding
 
 BUILT = cpu_build.library()
@@ -92,14 +93,14 @@ def test_a_row_is_the_same_alone_and_among_others_and_on_two_threads(name):
 def test_all_threads_work_or_one_alone(monkeypatch):
     """A number of threads that changes from call to call costs milliseconds, see `Cpu.run`."""
     calls, given = cpu_build.library().calls, []
-    real = calls.fewbit_linear
-    monkeypatch.setattr(calls, "fewbit_linear", lambda *a: (given.append(a[4]), real(*a))[1])
+    real = calls.fewbit_linear_plain
+    monkeypatch.setattr(calls, "fewbit_linear_plain", lambda *a: (given.append(a[4]), real(*a))[1])
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(4)
         for n in (16, 256, 512, 768, 2048):
             x, weights = drawn(QuantSpec(INT8), 1, n, 1024)
-            Cpu().run(x, Cpu().prepare(weights, torch.float32))
+            Cpu("plain").run(x, Cpu().prepare(weights, torch.float32))
     finally:
         torch.set_num_threads(before)
     assert given == [1, 4, 4, 4, 4]
@@ -169,7 +170,7 @@ def test_exact_arithmetic_rounds_no_inputs():
 @pytest.mark.parametrize(
     ("quant", "reason"),
     [
-        (QuantSpec(), "holds integers and E2M1, not unquantized weights"),
+        (QuantSpec(None, INT8), "multiplies inputs in int8_row with no unquantized weights"),
         (QuantSpec(FORMATS["fp8_row"]), "holds integers and E2M1, not fp8_row"),
         (QuantSpec(INT8, FORMATS["fp8_row"]), "cannot round inputs to fp8_row"),
         (QuantSpec(FORMATS["int4_g128"], INT8), "needs weights with a scale a row, not int4_g128"),

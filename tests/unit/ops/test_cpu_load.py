@@ -17,8 +17,8 @@ from fewbit.compress import compress, plan
 from fewbit.compress.recipe import parse_recipe
 from fewbit.errors import CheckpointError
 from fewbit.model import load
+from fewbit.ops.cpu.build import Missing
 from fewbit.ops.linear import cpu
-from fewbit.ops.linear.cpu_build import Missing
 from helpers import make_model
 
 RULE = '{match: "layers.*", weight: int8_row, input: int8, input_scale: static}'

@@ -1,6 +1,7 @@
-"""Few-bit weights on a CPU: integer products with inputs rounded to INT8; `cpu.c` says what is computed, and how.
+"""Linears on a CPU, in C: `ops/cpu/linear.h` says what is computed, and how.
 
-Where a QuantSpec leaves inputs as they are, the reference computes the same with inputs in the format `rounding`.
+Weights of few bits are multiplied as integers. Where their QuantSpec leaves inputs as they are, the reference computes
+the same with inputs in the format `rounding`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from torch import Tensor
 from fewbit.numerics.element import E2M1, E4M3, E8M0, INT8, Element
 from fewbit.numerics.format import ALL, Format
 from fewbit.numerics.qtensor import QTensor
-from fewbit.ops.linear.cpu_build import Library, library
+from fewbit.ops.cpu.build import Library, library
 from fewbit.ops.linear.problem import LinearProblem, LinearWeights
 
 _ROWS = 16  # of a tile
 _SPAN = 32  # inputs under a scale, unless the weights' groups are smaller
-_BITS8, _BITS4, _E2M1 = range(3)
+_BITS8, _BITS4, _E2M1, _BFLOAT16, _FLOAT32 = range(5)
 _HALF = {
     _BITS8: 128,
     _BITS4: 8,
@@ -31,11 +32,11 @@ _PIECE = 1 << 24  # weights packed at a time
 _SHARE = 1 << 18  # products that are worth waking the other threads for
 
 
-class _Linear(ctypes.Structure):
-    """`Linear` of cpu.c."""
+class Linear(ctypes.Structure):
+    """`Linear` of linear.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "row", "bias")),
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "row", "bias", "prescale")),
         *((name, ctypes.c_int64) for name in ("n", "k", "columns", "group", "span")),
         *((name, ctypes.c_int32) for name in ("kind", "zero", "scales_float")),
         ("input_scale", ctypes.c_float),
@@ -43,15 +44,23 @@ class _Linear(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    linear: _Linear
-    address: int
-    tensors: tuple[Tensor | None, ...]  # what it points to
-    prescale: Tensor | None
+class Prepared:
+    """A linear in memory: `linear` is what C reads, `tensors` what it points to."""
+
+    linear: Linear
+    tensors: tuple[Tensor | None, ...]
+
+    @property
+    def address(self) -> int:
+        """Of `linear`."""
+        return ctypes.addressof(self.linear)
 
 
 class Cpu:
-    """INT2 to INT8 and E2M1 weights, with a scale a row or in groups; inputs as they are, or INT8 under one scale."""
+    """INT2 to INT8 and E2M1 weights, with a scale a row or in groups; inputs as they are, or INT8 under one scale.
+
+    Unquantized weights as they are stored, BF16 in two bytes.
+    """
 
     name = "cpu"
     device: str | None = "cpu"
@@ -68,62 +77,69 @@ class Cpu:
             return reason
         if problem.dtype != torch.float32:
             return f"computes in float32, the model in {str(problem.dtype).removeprefix('torch.')}"
-        if problem.exact:
-            return "multiplies inputs as INT8, and exact arithmetic was asked for"
+        if problem.exact:  # with or without a compiler: what is made or judged so must not depend on one
+            does = "adds up in an order of its own" if problem.quant.weight is None else "multiplies inputs as INT8"
+            return f"{does}, and exact arithmetic was asked for"
         built = library()
         return built if isinstance(built, str) else None
 
     def remark(self, problem: LinearProblem) -> str | None:
         """See `LinearKernel.remark`."""
-        if problem.quant.input is not None:
+        if problem.quant.input is not None or problem.quant.weight is None:
             return None
-        assert problem.quant.weight is not None
         return f"rounds inputs to INT8 in groups of {_span(problem.quant.weight)}; --exact leaves them as they are"
 
     def weight_bytes(self, problem: LinearProblem) -> int:
         """See `LinearKernel.weight_bytes`."""
-        fmt = problem.quant.weight
-        assert fmt is not None
-        rows, columns = -(-problem.n // _ROWS) * _ROWS, _columns(problem.k, fmt)
+        fmt, rows = problem.quant.weight, -(-problem.n // _ROWS) * _ROWS
+        if fmt is None:
+            return rows * (problem.k * (problem.stored or problem.dtype).itemsize + 8)
+        columns = _columns(problem.k, fmt)
         groups = -(-columns // fmt.block[1]) if fmt.grouped else 0
         scale = 4 if fmt.scale in (torch.float32, torch.float16) else 2
         return rows * (columns * (4 if _kind(fmt) != _BITS8 else 8) // 8 + groups * (scale + bool(fmt.zero)) + 8)
 
-    def prepare(self, weights: LinearWeights, dtype: torch.dtype) -> _Prepared:
+    def prepare(self, weights: LinearWeights, dtype: torch.dtype) -> Prepared:
         """See `LinearKernel.prepare`."""
         w, quant = weights.weight, weights.quant
-        assert isinstance(w, QTensor)
-        fmt, (n, k) = w.format, w.shape
+        n, k = w.shape
+        bias = torch.zeros(n) if weights.bias is None else weights.bias.float()
+        prescale = None if weights.prescale is None else weights.prescale.float().contiguous()
+        if isinstance(w, Tensor):
+            codes = _floats(w if w.dtype == torch.bfloat16 else w.float())
+            kind = _BFLOAT16 if w.dtype == torch.bfloat16 else _FLOAT32
+            tensors = codes, None, None, _by_tile(torch.ones(n, 1)), _by_tile(bias[:, None]), prescale
+            return _prepared(tensors, n, k, k, k, k, kind, 0, 0, 0.0)
+        fmt = w.format
         columns, kind = _columns(k, fmt), _kind(fmt)
         scales, row = _scales(w)
         zeros = None if w.zero is None else (w.zero.to(torch.int16) + _HALF[kind]).to(torch.uint8).expand(n, -1)
-        bias = torch.zeros(n) if weights.bias is None else weights.bias.float()
-        tensors = (_packed(w, columns), *(t if t is None else _by_tile(t) for t in (scales, zeros, row, bias[:, None])))
-        linear = _Linear(
-            *(None if t is None else t.data_ptr() for t in tensors),
-            n, k, columns,
+        by_row = (t if t is None else _by_tile(t) for t in (scales, zeros, row, bias[:, None]))
+        return _prepared(
+            (_packed(w, columns), *by_row, prescale), n, k, columns,
             fmt.block[1] if fmt.grouped else columns,
             _span(fmt) if quant.input is None else columns,
             kind, _HALF[kind], scales is not None and scales.dtype == torch.float32,
             float(weights.input_scale) if quant.calibrated and weights.input_scale is not None else 0.0,
         )  # fmt: skip
-        return _Prepared(linear, ctypes.addressof(linear), tensors, weights.prescale)
 
-    def run(self, x: Tensor, prepared: _Prepared) -> Tensor:
+    def run(self, x: Tensor, prepared: Prepared) -> Tensor:
         """See `LinearKernel.run`."""
         built = library()
         assert isinstance(built, Library)
-        if prepared.prescale is not None:
-            x = x * prepared.prescale.to(x.dtype)
         x, w = x.contiguous(), prepared.linear
         out = torch.empty(*x.shape[:-1], w.n, dtype=x.dtype)
         rows = x.numel() // w.k
         # all of torch's threads or none: OpenMP ends and starts threads when a team is not as large as the last
         threads = torch.get_num_threads() if rows * w.n * w.k >= _SHARE else 1
-        call = built.calls.fewbit_linear
-        if rows and call(prepared.address, x.data_ptr(), out.data_ptr(), rows, threads, built.index(self._variant)):
+        call = built.call("linear", self._variant)
+        if rows and call(prepared.address, x.data_ptr(), out.data_ptr(), rows, threads):
             raise MemoryError(f"no memory for {rows} rounded inputs of {w.k}")
         return out
+
+
+def _prepared(tensors: tuple[Tensor | None, ...], *numbers: float) -> Prepared:
+    return Prepared(Linear(*(None if t is None else t.data_ptr() for t in tensors), *numbers), tensors)
 
 
 def rounding(weight: Format) -> Format:
@@ -144,8 +160,10 @@ def _kind(fmt: Format) -> int:
 
 
 def _weight_why_not(fmt: Format | None) -> str | None:
-    if fmt is None or not (fmt.element.integer or fmt.element == E2M1):
-        return f"holds integers and E2M1, not {fmt or 'unquantized weights'}"
+    if fmt is None:
+        return None
+    if not (fmt.element.integer or fmt.element == E2M1):
+        return f"holds integers and E2M1, not {fmt}"
     if fmt.block[0] != 1 and fmt.block != (ALL, ALL):
         return f"holds scales of rows and of groups in a row, not {fmt}"
     if fmt.act_order or fmt.zero == "float":
@@ -160,7 +178,8 @@ def _input_why_not(problem: LinearProblem) -> str | None:
     fmt, how = problem.quant.input, problem.quant.input_scale
     if fmt is None:
         return None
-    assert problem.quant.weight is not None
+    if problem.quant.weight is None:
+        return f"multiplies inputs in {fmt} with no unquantized weights"
     if fmt.element != INT8 or fmt.grouped or how == "outer" or (how == "dynamic" and fmt.block[0] != 1):
         return f"cannot round inputs to {fmt} ({how})"
     if problem.quant.weight.grouped:
@@ -186,18 +205,29 @@ def _scales(w: QTensor) -> tuple[Tensor | None, Tensor]:
     return w.scale if stored == torch.bfloat16 else w.scale.float(), row
 
 
+def _floats(w: Tensor) -> Tensor:
+    """[n, k] as linear.h wants it: [tiles, k, 16]."""
+    n, k = w.shape
+    out = torch.zeros(-(-n // _ROWS), k, _ROWS, dtype=w.dtype)
+    whole = n // _ROWS
+    out[:whole].copy_(w[: whole * _ROWS].unflatten(0, (-1, _ROWS)).transpose(1, 2))
+    out[whole:, :, : n % _ROWS].copy_(w[whole * _ROWS :].T)
+    return out
+
+
 def _packed(w: QTensor, columns: int) -> Tensor:
-    """Codes as cpu.c wants them: uint8 [tiles, columns / 4, 16, 4], 4-bit ones [tiles, columns / 8, 16, 4]."""
-    k = w.shape[1]
+    """Codes as linear.h wants them: uint8 [tiles, columns / 4, 16, 4], 4-bit ones [tiles, columns / 8, 16, 4]."""
+    n, k = w.shape
     kind, bits = _kind(w.format), w.format.element.bits
-    pieces = []
-    for codes in w.codes.split(max(1, _PIECE // k // _ROWS) * _ROWS):
+    tiles, step = -(-n // _ROWS), max(1, _PIECE // k // _ROWS)
+    out = torch.empty(tiles, columns // (4 if kind == _BITS8 else 8), _ROWS, 4, dtype=torch.uint8)
+    for target, codes in zip(out.split(step), w.codes.split(step * _ROWS), strict=True):
         if kind != _E2M1:  # two's complement of `bits` bits, to what is never negative
             codes = (codes ^ (1 << (bits - 1))) + (_HALF[kind] - (1 << (bits - 1)))
         codes = F.pad(codes, (0, columns - k, 0, -len(codes) % _ROWS)).unflatten(0, (-1, _ROWS))
         if kind == _BITS8:
-            pieces.append(codes.unflatten(2, (-1, 4)).transpose(1, 2).contiguous())
+            target.copy_(codes.unflatten(2, (-1, 4)).transpose(1, 2))
         else:
             pair = codes.unflatten(2, (-1, 2, 4)).transpose(1, 2)  # [tiles, columns / 8, 16, 2, 4]
-            pieces.append((pair[..., 0, :] | (pair[..., 1, :] << 4)).contiguous())
-    return torch.cat(pieces)
+            torch.bitwise_or(pair[..., 0, :], pair[..., 1, :] << 4, out=target)
+    return out

@@ -19,6 +19,7 @@ class LinearProblem:
     """Everything a kernel is chosen by: numerics, n outputs, k inputs, dtype of activations, device.
 
     `exact`: products of floats, of inputs that nothing but `quant` rounds.
+    `stored`: what the checkpoint has an unquantized weight in; None: `dtype`.
     """
 
     quant: QuantSpec
@@ -27,6 +28,7 @@ class LinearProblem:
     dtype: torch.dtype
     device: DeviceInfo
     exact: bool = False
+    stored: torch.dtype | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From `cpu.c` to a library: built once with the system's compiler, kept in a cache, loaded with ctypes.
+"""From `cpu.c` and what it includes to a library: built once with the system's compiler, kept in a cache, loaded.
 
 Nothing here is a reason to fail: without a compiler, or where it or the cache does not work, `library` says why in one
 line, `fewbit doctor` prints it, and the kernels of torch do the work.
@@ -37,9 +37,15 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {  # best first; avx512vl is A
         "avx512vl": (*_AVX2, *_AVX512, "-mno-avx512bw"),
         "avxvnni": (*_AVX2, "-mavxvnni"),
         "avx2": _AVX2,
-        "plain": (),
+        "plain": ("-msse4.1",),  # rounds in one instruction
     },
     "aarch64": {"neon": ("-march=armv8.2-a+dotprod",), "plain": ()},
+}
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_CALLS = {  # what each instruction set has, and its arguments
+    "linear": (*[_POINTER] * 3, _LONG, _INT),
+    "before": (*[_POINTER] * 7, _LONG, _INT),
+    "after": (*[_POINTER] * 4, _LONG, _INT),
 }
 _SECONDS = 120  # a compiler is given
 _WAIT = 3 * _SECONDS  # another process that builds is given: flags are tried, then it compiles, then it links
@@ -61,7 +67,7 @@ class Library:
 
     Attributes:
         path: its file.
-        variants: names of the instruction sets that it was built for, in the order of its table.
+        variants: names of the instruction sets that it was built for.
         usable: those that this processor has, best first.
         threads: whether it shares work out over threads.
         calls: its functions.
@@ -73,9 +79,10 @@ class Library:
     threads: bool
     calls: Any
 
-    def index(self, variant: str | None = None) -> int:
-        """The number of a variant in the table; None: the best one."""
-        return self.variants.index(variant or self.usable[0])
+    def call(self, name: str, variant: str | None = None) -> Callable[..., int]:
+        """A function as an instruction set has it; None: the best one."""
+        found: Callable[..., int] = getattr(self.calls, f"fewbit_{name}_{variant or self.usable[0]}")
+        return found
 
 
 @functools.cache
@@ -200,7 +207,8 @@ def _key(compiler: Sequence[str], kinds: dict[str, tuple[str, ...]], openmp: Seq
     """What the library depends on, as a hash."""
     program = Path(shutil.which(compiler[0]) or compiler[0]).resolve()
     facts = program.stat()
-    made_of = (SOURCE.read_text(), list(compiler), str(program), facts.st_size, int(facts.st_mtime), FLAGS, kinds)
+    sources = [file.read_text() for file in sorted(SOURCE.parent.glob("*.[ch]"))]
+    made_of = (sources, list(compiler), str(program), facts.st_size, int(facts.st_mtime), FLAGS, kinds)
     return hashlib.sha256(repr((*made_of, [str(path) for path in openmp])).encode()).hexdigest()[:16]
 
 
@@ -235,11 +243,9 @@ def _compile(compiler: Sequence[str], kinds: dict[str, tuple[str, ...]], openmp:
         else:
             threads, libraries = [], []
 
-        table = [f"-DVARIANTS={' '.join(f'VARIANT_OF({name})' for name in made)}"]
-        if platform.machine() in ("x86_64", "AMD64"):
-            table.append("-msse4.1")  # rounds in one instruction
-        sources = {name: command(name, f"-DVARIANT={name}", *kinds[name]) for name in made}
-        for name, why in _run({"main": command("main", *table, *threads), **sources}).items():
+        table = f"-DVARIANTS={' '.join(f'VARIANT_OF({name})' for name in made)}"
+        sources = {name: command(name, f"-DVARIANT={name}", *kinds[name], *threads) for name in made}
+        for name, why in _run({"main": command("main", table, *threads), **sources}).items():
             raise Unbuilt(f"{name_of} cannot compile {SOURCE.name} ({name}): {why}")
         shared = [*compiler, "-shared", "-o", objects("all"), *map(objects, made), objects("main"), "-lm", *libraries]
         for why in _run({"all": shared}).values():
@@ -309,10 +315,10 @@ def _load(path: Path) -> Library:
     """The library of a file; see `Library`."""
     calls = ctypes.CDLL(str(path))
     calls.fewbit_variant.restype = ctypes.c_char_p
-    pointer, number = ctypes.c_void_p, ctypes.c_int
-    calls.fewbit_linear.argtypes = (pointer, pointer, pointer, ctypes.c_int64, number, number)
     names: list[str] = []
     while name := calls.fewbit_variant(len(names)):
         names.append(name.decode())
+        for call, arguments in _CALLS.items():
+            getattr(calls, f"fewbit_{call}_{names[-1]}").argtypes = arguments
     usable = tuple(name for name in names if calls.fewbit_runs(name.encode()))
     return Library(path, tuple(names), usable, bool(calls.fewbit_threads()), calls)

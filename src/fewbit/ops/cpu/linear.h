@@ -1,0 +1,256 @@
+/* Linear layers: y[m][n] = sum_k x[m][k] w[n][k] + bias[n].
+ *
+ * Weights of few bits (BITS8, BITS4, E2M1), on every machine to the same last bit:
+ *
+ *   inputs    a row of x is cut into spans of columns; each has a float scale a = amax / 127.5 (or one that is given)
+ *             and codes q = clamp(round_half_even(x / a), -128, 127)
+ *   products  integers within a span: d = sum (u - z) q in 32 bits, u >= 0 the stored weight, z its zero
+ *   sums      y = fma(d, a s, y), span after span, s the scale of the weight's group; at the end y r + bias, r the
+ *             scale of the row
+ *
+ * BFLOAT16 and FLOAT32 weights: inputs as they are, y = fma(x, w, y) over even columns and over odd ones, then both.
+ *
+ * Every row of x is computed by itself: how many others there are, and how many threads, changes nothing.
+ *
+ * Weights lie in tiles of 16 rows, of each of which 4 columns lie together: 64 bytes are 16 rows x 4 columns, and an
+ * instruction that adds four products to a 32-bit lane (`vpdpbusd`, `sdot`) meets them with 4 codes of x, broadcast.
+ * Nothing is ever summed across a register, and the scales of the rows are a vector. 4-bit weights: the low halves of
+ * 64 bytes are columns 0-3 of eight, the high halves columns 4-7. Floats: 16 rows of one column lie together. */
+
+enum { QUAD = 64 };                           /* bytes of 16 rows x 4 columns */
+enum { BITS8, BITS4, E2M1, BFLOAT16, FLOAT32 }; /* what a weight is */
+enum { KEPT = 256 << 10 }; /* bytes of x that are multiplied with all tiles before the next are: they stay in a cache */
+
+typedef struct {
+    const void *codes;     /* [tiles][columns / 8][QUAD * 2, of 4 bits QUAD]; floats [tiles][columns][ROWS] */
+    const void *scales;    /* [tiles][groups][ROWS], float if scales_float, else bfloat16; NULL: 1 */
+    const uint8_t *zeros;  /* [tiles][groups][ROWS]; NULL: `zero` everywhere */
+    const float *row;      /* [tiles][ROWS] */
+    const float *bias;     /* [tiles][ROWS] */
+    const float *prescale; /* [k], what x is multiplied by first; NULL: nothing */
+    int64_t n, k, columns; /* columns: k, filled up to whole spans */
+    int64_t group, span;   /* columns to a scale of w, and to one of x; a span lies in one group and is 8 j wide */
+    int32_t kind, zero, scales_float;
+    float input_scale; /* of all of x; 0: made from each span */
+} Linear;
+
+typedef struct { /* rows of x as the products take them */
+    const float *floats;  /* [m][k] */
+    int8_t *codes;        /* [m][columns] */
+    float *scales;        /* [m][spans] */
+    int32_t *corrections; /* [m][spans]: minus the sum of the codes, times `zero` where that is one for all */
+} Input;
+
+INLINE int is_float(const Linear *w) { return w->kind >= BFLOAT16; }
+INLINE int64_t tiles_of(const Linear *w) { return (w->n + ROWS - 1) / ROWS; }
+INLINE int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+/* Whether `b` takes the very input that `a` does. */
+static int same_input(const Linear *a, const Linear *b) {
+    const int32_t one = a->zeros ? 1 : a->zero, other = b->zeros ? 1 : b->zero;
+    return is_float(a) == is_float(b) && a->prescale == b->prescale &&
+           (is_float(a) || (a->span == b->span && a->input_scale == b->input_scale && one == other));
+}
+
+/* Memory of `m` rows of input. */
+static int64_t input_bytes(const Linear *w, int64_t m) {
+    if (is_float(w)) return w->prescale ? padded(m * w->k * 4) : 0;
+    const int64_t scaled = w->prescale ? padded(m * w->k * 4) : 0;
+    return scaled + padded(m * w->columns) + padded(m * (w->columns / w->span) * 8);
+}
+
+INLINE void round_some(const float *x, int64_t n, float given, int8_t *code, float *scale_of, int32_t *sum_of) {
+    float scale = given;
+    if (scale == 0) {
+        int32_t top = 0; /* magnitudes of floats are ordered like their bits; a NaN lies above all */
+        for (int64_t i = 0; i < n; i++) {
+            int32_t bits;
+            memcpy(&bits, x + i, 4);
+            bits &= INT32_MAX;
+            top = bits > top ? bits : top;
+        }
+        memcpy(&scale, &top, 4);
+        scale = top ? scale / 127.5f : 1;
+        scale = scale < FLT_MIN ? FLT_MIN : scale;
+    }
+    int32_t sum = 0;
+    for (int64_t i = 0; i < n; i++) {
+        float v = x[i] / scale;
+        v = v > -128 ? v : -128; /* a NaN too, whose scale then is one */
+        v = v < 127 ? v : 127;
+        const int32_t q = (int32_t)rintf(v);
+        code[i] = (int8_t)q;
+        sum += q;
+    }
+    *scale_of = scale;
+    *sum_of = sum;
+}
+
+/* All threads of a team: `m` rows of x as `w` wants them, in `memory`. Ends with a barrier, unless nothing is done. */
+static Input prepare(const Linear *w, const float *x, int64_t m, char *memory) {
+    Input in = {x, NULL, NULL, NULL};
+    if (w->prescale) {
+        float *scaled = (float *)memory;
+        memory += padded(m * w->k * 4);
+        in.floats = scaled;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < m * w->k; i++) scaled[i] = x[i] * w->prescale[i % w->k];
+    }
+    if (is_float(w)) return in;
+    const int64_t spans = w->columns / w->span;
+    const int32_t zero = w->zeros ? 1 : w->zero;
+    in.codes = (int8_t *)memory;
+    in.scales = (float *)(memory + padded(m * w->columns));
+    in.corrections = (int32_t *)(in.scales + m * spans);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < m * spans; i++) {
+        const int64_t at = i % spans * w->span, left = w->k - at, n = left < 0 ? 0 : left < w->span ? left : w->span;
+        const float *from = in.floats + i / spans * w->k + at;
+        int8_t *code = in.codes + i / spans * w->columns + at;
+        int32_t sum;
+        if (n == 32) round_some(from, 32, w->input_scale, code, in.scales + i, &sum);
+        else round_some(from, n, w->input_scale, code, in.scales + i, &sum);
+        memset(code + n, 0, (size_t)(w->span - n));
+        in.corrections[i] = -sum * zero;
+    }
+    return in;
+}
+
+static const uint8_t e2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0}; /* twice the value, + 12 */
+
+/* `rows` rows of x from `first` on with one tile. `kind` and `rows` are constants where this is called. */
+INLINE void integers(
+    const int kind, const int rows, const Linear *w, int64_t tile, const Input *in, int64_t first, float *out) {
+    const int64_t spans = w->columns / w->span, groups = (w->columns + w->group - 1) / w->group;
+    const int64_t step = kind == BITS8 ? 2 * QUAD : QUAD; /* bytes of 8 columns */
+    const uint8_t *code = (const uint8_t *)w->codes + tile * (w->columns / 8) * step;
+    VF sum[BLOCK][PARTS] = {0};
+    for (int64_t s = 0; s < spans; s++) {
+        const int64_t group = (tile * groups + s * w->span / w->group) * ROWS;
+        VI dot[BLOCK][PARTS];
+        for (int r = 0; r < rows; r++)
+            for (int p = 0; p < PARTS; p++) {
+                const int32_t correction = in->corrections[(first + r) * spans + s];
+                dot[r][p] = w->zeros ? load_zeros(w->zeros + group + p * LANES) * correction : (VI){0} + correction;
+            }
+        for (int64_t c = s * w->span; c < (s + 1) * w->span; c += 8, code += step)
+            for (int p = 0; p < PARTS; p++) {
+                VB lo, hi;
+                memcpy(&lo, code + p * sizeof lo, sizeof lo);
+                if (kind == BITS8) {
+                    memcpy(&hi, code + QUAD + p * sizeof hi, sizeof hi);
+                } else {
+                    hi = lo >> 4;
+                    lo &= 15;
+                }
+                if (kind == E2M1) lo = look_up(e2m1, lo), hi = look_up(e2m1, hi);
+                for (int r = 0; r < rows; r++) {
+                    int32_t q[2];
+                    memcpy(q, in->codes + (first + r) * w->columns + c, 8);
+                    dot[r][p] = dot8(dot[r][p], lo, hi, q, kind != BITS8);
+                }
+            }
+        for (int p = 0; p < PARTS; p++) {
+            VF scale = (VF){0} + 1.0f;
+            if (w->scales && w->scales_float) scale = load((const float *)w->scales + group + p * LANES);
+            if (w->scales && !w->scales_float) scale = load_bfloat16((const uint16_t *)w->scales + group + p * LANES);
+            for (int r = 0; r < rows; r++) {
+                const VF both = scale * in->scales[(first + r) * spans + s];
+                sum[r][p] = fma_(__builtin_convertvector(dot[r][p], VF), both, sum[r][p]);
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++) memcpy(out + r * ROWS, sum[r], sizeof sum[r]);
+}
+
+INLINE VF load_weights(const int kind, const void *codes, int64_t at) {
+    return kind == BFLOAT16 ? load_bfloat16((const uint16_t *)codes + at) : load((const float *)codes + at);
+}
+
+INLINE void floats(
+    const int kind, const int rows, const Linear *w, int64_t tile, const Input *in, int64_t first, float *out) {
+    VF even[BLOCK][PARTS] = {0}, odd[BLOCK][PARTS] = {0};
+    int64_t c = 0, at = tile * w->columns * ROWS;
+    for (; c + 1 < w->k; c += 2, at += 2 * ROWS)
+        for (int p = 0; p < PARTS; p++) {
+            const VF a = load_weights(kind, w->codes, at + p * LANES);
+            const VF b = load_weights(kind, w->codes, at + ROWS + p * LANES);
+            for (int r = 0; r < rows; r++) {
+                const float *x = in->floats + (first + r) * w->k + c;
+                even[r][p] = fma_(a, (VF){0} + x[0], even[r][p]);
+                odd[r][p] = fma_(b, (VF){0} + x[1], odd[r][p]);
+            }
+        }
+    for (int r = 0; r < rows; r++)
+        for (int p = 0; p < PARTS; p++) {
+            if (c < w->k) {
+                const VF a = load_weights(kind, w->codes, at + p * LANES);
+                even[r][p] = fma_(a, (VF){0} + in->floats[(first + r) * w->k + c], even[r][p]);
+            }
+            store(out + r * ROWS + p * LANES, even[r][p] + odd[r][p]);
+        }
+}
+
+#define OF(rows)                                                            \
+    switch (w->kind) {                                                      \
+    case BITS8: integers(BITS8, rows, w, tile, in, first, out); break;      \
+    case BITS4: integers(BITS4, rows, w, tile, in, first, out); break;      \
+    case E2M1: integers(E2M1, rows, w, tile, in, first, out); break;        \
+    case BFLOAT16: floats(BFLOAT16, rows, w, tile, in, first, out); break;  \
+    default: floats(FLOAT32, rows, w, tile, in, first, out);                \
+    }
+
+/* How many rows go through a tile at once, of `left`. */
+INLINE int64_t rows_of(int64_t left) { return left >= BLOCK ? BLOCK : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+
+/* `rows` rows of x from `first` on with one tile: finished numbers, [rows][ROWS]. */
+static void tile_of(const Linear *w, int64_t tile, const Input *in, int64_t first, int64_t rows, float *out) {
+    if (rows == BLOCK) OF(BLOCK)
+    else if (rows == 4) OF(4)
+    else if (rows == 2) OF(2)
+    else OF(1)
+    for (int64_t r = 0; r < rows; r++)
+        for (int p = 0; p < PARTS; p++) {
+            float *v = out + r * ROWS + p * LANES;
+            store(v, fma_(load(v), load(w->row + tile * ROWS + p * LANES), load(w->bias + tile * ROWS + p * LANES)));
+        }
+}
+
+/* Rows of x that are multiplied with all tiles before the next are. */
+static int64_t kept_rows(const Linear *w) {
+    const int64_t rows = KEPT / (is_float(w) ? 4 * w->k : w->columns) / 8 * 8;
+    return rows < 8 ? 8 : rows;
+}
+
+/* All threads of a team, which do not wait for each other at the end: y[m][n] = `add`[m][n] (NULL: 0) + x w. */
+static void multiply(const Linear *w, const Input *in, int64_t m, float *y, const float *add) {
+    const int64_t kept = kept_rows(w);
+    for (int64_t begin = 0; begin < m; begin += kept) {
+        const int64_t end = begin + kept < m ? begin + kept : m;
+#pragma omp for schedule(static) nowait
+        for (int64_t tile = 0; tile < tiles_of(w); tile++) {
+            const int64_t at = tile * ROWS, count = w->n - at < ROWS ? w->n - at : ROWS;
+            for (int64_t i = begin, rows; i < end; i += rows) {
+                float out[BLOCK * ROWS];
+                tile_of(w, tile, in, i, rows = rows_of(end - i), out);
+                for (int64_t r = 0; r < rows; r++) {
+                    const int64_t to = (i + r) * w->n + at;
+                    for (int64_t j = 0; j < count; j++) y[to + j] = add ? add[to + j] + out[r * ROWS + j] : out[r * ROWS + j];
+                }
+            }
+        }
+    }
+}
+
+/* y[m][n] of x[m][k] with `threads` threads. 0; 1: no memory. */
+EXPORT(int, fewbit_linear)(const Linear *w, const float *x, float *y, int64_t m, int threads) {
+    char *memory = aligned_alloc(64, (size_t)(input_bytes(w, m) + 64));
+    if (!memory) return 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const Input in = prepare(w, x, m, memory);
+        multiply(w, &in, m, y, NULL);
+    }
+    free(memory);
+    return 0;
+}
