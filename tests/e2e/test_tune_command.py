@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from fewbit import cli
 from fewbit.demo import demo_model
 from fewbit.errors import CheckpointError, FewbitError, UnsupportedError
+from fewbit.measure.journal import Journal
 from fewbit.measure.pareto import dominates
-from fewbit.measure.tune import Candidate, Journal, Protocol, Search, Window, Workers, read_goal
+from fewbit.measure.tune import JOURNALLED, Candidate, Protocol, Search, Window, Workers, read_goal
 from fewbit.measure.tune.worker import STAGES
 from helpers import WIDE, make_model
 
@@ -111,7 +112,7 @@ def test_the_best_is_written_with_its_recipe(fewbit, stages, tiny, tmp_path):
     # with other settings: one line
     done = fewbit(*asked, "--recipes", "int8", "--kv", "fp8", *SMALL, "--force")
     assert done.status == 2
-    assert 'holds a search with candidates "int8+kv_fp8,' in done.err.splitlines()[-1]
+    assert 'holds results with candidates "int8+kv_fp8,' in done.err.splitlines()[-1]
 
 
 def test_a_mixture_is_written_as_ordinary_rules(fewbit, stages, tiny, tmp_path):
@@ -305,7 +306,7 @@ def test_what_is_found_lies_on_the_true_front(storyteller, tmp_path):
     for target, minimize in (("recovery>=0.9", "time_per_token"), ("recovery>=0.99", "ttft"), ("kl<=0.03", "memory")):
         goal, replay = read_goal(target, minimize), Replay(tmp_path / "every.tune" / "journal.jsonl")
         candidates = [Candidate(name, "") for name in figures]
-        with Journal(tmp_path / minimize / "journal.jsonl", {}) as kept:
+        with Journal(tmp_path / minimize / "journal.jsonl", {}, JOURNALLED) as kept:
             outcome = Search(candidates, goal, replay, kept, 12).run()
         possible = [name for name, f in figures.items() if not goal.missed(f)]
         assert outcome.best in possible

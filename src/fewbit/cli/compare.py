@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -166,6 +164,7 @@ def _questions(
     tasks: str, data: Path | None, text: Path | None, seed: int, allow_code: bool, allow_unconfined: bool
 ) -> dict[str, str]:
     """What decides the questions of each task, as a hash; what `eval` would refuse is refused before anything runs."""
+    from fewbit.measure.journal import digest
     from fewbit.measure.tasks.suite import suite_of
 
     if text is not None and not text.is_file():
@@ -183,7 +182,7 @@ def _questions(
         made = {entry.name: [entry.task.fingerprint(), entry.about] for entry in suite.entries}
     except OSError as error:
         raise RequestError(f"--tasks {tasks}: {error.filename} cannot be read ({error.strerror})") from None
-    return {name: sha256(dumps(what, sort_keys=True).encode()).hexdigest()[:16] for name, what in made.items()}
+    return {name: digest(what) for name, what in made.items()}
 
 
 def _entries(
@@ -244,10 +243,9 @@ def _with_quality(
             **{option.lstrip("-"): digests.get(option, given) for option, given in options.items()},
         }  # fmt: skip
         given = [word for pair in options.items() for word in pair]
-        words = ["eval", model, *against, *given, *allowed, "--device", str(device), "--json"]
         row = Row("eval", entry.label, key)
-        if questions:  # answers are kept as they come; hidden, since the row says all that a report needs
-            words += ["-o", str(run_dir / ".answers" / Path(row.file).stem)]
+        kept = run_dir / ".answers" / Path(row.file).stem  # hidden, since the row says all that a report needs
+        words = ["eval", model, *against, *given, *allowed, "--device", str(device), "--json", "-o", str(kept)]
         made.append(replace(entry, quality=row, evaluate=words))
     return made
 

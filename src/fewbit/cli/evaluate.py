@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json as json_
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from fewbit.measure.quality import Quality
     from fewbit.measure.tasks.needle import Needle
     from fewbit.measure.tasks.run import Result
-    from fewbit.measure.tasks.source import Source
+    from fewbit.measure.tasks.source import Asked, Source
     from fewbit.measure.tasks.suite import Suite
     from fewbit.measure.tasks.task import Item
 
@@ -144,7 +146,7 @@ def evaluate(
         with progress() as bars:
             made = {"result_schema": RESULT_SCHEMA, **_settings(job, scorer)} | job.run(bars)
     except KeyboardInterrupt:
-        if output is None and suite.entries:
+        if output is None:
             note("nothing was kept; with -o RUNDIR every answer is, and the same command goes on")
         raise
     if output is not None:
@@ -196,7 +198,7 @@ class _Job:
         from fewbit.measure.tasks.suite import report
 
         made: dict[str, Any] = {}
-        by_layer = self.suite.perplexity and not any(one.remote for one in (self.source, self.base) if one)
+        by_layer = self.suite.perplexity and not self._mixed
         if by_layer:
             made |= flat(self._by_layer(bars))
         asking = bool(self.suite.entries or self.suite.harness)
@@ -230,11 +232,21 @@ class _Job:
         import torch
 
         from fewbit.measure import quality
+        from fewbit.measure.journal import Journal, digest
+        from fewbit.measure.tasks.source import fingerprint_of
+        from fewbit.version import __version__
 
         checkpoint = open_model(self.source.model)
         against = None if self.base is None else open_model(self.base.model)
         cut = self.text.windows(checkpoint.folder)
-        return quality.evaluate(checkpoint, against, cut, torch.device(self.text.device), bars, self.text.overlap)
+        device, journal = torch.device(self.text.device), None
+        if self.output is not None:
+            held = [fingerprint_of(one.path) for one in (checkpoint, against) if one is not None]
+            settings = {"models": held, "device": device.type, "windows": digest(cut), "overlap": self.text.overlap}
+            settings["fewbit"] = __version__
+            journal = Journal(self.output / "text.jsonl", settings, quality.JOURNALLED)
+        with nullcontext() if journal is None else journal:
+            return quality.evaluate(checkpoint, against, cut, device, bars, self.text.overlap, journal=journal)
 
     async def _ask(
         self, which: str, source: Source, items: dict[str, list[Item]], windows: list[list[int]], bars: Any
@@ -250,22 +262,36 @@ class _Job:
         limits: dict[str, Any] = {"at_once": self.at_once, "progress": told}
         found = _Answers({}, {}, [])
         async with opened(source) as asked:
-            if self.suite.perplexity and (source.remote or (self.base is not None and self._mixed)):
-                if not windows:
-                    windows += await asyncio.to_thread(self.text.windows, asked.folder)
-                found.losses = await losses(asked, windows, self.text.overlap, **limits)
+            with self._journalled(which, asked) as kept:
+                if self.suite.perplexity and self._mixed:
+                    if not windows:
+                        windows += await asyncio.to_thread(self.text.windows, asked.folder)
+                    found.losses = await losses(kept, windows, self.text.overlap, **limits)
+                if self.suite.harness:
+                    found.harness = await run_harness(
+                        self.suite.harness, kept, include=self.include, limit=self.limit, seed=self.seed, **limits
+                    )
             found.results = await ask_all(
                 self.suite, asked, folder=None if self.output is None else self.output / which, limit=self.limit,
                 seed=self.seed, items=items, **limits,
             )  # fmt: skip
-            if self.suite.harness:
-                found.harness = await run_harness(
-                    self.suite.harness, asked, include=self.include, limit=self.limit, seed=self.seed, **limits
-                )
         return found
+
+    @contextmanager
+    def _journalled(self, which: str, asked: Asked) -> Iterator[Asked]:
+        """Who is asked, with a journal of what no task of ours keeps: windows of a text, and questions of lm-eval."""
+        from fewbit.measure.journal import Journal
+        from fewbit.measure.tasks.answer import JournalledAnswerer
+
+        if self.output is None:
+            yield asked
+            return
+        with Journal(self.output / f"{which}.jsonl", {"asked": asked.key}, JournalledAnswerer.NAMES) as journal:
+            yield replace(asked, answerer=JournalledAnswerer(asked.answerer, journal))
 
     @property
     def _mixed(self) -> bool:
+        """Whether a server is among those who are measured: a text is then predicted by asking."""
         return any(one.remote for one in (self.source, self.base) if one)
 
 

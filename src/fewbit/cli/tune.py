@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json as json_
 import random
 import time
@@ -83,6 +82,7 @@ def tune(
     """Find the recipe that meets targets of quality and speed on this machine and is best in one figure."""
     from fewbit.checkpoint import check_target
     from fewbit.measure import tune as room
+    from fewbit.measure.journal import Journal, digest
     from fewbit.measure.machine import versions
     from fewbit.measure.runfolder import identity
 
@@ -104,9 +104,9 @@ def tune(
     settings = {
         **(ran_with := versions(where)), "model": f"{checkpoint.path.resolve()} {identity(checkpoint)}",
         "target": ", ".join(map(str, goal.targets)), "objective": goal.objective.name,
-        "candidates": ", ".join(c.name for c in tried), "recipes": _digest([c.text for c in tried]),
+        "candidates": ", ".join(c.name for c in tried), "recipes": digest([c.text for c in tried]),
         "device": f"{where} {ran_with['device']}", "windows": windows, "length": length, "seed": seed,
-        "data": f"{data or 'the shipped text'} {_digest(cut)}", "batch": batch, "prompt": prompt, "tokens": tokens,
+        "data": f"{data or 'the shipped text'} {digest(cut)}", "batch": batch, "prompt": prompt, "tokens": tokens,
         "runs": runs, "exhaustive": exhaustive,
     }  # fmt: skip
     if folder.is_file():
@@ -114,7 +114,7 @@ def tune(
     deadline = None if budget is None else time.monotonic() + budget * 60
     protocol = room.Protocol(checkpoint.path, str(where), batch, prompt, tokens, runs)
     note(f"{len(tried)} candidates for the {goal}; the search is kept in {folder}")
-    with room.Journal(folder / "journal.jsonl", settings) as journal:
+    with Journal(folder / "journal.jsonl", settings, room.JOURNALLED, "--run") as journal:
         if len(journal):
             note(f"going on after {len(journal)} measurements of an earlier run")
         workers = room.Workers(protocol, folder, cut, deadline, progress)
@@ -147,10 +147,6 @@ def _calibration(calib: list[str] | None, count: int | None, length: int | None)
         source_of(text, "--calib")
     given = {"samples": count, "length": length, "data": calib}
     return {key: value for key, value in given.items() if value}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json_.dumps(value).encode()).hexdigest()[:16]
 
 
 def _check(checkpoint: Checkpoint, sequence: int, length: int) -> None:

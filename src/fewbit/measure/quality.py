@@ -1,12 +1,13 @@
 """How well a model predicts a text, alone and against another: perplexity, KL divergence, top-1 agreement.
 
-Both models run layer by layer side by side, so memory is two layers and the states of the text, not two models.
+Both models run layer by layer side by side, so memory is two layers and the states of some windows, not two models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -14,9 +15,15 @@ from torch import Tensor
 from fewbit.checkpoint import Checkpoint
 from fewbit.compress.stream import Stream
 from fewbit.errors import RecipeError, UnsupportedError
+from fewbit.measure.journal import Journal
 from fewbit.model import KVCodec, Linear, Loader
 from fewbit.model.decoder import finish_logits
 
+TOKENS = {"cpu": 1 << 14, "cuda": 1 << 19}
+"""Of windows that go through the layers together. With fewer a stopped run loses less, with more weights are read less
+often. The same whether a run was stopped or not, since a GPU's sums depend on what is computed together."""
+JOURNALLED = ("window",)
+"""What names a line of the journal."""
 RESAMPLES = 1000
 """Bootstrap resamples of the windows, from which errors and intervals of means come."""
 SORTED_RESAMPLES = 200
@@ -72,6 +79,7 @@ def evaluate(
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
     overlap: int = 0,
     backend: str = "exact",
+    journal: Journal | None = None,
 ) -> Quality:
     """Measure a model on windows of token ids, against `base` if given.
 
@@ -83,6 +91,7 @@ def evaluate(
         progress: Told stage, layers done, layers in all.
         overlap: Tokens with which each window but the first repeats the one before: context only, not counted again.
         backend: Kernels of the model, not of the base: see `fewbit.model.load`.
+        journal: Of windows that are done, named by `JOURNALLED`: a run that was stopped goes on, to the same figures.
 
     Raises:
         RecipeError: there is nothing to predict.
@@ -101,10 +110,37 @@ def evaluate(
     if base and base.spec.vocab != model.spec.vocab:
         raise UnsupportedError(f"vocabularies differ: {model.spec.vocab} and {base.spec.vocab}; no KL divergence")
     with torch.inference_mode():
-        run = Forward(model, windows, device, progress, "model", backend)
-        other = Forward(base, windows, device, progress, "base") if base else None
+        found: list[_Window] = []
+        groups = list(_groups(windows, TOKENS[device.type]))
+        for number, group in enumerate(groups):
+            lines = [journal.find(index) if journal is not None else None for index in group]
+            if None in lines:
+
+                def told(stage: str, done: int, total: int, number: int = number) -> None:
+                    progress(stage, number * total + done, len(groups) * total)
+
+                cut = [windows[index] for index in group]
+                run = Forward(model, cut, device, told, "model", backend)
+                other = Forward(base, cut, device, told, "base") if base else None
+                for index, window in zip(group, _compare(windows, group, overlap, run, other), strict=True):
+                    found.append(window)
+                    if journal is not None and journal.find(index) is None:
+                        journal.add({"window": index, **window.lists()})
+            else:
+                found += [_Window.of(line) for line in lines if line is not None]
         tokens = sum(map(len, windows)) - overlap * (len(windows) - 1)
-        return _summarize(len(windows), tokens, _compare(windows, overlap, run, other))
+        return _summarize(len(windows), tokens, found)
+
+
+def _groups(windows: Sequence[Sequence[int]], tokens: int) -> Iterator[range]:
+    """Numbers of windows of so many tokens together, or of one window."""
+    start = held = 0
+    for number, window in enumerate(windows):
+        if held and held + len(window) > tokens:
+            yield range(start, number)
+            start, held = number, 0
+        held += len(window)
+    yield range(start, len(windows))
 
 
 class Forward:
@@ -137,59 +173,75 @@ class Forward:
 
 
 @dataclass
-class _Found:
-    """By window: what the text's tokens cost each model and what else they say of it; what every position says."""
+class _Window:
+    """What a window's tokens cost each model and what else they say of it, and what every position says; float64."""
 
-    losses: list[Tensor]  # [predicted]
-    base_losses: list[Tensor]
-    divergences: list[Tensor]  # [positions], as the next
-    agreements: list[Tensor]
-    flips: list[Tensor]  # [predicted], as the next
-    squares: list[Tensor]  # of the change in probability
+    losses: Tensor  # [predicted]
+    base_losses: Tensor | None = None  # [predicted]; without a base neither this nor the others
+    divergences: Tensor | None = None  # [positions]
+    agreements: Tensor | None = None  # [positions]
+    flips: Tensor | None = None  # [predicted]
+    squares: Tensor | None = None  # [predicted]: of the change in probability
+
+    def lists(self) -> dict[str, list[float]]:
+        """As JSON has it, to the last bit."""
+        return {name: values.tolist() for name, values in vars(self).items() if values is not None}
+
+    @classmethod
+    def of(cls, lists: Mapping[str, list[float]]) -> Self:
+        """From `lists`."""
+        known = (field.name for field in fields(cls) if field.name in lists)
+        return cls(**{name: torch.tensor(lists[name], dtype=torch.float64) for name in known})
 
 
-def _compare(windows: Sequence[Sequence[int]], overlap: int, model: Forward, base: Forward | None) -> _Found:
-    found = _Found([], [], [], [], [], [])
+def _compare(
+    windows: Sequence[Sequence[int]], group: range, overlap: int, model: Forward, base: Forward | None
+) -> Iterator[_Window]:
+    """What the windows of a group say, of which alone the models have states."""
     start = 0
-    for number, window in enumerate(windows):
-        known = overlap if number else 0  # positions that the window before has counted
+    for number in group:
+        window, known = windows[number], overlap if number else 0  # positions that the window before has counted
         ids = torch.tensor(window, device=model.states.device)
         log_p = model.log_probs(start, start + len(window))
         first = max(known, 1)  # token that is predicted first
         target = ids[first:, None]
         mine = log_p[first - 1 : -1].gather(1, target)[:, 0]
-        found.losses.append(-mine.cpu())
+        found = _Window(-mine.cpu())
         if base:
             log_b = base.log_probs(start, start + len(window))
             other = log_b[first - 1 : -1].gather(1, target)[:, 0]
-            found.base_losses.append(-other.cpu())
-            found.divergences.append((log_b.exp() * (log_b - log_p)).sum(-1)[known:].cpu())
+            found.base_losses = -other.cpu()
+            found.divergences = (log_b.exp() * (log_b - log_p)).sum(-1)[known:].cpu()
             top, top_b = log_p.argmax(-1), log_b.argmax(-1)
-            found.agreements.append((top == top_b).double()[known:].cpu())
+            found.agreements = (top == top_b).double()[known:].cpu()
             right, right_b = top[first - 1 : -1] == ids[first:], top_b[first - 1 : -1] == ids[first:]
-            found.flips.append((right != right_b).double().cpu())
-            found.squares.append((mine.exp() - other.exp()).square().cpu())
+            found.flips = (right != right_b).double().cpu()
+            found.squares = (mine.exp() - other.exp()).square().cpu()
+        yield found
         start += len(window)
-    return found
 
 
-def _summarize(windows: int, tokens: int, found: _Found) -> Quality:
-    mine = estimate_mean(found.losses, torch.exp)
-    if not found.divergences:
-        return Quality(tokens, windows, mine)
+def _summarize(windows: int, tokens: int, found: Sequence[_Window]) -> Quality:
+    def each(name: str) -> list[Tensor]:
+        return [getattr(window, name) for window in found]
+
+    losses = each("losses")
+    if found[0].divergences is None:
+        return Quality(tokens, windows, estimate_mean(losses, torch.exp))
+    base_losses, divergences = each("base_losses"), each("divergences")
     return Quality(
         tokens,
         windows,
-        mine,
-        estimate_mean(found.base_losses, torch.exp),
-        estimate_mean(found.divergences),
-        estimate(found.divergences, lambda x: x.median().item()),
-        estimate(found.divergences, lambda x: x.quantile(0.99).item() if x.numel() < 1 << 24 else _p99(x)),
-        estimate_mean(found.agreements),
-        estimate_mean([a - b for a, b in zip(found.losses, found.base_losses, strict=True)], torch.exp),
-        estimate_mean(found.flips),
-        estimate_mean(found.squares, torch.sqrt),
-        torch.cat(found.divergences).max().item(),
+        estimate_mean(losses, torch.exp),
+        estimate_mean(base_losses, torch.exp),
+        estimate_mean(divergences),
+        estimate(divergences, lambda x: x.median().item()),
+        estimate(divergences, lambda x: x.quantile(0.99).item() if x.numel() < 1 << 24 else _p99(x)),
+        estimate_mean(each("agreements")),
+        estimate_mean([a - b for a, b in zip(losses, base_losses, strict=True)], torch.exp),
+        estimate_mean(each("flips")),
+        estimate_mean(each("squares"), torch.sqrt),
+        torch.cat(divergences).max().item(),
     )
 
 

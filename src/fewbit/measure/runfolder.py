@@ -18,6 +18,7 @@ from typing import Any
 
 from fewbit.checkpoint import Checkpoint
 from fewbit.errors import RequestError
+from fewbit.measure.journal import digest
 
 SCHEMA = 1
 """Of the objects in the files; the same as of what commands print."""
@@ -43,9 +44,8 @@ class Row:
     @property
     def file(self) -> str:
         """Its file in a folder."""
-        digest = hashlib.sha256(json.dumps([self.command, self.key], sort_keys=True).encode()).hexdigest()[:10]
         words = re.sub(r"[^A-Za-z0-9_.]+", "-", f"{self.command} {self.name}").strip("-")[:100]
-        return f"{words}-{digest}.json"
+        return f"{words}-{digest([self.command, self.key])[:10]}.json"
 
 
 class RunFolder:

@@ -287,7 +287,7 @@ def test_tasks_against_a_base_and_their_journals(tasks, tmp_path, capsys):
     assert evaluated(capsys, *words) == made  # nothing is asked again
     assert [j.read_bytes() for j in journals] == before
     assert run(["eval", str(MODEL), *map(str, words), "--max-model-len", "128", "-q"]) == 2
-    assert "holds outcomes of another model, task or setting" in capsys.readouterr().err
+    assert 'holds results with asked "storyteller' in capsys.readouterr().err
     assert run(["eval", str(MODEL), "--tasks", str(tasks), "--base", str(MODEL), "--max-model-len", "256", "-q"]) == 0
     shown = capsys.readouterr().out
     assert "endings" in shown

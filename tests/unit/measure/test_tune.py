@@ -17,11 +17,12 @@ import yaml
 from fewbit.compress import built_in
 from fewbit.compress.recipe import parse_recipe
 from fewbit.errors import RecipeError, UnsupportedError
+from fewbit.measure.journal import Journal
 from fewbit.measure.pareto import dominates
 from fewbit.measure.tune import (
     FIGURES,
+    JOURNALLED,
     Candidate,
-    Journal,
     LostError,
     OutOfTimeError,
     Search,
@@ -219,7 +220,7 @@ SOME = {  # bits, ms, loss, noise
 
 def search(bench, folder, goal="recovery>=0.99, ttft_ms<=200", minimize="time_per_token", **options):
     tried = [Candidate(name, f"text of {name}") for name in bench.made]
-    with Journal(folder / "journal.jsonl", {"goal": goal, "minimize": minimize}) as journal:
+    with Journal(folder / "journal.jsonl", {"goal": goal, "minimize": minimize}, JOURNALLED, "--run") as journal:
         return Search(tried, read_goal(goal, minimize), bench, journal, TOTAL, **options).run()
 
 
@@ -358,7 +359,7 @@ def test_other_settings_are_one_clear_line(tmp_path):
     search(Bench(SOME), tmp_path)
     with pytest.raises(RecipeError) as error:
         search(Bench(SOME), tmp_path, "recovery>=0.5")
-    assert 'holds a search with goal "recovery>=0.99, ttft_ms<=200", now it is "recovery>=0.5"' in str(error.value)
+    assert 'holds results with goal "recovery>=0.99, ttft_ms<=200", now it is "recovery>=0.5"' in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -386,8 +387,9 @@ def test_a_damaged_journal_is_named(broken, tmp_path):
 
 
 def test_a_folder_is_used_by_one_search_at_a_time(tmp_path):
-    with Journal(tmp_path / "journal.jsonl", {}), pytest.raises(RecipeError, match="another fewbit tune"):
-        Journal(tmp_path / "journal.jsonl", {})
+    file = tmp_path / "journal.jsonl"
+    with Journal(file, {}, JOURNALLED), pytest.raises(RecipeError, match="another fewbit writes to it"):
+        Journal(file, {}, JOURNALLED)
 
 
 def test_the_risk_is_shared_by_all_comparisons():

@@ -1,4 +1,4 @@
-"""Who answers: an engine, asked for many things at a time."""
+"""Who answers: an engine, asked for many things at a time; and what was answered before."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 from fewbit.engine.client import EngineClient
 from fewbit.engine.types import GenerateRequest, SamplingParams, TokenLogprobs
 from fewbit.errors import FewbitError
+from fewbit.measure.journal import Journal, digest
 from fewbit.measure.tasks.prompts import Continuation
 from fewbit.text import Tokenizer
 from fewbit.text.stream import TextStream
@@ -124,3 +125,33 @@ class EngineAnswerer:
                 if event.ending is not None and event.ending.reason not in ("stop", "length"):
                     raise AnswerError(event.ending.detail or "the engine ended a question early")
         return made + text.finish()
+
+
+class JournalledAnswerer:
+    """Asks another answerer what a journal does not hold, and keeps the answers there.
+
+    Args:
+        answerer: Who is asked.
+        journal: Of answers of this model, named by `NAMES`: a hash of the tokens and whatever else was asked.
+    """
+
+    NAMES = ("asked",)
+
+    def __init__(self, answerer: Answerer, journal: Journal) -> None:
+        self._answerer, self._journal = answerer, journal
+
+    async def likelihood(self, asked: Continuation) -> Likelihood:
+        """See `Answerer`."""
+        name = digest([asked.context, asked.continuation])
+        if (line := self._journal.find(name)) is None:
+            found = await self._answerer.likelihood(asked)
+            line = self._journal.add({"asked": name, "each": found.each, "greedy": found.greedy})
+        return Likelihood(tuple(line["each"]), line["greedy"], asked.characters)
+
+    async def text(self, prompt: Sequence[int], max_tokens: int, stop: Sequence[str]) -> str:
+        """See `Answerer`."""
+        name = digest([prompt, max_tokens, stop])
+        if (line := self._journal.find(name)) is None:
+            said = await self._answerer.text(prompt, max_tokens, stop)
+            line = self._journal.add({"asked": name, "text": said})
+        return str(line["text"])

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import json
-import os
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
 
-from fewbit.errors import RecipeError
+from fewbit.measure.journal import Journal
 from fewbit.measure.paired import interval
 from fewbit.measure.tasks.answer import Answerer, Likelihood, several
 from fewbit.measure.tasks.prompts import Prompts
@@ -117,22 +114,21 @@ async def run_task(
         RecipeError: The journal is of something else or in use, or a question does not fit the model.
         FewbitError: The model could not go on; what was known is in the journal.
     """
-    file, known = (None, {}) if journal is None else _opened(journal, {"task": task.fingerprint(), "key": key})
-    todo = [item for item in items if item.index not in known]
-    before = len(items) - len(todo)
-    progress(task.name, before, len(items))
+    asked = {"asked": key, **task.fingerprint()}
+    with nullcontext() if journal is None else Journal(journal, asked, ("index",)) as kept:
+        lines = [line for item in items if kept is not None and (line := kept.find(item.index))]
+        known = {line["index"]: Outcome(**line) for line in lines}
+        todo = [item for item in items if item.index not in known]
+        before = len(items) - len(todo)
+        progress(task.name, before, len(items))
 
-    async def one(item: Item) -> None:
-        answered = await ask(task, item, prompts, answerer)
-        known[item.index] = outcome = replace(answered, shots=prompts.shown.get(item.index, 0))
-        if file is not None:
-            _keep(file, asdict(outcome))
+        async def one(item: Item) -> None:
+            answered = await ask(task, item, prompts, answerer)
+            known[item.index] = outcome = replace(answered, shots=prompts.shown.get(item.index, 0))
+            if kept is not None:
+                kept.add(asdict(outcome))
 
-    try:
         await several([one(item) for item in todo], at_once, lambda n: progress(task.name, before + n, len(items)))
-    finally:
-        if file is not None:
-            file.close()
     return Result(task, tuple(known[item.index] for item in items))
 
 
@@ -181,42 +177,3 @@ def normalized(text: str) -> str:
     """Lower case, no punctuation, no articles, single spaces: what SQuAD's and TriviaQA's scripts compare."""
     kept = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
-
-
-def _opened(journal: Path, head: dict[str, Any]) -> tuple[BinaryIO, dict[int, Outcome]]:
-    """A journal, locked and open at its end, and the outcomes that it holds; a new one gets its first line."""
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    file = journal.open("a+b")
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RecipeError(f"{journal}: another fewbit eval writes to it; wait, or choose another -o") from None
-        file.seek(0)
-        whole = file.read()
-        complete = whole[: whole.rfind(b"\n") + 1]
-        if not complete:
-            file.truncate(0)
-            _keep(file, head)
-            return file, {}
-        try:
-            found, *rest = map(json.loads, complete.splitlines())
-            outcomes = [Outcome(**line) for line in rest]
-        except (ValueError, TypeError) as e:
-            raise RecipeError(f"{journal}: not a journal of a task ({e}); remove it") from e
-        if found != head:
-            raise RecipeError(
-                f"{journal}: holds outcomes of another model, task or setting; remove it or choose another -o"
-            )
-        file.truncate(len(complete))  # a run was killed while it wrote what is behind
-    except BaseException:
-        file.close()
-        raise
-    return file, {o.index: o for o in outcomes}
-
-
-def _keep(file: BinaryIO, line: dict[str, Any]) -> None:
-    """Put a line on the disk."""
-    file.write(json.dumps(line).encode() + b"\n")
-    file.flush()
-    os.fsync(file.fileno())

@@ -3,17 +3,26 @@
 from fewbit.measure.tune.candidates import Candidate, candidates, kv_names, names
 from fewbit.measure.tune.evidence import Window
 from fewbit.measure.tune.goal import FIGURES, Figure, Goal, Target, read_goal
-from fewbit.measure.tune.journal import Journal
 from fewbit.measure.tune.process import Protocol, Workers
-from fewbit.measure.tune.search import BASE, LostError, Measurer, Outcome, OutOfTimeError, Row, Search, rounds
+from fewbit.measure.tune.search import (
+    BASE,
+    JOURNALLED,
+    LostError,
+    Measurer,
+    Outcome,
+    OutOfTimeError,
+    Row,
+    Search,
+    rounds,
+)
 
 __all__ = [
     "BASE",
     "FIGURES",
+    "JOURNALLED",
     "Candidate",
     "Figure",
     "Goal",
-    "Journal",
     "LostError",
     "Measurer",
     "OutOfTimeError",

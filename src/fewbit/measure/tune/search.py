@@ -17,12 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fewbit.errors import FewbitError
+from fewbit.measure.journal import Journal
 from fewbit.measure.pareto import pareto
 from fewbit.measure.tune.candidates import Candidate
 from fewbit.measure.tune.evidence import Window, difference, interval, quality
 from fewbit.measure.tune.goal import Goal
-from fewbit.measure.tune.journal import Journal
 
+JOURNALLED = ("candidate", "stage")
+"""What names a line of the journal: a candidate, and what was measured of it."""
 RISK = 0.05
 """How likely a candidate may be dropped wrongly, all looks at it taken together."""
 FIRST_WINDOWS = 6
@@ -120,7 +122,7 @@ class Search:
         candidates: what to try.
         goal: what is wanted.
         measurer: who measures.
-        journal: what is known already, and where it is kept.
+        journal: what is known already, and where it is kept; its names are `JOURNALLED`.
         windows: how many a candidate's quality is measured on.
         exhaustive: measure everything of everybody.
         tell: told in words what is going on.
@@ -206,7 +208,8 @@ class Search:
             found = {"error": str(error)}
             if isinstance(error, LostError):
                 return found
-        return self.journal.add(name, stage, {**found, "seconds": round(time.monotonic() - start, 3)})
+        took = round(time.monotonic() - start, 3)
+        return self.journal.add({"candidate": name, "stage": stage, **found, "seconds": took})
 
     # ---- deciding ----
 

@@ -1,0 +1,137 @@
+"""Runs that stop and go on: windows of a text, and whatever else a model was asked."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewbit.checkpoint import Checkpoint, open_checkpoint
+from fewbit.cli import run
+from fewbit.measure import quality
+from fewbit.measure.journal import Journal
+from fewbit.measure.tasks.answer import JournalledAnswerer, Likelihood
+from fewbit.measure.tasks.predict import losses
+from fewbit.measure.tasks.prompts import Continuation
+from fewbit.measure.tasks.source import Asked
+from helpers import ids, make_model
+
+WINDOWS = [ids(16, 256, seed) for seed in range(6)] + [ids(9, 256, 7)]
+OVERLAP = 4
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> list[Checkpoint]:
+    folder = tmp_path_factory.mktemp("models")
+    assert (
+        run(["compress", str(make_model(folder / "base")), "--recipe", "int8_wo", "-o", str(folder / "m"), "-q"]) == 0
+    )
+    return [open_checkpoint(folder / name) for name in ("m", "base")]
+
+
+class Stops(Journal):
+    """Ctrl-C before the next line."""
+
+    def __init__(self, path: Path, left: int = -1) -> None:
+        super().__init__(path, {}, quality.JOURNALLED)
+        self.left, self.added = left, []
+
+    def add(self, line):
+        if len(self.added) == self.left:
+            raise KeyboardInterrupt
+        self.added.append(line["window"])
+        return super().add(line)
+
+
+@pytest.mark.parametrize("based", [True, False])
+def test_a_text_that_was_stopped_anywhere_goes_on_to_the_same_figures(models, based, tmp_path, monkeypatch):
+    monkeypatch.setitem(quality.TOKENS, "cpu", 40)  # two windows at a time
+
+    def measured(journal):
+        base = models[1] if based else None
+        return quality.evaluate(models[0], base, WINDOWS, torch.device("cpu"), overlap=OVERLAP, journal=journal)
+
+    whole = measured(None)
+    assert (whole.kl_max is not None) == based
+    for left in range(len(WINDOWS)):
+        path = tmp_path / f"{left}.jsonl"
+        with Stops(path, left) as first, pytest.raises(KeyboardInterrupt):
+            measured(first)
+        with Stops(path) as second:
+            assert measured(second) == whole
+        assert first.added + second.added == list(range(len(WINDOWS)))  # nothing lost, nothing twice
+
+    def never(*given, **more):
+        raise AssertionError("a model was run")
+
+    monkeypatch.setattr(quality, "Forward", never)
+    with Stops(path) as third:
+        assert measured(third) == whole
+    monkeypatch.undo()
+    assert measured(None).perplexity.value == pytest.approx(whole.perplexity.value, rel=1e-6)  # all windows at a time
+
+
+def test_windows_go_together_as_far_as_their_tokens_do():
+    assert list(quality._groups([[0] * n for n in (3, 3, 9, 2, 2, 2)], 6)) == [range(2), range(2, 3), range(3, 6)]
+
+
+def test_what_a_model_was_asked_is_not_asked_again(tmp_path):
+    class Counts:
+        def __init__(self) -> None:
+            self.asked = 0
+
+        async def likelihood(self, asked):
+            self.asked += 1
+            if self.asked == 4:
+                raise KeyboardInterrupt
+            return Likelihood(tuple(-1 / (3 + i) for i in asked.continuation), True, asked.characters)
+
+        async def text(self, prompt, max_tokens, stop):
+            self.asked += 1
+            return f"{prompt} {max_tokens} {stop}"
+
+    def asked(work, counts):
+        with Journal(tmp_path / "model.jsonl", {}, JournalledAnswerer.NAMES) as journal:
+            return asyncio.run(work(JournalledAnswerer(counts, journal)))
+
+    def text(answerer):
+        return losses(Asked(answerer, None, None, 64, ""), WINDOWS, OVERLAP, at_once=1)
+
+    first, second, plain = Counts(), Counts(), Counts()
+    with pytest.raises((KeyboardInterrupt, BaseExceptionGroup)):
+        asked(text, first)
+    second.asked = 4  # this one is not interrupted
+    found = asked(text, second)
+    assert second.asked - 4 == len(WINDOWS) - 3
+    plain.asked = 4
+    assert all(torch.equal(a, b) for a, b in zip(found, asyncio.run(text(plain)), strict=True))
+
+    async def others(answerer):
+        one = Continuation((1,), (2, 3), 5)
+        split = Continuation((1, 2), (3,), 5)
+        assert await answerer.likelihood(one) == await answerer.likelihood(one) != await answerer.likelihood(split)
+        return [await answerer.text([1], n, stop) for n in (4, 5) for stop in ([], ["."], [])]
+
+    third = Counts()
+    third.asked = 10
+    said = asked(others, third)
+    assert said == ["[1] 4 []", "[1] 4 ['.']", "[1] 4 []", "[1] 5 []", "[1] 5 ['.']", "[1] 5 []"]
+    assert third.asked - 10 == 2 + 4
+
+
+def test_the_command_goes_on_with_a_text_and_refuses_another(models, tmp_path, capsys):
+    (tmp_path / "book.txt").write_text("The fox went over the hill and under the oak. " * 40)
+    model, base = (str(one.path) for one in models)
+    words = ["eval", model, "--base", base, "--data", str(tmp_path / "book.txt"), "-o", str(tmp_path / "run"), "-q"]
+    assert run([*words, "--length", "64"]) == 0
+    first, journal = capsys.readouterr().out, tmp_path / "run" / "text.jsonl"
+    before = journal.read_bytes()
+    assert before.count(b"\n") > 2
+    journal.write_bytes(before[: before.rindex(b'{"window"')])
+    assert run([*words, "--length", "64"]) == 0
+    assert capsys.readouterr().out == first
+    assert journal.read_bytes() == before
+    assert run([*words, "--length", "32"]) == 2
+    assert "holds results with windows " in capsys.readouterr().err
