@@ -34,11 +34,14 @@ typedef struct {
     float input_scale; /* of all of x; 0: made from each span */
 } Linear;
 
-typedef struct { /* rows of x as the products take them */
-    const float *floats;  /* [m][k] */
-    int8_t *codes;        /* [m][columns] */
-    float *scales;        /* [m][spans] */
-    int32_t *corrections; /* [m][spans]: minus the sum of the codes, times `zero` where that is one for all */
+/* Rows of x as the products take them: in blocks of so many as go through a tile at once (`block_of`), of which 4 columns
+ * lie together: [block][columns / 4][rows of the block][4], floats [block][columns][rows]; what belongs to a span
+ * [block][spans][rows]. */
+typedef struct {
+    const float *floats;
+    int8_t *codes;
+    float *scales;
+    int32_t *corrections; /* minus the sum of the codes, times `zero` where that is one for all */
 } Input;
 
 INLINE int is_float(const Linear *w) { return w->kind >= BFLOAT16; }
@@ -52,51 +55,79 @@ static int same_input(const Linear *a, const Linear *b) {
            (is_float(a) || (a->span == b->span && a->input_scale == b->input_scale && one == other));
 }
 
-/* Memory of `m` rows of input. */
-static int64_t input_bytes(const Linear *w, int64_t m) {
-    if (is_float(w)) return w->prescale ? padded(m * w->k * 4) : 0;
-    const int64_t scaled = w->prescale ? padded(m * w->k * 4) : 0;
-    return scaled + padded(m * w->columns) + padded(m * (w->columns / w->span) * 8);
+/* How many rows go through a tile at once, of `left`. */
+INLINE int64_t rows_of(int64_t left) { return left >= BLOCK ? BLOCK : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+
+/* The block of m rows that row `i` is in: its first row; `rows`: how many it has. */
+INLINE int64_t block_of(int64_t i, int64_t m, int64_t *rows) {
+    int64_t first = i / BLOCK * BLOCK;
+    while (first + (*rows = rows_of(m - first)) <= i) first += *rows;
+    return first;
 }
 
-INLINE void round_some(const float *x, int64_t n, float given, int8_t *code, float *scale_of, int32_t *sum_of) {
-    float scale = given;
-    if (scale == 0) {
-        int32_t top = 0; /* magnitudes of floats are ordered like their bits; a NaN lies above all */
-        for (int64_t i = 0; i < n; i++) {
-            int32_t bits;
-            memcpy(&bits, x + i, 4);
-            bits &= INT32_MAX;
-            top = bits > top ? bits : top;
-        }
-        memcpy(&scale, &top, 4);
-        scale = top ? scale / 127.5f : 1;
-        scale = scale < FLT_MIN ? FLT_MIN : scale;
-    }
-    int32_t sum = 0;
+/* Memory of `m` rows of input. */
+static int64_t input_bytes(const Linear *w, int64_t m) {
+    if (is_float(w)) return padded(m * w->k * 4);
+    return padded(m * w->columns) + padded(m * (w->columns / w->span) * 8);
+}
+
+/* The largest magnitude of `n` numbers, as bits: those of floats are ordered like them, and a NaN lies above all. */
+INLINE int32_t top_of(const float *x, int64_t n, int32_t top) {
     for (int64_t i = 0; i < n; i++) {
+        int32_t bits;
+        memcpy(&bits, x + i, 4);
+        bits &= INT32_MAX;
+        top = bits > top ? bits : top;
+    }
+    return top;
+}
+
+INLINE float scale_of(int32_t top) {
+    float scale;
+    memcpy(&scale, &top, 4);
+    scale = top ? scale / 127.5f : 1;
+    return scale < FLT_MIN ? FLT_MIN : scale;
+}
+
+enum { STRIP = 32 }; /* numbers that are rounded at a time */
+
+/* The sum of the codes, which go to every `stride`-th group of four. */
+INLINE int32_t round_strip(const float x[STRIP], float scale, int64_t groups, int8_t *codes, int64_t stride) {
+    int8_t strip[STRIP];
+    int32_t sum = 0;
+    for (int i = 0; i < STRIP; i++) {
         float v = x[i] / scale;
         v = v > -128 ? v : -128; /* a NaN too, whose scale then is one */
         v = v < 127 ? v : 127;
         const int32_t q = (int32_t)rintf(v);
-        code[i] = (int8_t)q;
+        strip[i] = (int8_t)q;
         sum += q;
     }
-    *scale_of = scale;
-    *sum_of = sum;
+    for (int64_t i = 0; i < groups; i++) memcpy(codes + i * stride, strip + 4 * i, 4);
+    return sum;
+}
+
+/* `n` numbers x (times `prescale`), filled up to a strip. */
+INLINE void copy_strip(const float *x, const float *prescale, int64_t n, float to[STRIP]) {
+    memset(to, 0, STRIP * sizeof *to);
+    for (int64_t i = 0; i < n; i++) to[i] = prescale ? x[i] * prescale[i] : x[i];
 }
 
 /* All threads of a team: `m` rows of x as `w` wants them, in `memory`. Ends with a barrier, unless nothing is done. */
 static Input prepare(const Linear *w, const float *x, int64_t m, char *memory) {
     Input in = {x, NULL, NULL, NULL};
-    if (w->prescale) {
-        float *scaled = (float *)memory;
-        memory += padded(m * w->k * 4);
-        in.floats = scaled;
+    if (is_float(w)) {
+        if (m == 1 && !w->prescale) return in;
+        float *floats = (float *)memory;
+        in.floats = floats;
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < m * w->k; i++) scaled[i] = x[i] * w->prescale[i % w->k];
+        for (int64_t i = 0; i < m; i++) {
+            int64_t rows, first = block_of(i, m, &rows);
+            for (int64_t c = 0; c < w->k; c++)
+                floats[first * w->k + c * rows + i - first] = x[i * w->k + c] * (w->prescale ? w->prescale[c] : 1);
+        }
+        return in;
     }
-    if (is_float(w)) return in;
     const int64_t spans = w->columns / w->span;
     const int32_t zero = w->zeros ? 1 : w->zero;
     in.codes = (int8_t *)memory;
@@ -104,36 +135,58 @@ static Input prepare(const Linear *w, const float *x, int64_t m, char *memory) {
     in.corrections = (int32_t *)(in.scales + m * spans);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < m * spans; i++) {
-        const int64_t at = i % spans * w->span, left = w->k - at, n = left < 0 ? 0 : left < w->span ? left : w->span;
-        const float *from = in.floats + i / spans * w->k + at;
-        int8_t *code = in.codes + i / spans * w->columns + at;
-        int32_t sum;
-        if (n == 32) round_some(from, 32, w->input_scale, code, in.scales + i, &sum);
-        else round_some(from, n, w->input_scale, code, in.scales + i, &sum);
-        memset(code + n, 0, (size_t)(w->span - n));
-        in.corrections[i] = -sum * zero;
+        const int64_t row = i / spans, s = i % spans, at = s * w->span;
+        int64_t rows, first = block_of(row, m, &rows);
+        const int64_t left = w->k - at, n = left < 0 ? 0 : left < w->span ? left : w->span;
+        const float *from = x + row * w->k + at, *prescale = w->prescale ? w->prescale + at : NULL;
+        int8_t *codes = in.codes + first * w->columns + at * rows + (row - first) * 4;
+        int32_t sum = 0;
+        float scale = w->input_scale;
+        if (n == STRIP && !prescale) {
+            if (scale == 0) scale = scale_of(top_of(from, STRIP, 0));
+            sum = round_strip(from, scale, STRIP / 4, codes, rows * 4);
+        } else {
+            float strip[STRIP];
+            int32_t top = 0;
+            for (int64_t c = 0; c < n && w->input_scale == 0; c += STRIP) {
+                copy_strip(from + c, prescale ? prescale + c : NULL, n - c < STRIP ? n - c : STRIP, strip);
+                top = top_of(strip, STRIP, top);
+            }
+            if (scale == 0) scale = scale_of(top);
+            for (int64_t c = 0; c < w->span; c += STRIP) {
+                const int64_t there = n - c < 0 ? 0 : n - c < STRIP ? n - c : STRIP;
+                copy_strip(from + c, prescale ? prescale + c : NULL, there, strip);
+                const int64_t wide = w->span - c < STRIP ? w->span - c : STRIP;
+                sum += round_strip(strip, scale, wide / 4, codes + c * rows, rows * 4);
+            }
+        }
+        in.scales[first * spans + s * rows + row - first] = scale;
+        in.corrections[first * spans + s * rows + row - first] = -sum * zero;
     }
     return in;
 }
 
 static const uint8_t e2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0}; /* twice the value, + 12 */
 
-/* `rows` rows of x from `first` on with one tile. `kind` and `rows` are constants where this is called. */
+/* A block of `rows` rows of x, from `first` on, with one tile. `kind`, `rows` and `span` are constants where this is
+ * called; a span of 0 is any. */
 INLINE void integers(
-    const int kind, const int rows, const Linear *w, int64_t tile, const Input *in, int64_t first, float *out) {
-    const int64_t spans = w->columns / w->span, groups = (w->columns + w->group - 1) / w->group;
+    const int kind, const int rows, const int64_t known, const Linear *w, int64_t tile, const Input *in, int64_t first,
+    float *out) {
+    const int64_t span = known ? known : w->span, spans = w->columns / span, groups = (w->columns + w->group - 1) / w->group;
     const int64_t step = kind == BITS8 ? 2 * QUAD : QUAD; /* bytes of 8 columns */
     const uint8_t *code = (const uint8_t *)w->codes + tile * (w->columns / 8) * step;
+    const int8_t *x = in->codes + first * w->columns;
+    const float *scales = in->scales + first * spans;
+    const int32_t *corrections = in->corrections + first * spans;
     VF sum[BLOCK][PARTS] = {0};
-    for (int64_t s = 0; s < spans; s++) {
-        const int64_t group = (tile * groups + s * w->span / w->group) * ROWS;
+    for (int64_t s = 0; s < spans; s++, scales += rows, corrections += rows) {
+        const int64_t group = (tile * groups + s * span / w->group) * ROWS;
         VI dot[BLOCK][PARTS];
         for (int r = 0; r < rows; r++)
-            for (int p = 0; p < PARTS; p++) {
-                const int32_t correction = in->corrections[(first + r) * spans + s];
-                dot[r][p] = w->zeros ? load_zeros(w->zeros + group + p * LANES) * correction : (VI){0} + correction;
-            }
-        for (int64_t c = s * w->span; c < (s + 1) * w->span; c += 8, code += step)
+            for (int p = 0; p < PARTS; p++)
+                dot[r][p] = w->zeros ? widen1(w->zeros + group + p * LANES) * corrections[r] : (VI){0} + corrections[r];
+        for (int64_t c = 0; c < span; c += 8, code += step, x += 8 * rows)
             for (int p = 0; p < PARTS; p++) {
                 VB lo, hi;
                 memcpy(&lo, code + p * sizeof lo, sizeof lo);
@@ -144,20 +197,15 @@ INLINE void integers(
                     lo &= 15;
                 }
                 if (kind == E2M1) lo = look_up(e2m1, lo), hi = look_up(e2m1, hi);
-                for (int r = 0; r < rows; r++) {
-                    int32_t q[2];
-                    memcpy(q, in->codes + (first + r) * w->columns + c, 8);
-                    dot[r][p] = dot8(dot[r][p], lo, hi, q, kind != BITS8);
-                }
+                for (int r = 0; r < rows; r++)
+                    dot[r][p] = dot8(dot[r][p], lo, hi, x + r * 4, x + (rows + r) * 4, kind != BITS8);
             }
         for (int p = 0; p < PARTS; p++) {
-            VF scale = (VF){0} + 1.0f;
+            VF scale = all(1.0f);
             if (w->scales && w->scales_float) scale = load((const float *)w->scales + group + p * LANES);
             if (w->scales && !w->scales_float) scale = load_bfloat16((const uint16_t *)w->scales + group + p * LANES);
-            for (int r = 0; r < rows; r++) {
-                const VF both = scale * in->scales[(first + r) * spans + s];
-                sum[r][p] = fma_(__builtin_convertvector(dot[r][p], VF), both, sum[r][p]);
-            }
+            for (int r = 0; r < rows; r++)
+                sum[r][p] = fma_(__builtin_convertvector(dot[r][p], VF), scale * scales[r], sum[r][p]);
         }
     }
     for (int r = 0; r < rows; r++) memcpy(out + r * ROWS, sum[r], sizeof sum[r]);
@@ -170,38 +218,38 @@ INLINE VF load_weights(const int kind, const void *codes, int64_t at) {
 INLINE void floats(
     const int kind, const int rows, const Linear *w, int64_t tile, const Input *in, int64_t first, float *out) {
     VF even[BLOCK][PARTS] = {0}, odd[BLOCK][PARTS] = {0};
+    const float *x = in->floats + first * w->k;
     int64_t c = 0, at = tile * w->columns * ROWS;
-    for (; c + 1 < w->k; c += 2, at += 2 * ROWS)
+    for (; c + 1 < w->k; c += 2, at += 2 * ROWS, x += 2 * rows)
         for (int p = 0; p < PARTS; p++) {
             const VF a = load_weights(kind, w->codes, at + p * LANES);
             const VF b = load_weights(kind, w->codes, at + ROWS + p * LANES);
             for (int r = 0; r < rows; r++) {
-                const float *x = in->floats + (first + r) * w->k + c;
-                even[r][p] = fma_(a, (VF){0} + x[0], even[r][p]);
-                odd[r][p] = fma_(b, (VF){0} + x[1], odd[r][p]);
+                even[r][p] = fma_(a, all(x[r]), even[r][p]);
+                odd[r][p] = fma_(b, all(x[rows + r]), odd[r][p]);
             }
         }
-    for (int r = 0; r < rows; r++)
-        for (int p = 0; p < PARTS; p++) {
-            if (c < w->k) {
-                const VF a = load_weights(kind, w->codes, at + p * LANES);
-                even[r][p] = fma_(a, (VF){0} + in->floats[(first + r) * w->k + c], even[r][p]);
-            }
+    for (int p = 0; p < PARTS; p++) {
+        const VF a = c < w->k ? load_weights(kind, w->codes, at + p * LANES) : (VF){0};
+        for (int r = 0; r < rows; r++) {
+            if (c < w->k) even[r][p] = fma_(a, all(x[r]), even[r][p]);
             store(out + r * ROWS + p * LANES, even[r][p] + odd[r][p]);
         }
+    }
 }
 
-#define OF(rows)                                                            \
-    switch (w->kind) {                                                      \
-    case BITS8: integers(BITS8, rows, w, tile, in, first, out); break;      \
-    case BITS4: integers(BITS4, rows, w, tile, in, first, out); break;      \
-    case E2M1: integers(E2M1, rows, w, tile, in, first, out); break;        \
-    case BFLOAT16: floats(BFLOAT16, rows, w, tile, in, first, out); break;  \
-    default: floats(FLOAT32, rows, w, tile, in, first, out);                \
+#define INTEGERS(kind, rows)                                                                      \
+    if (w->span == 32) integers(kind, rows, 32, w, tile, in, first, out);                         \
+    else if (w->span == 16 && kind == E2M1) integers(kind, rows, 16, w, tile, in, first, out);    \
+    else integers(kind, rows, 0, w, tile, in, first, out)
+#define OF(rows)                                                           \
+    switch (w->kind) {                                                     \
+    case BITS8: INTEGERS(BITS8, rows); break;                              \
+    case BITS4: INTEGERS(BITS4, rows); break;                              \
+    case E2M1: INTEGERS(E2M1, rows); break;                                \
+    case BFLOAT16: floats(BFLOAT16, rows, w, tile, in, first, out); break; \
+    default: floats(FLOAT32, rows, w, tile, in, first, out);               \
     }
-
-/* How many rows go through a tile at once, of `left`. */
-INLINE int64_t rows_of(int64_t left) { return left >= BLOCK ? BLOCK : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
 
 /* `rows` rows of x from `first` on with one tile: finished numbers, [rows][ROWS]. */
 static void tile_of(const Linear *w, int64_t tile, const Input *in, int64_t first, int64_t rows, float *out) {

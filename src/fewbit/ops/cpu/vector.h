@@ -20,19 +20,26 @@ enum { ROWS = 16, PARTS = ROWS / LANES }; /* 16 numbers are what a loop takes at
 typedef int32_t VI __attribute__((vector_size(4 * LANES)));
 typedef float VF __attribute__((vector_size(4 * LANES)));
 typedef uint8_t VB __attribute__((vector_size(4 * LANES)));
-typedef uint16_t VH __attribute__((vector_size(2 * LANES)));
-typedef uint8_t VQ __attribute__((vector_size(LANES)));
 
-/* dot8(d, lo, hi, q): d plus the products of four columns `lo` with q[0..3] and of four more `hi` with q[4..7].
- * `small`: weights below 32. */
+/* all(v): v in every lane; widen2 and widen1: whole numbers of two bytes and of one, as integers.
+ * dot8(d, lo, hi, p, q): d plus the products of four columns `lo` with the four bytes at p and of four more `hi` with
+ * those at q. `small`: weights below 32. */
+INLINE int32_t four(const int8_t *p) {
+    int32_t all;
+    memcpy(&all, p, sizeof all);
+    return all;
+}
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #include <immintrin.h>
-INLINE VI dot8(VI d, VB lo, VB hi, const int32_t *q, int small) {
+INLINE VI dot8(VI d, VB lo, VB hi, const int8_t *p, const int8_t *q, int small) {
     (void)small;
-    __m512i sum = _mm512_dpbusd_epi32((__m512i)d, (__m512i)lo, _mm512_set1_epi32(q[0]));
-    return (VI)_mm512_dpbusd_epi32(sum, (__m512i)hi, _mm512_set1_epi32(q[1]));
+    __m512i sum = _mm512_dpbusd_epi32((__m512i)d, (__m512i)lo, _mm512_set1_epi32(four(p)));
+    return (VI)_mm512_dpbusd_epi32(sum, (__m512i)hi, _mm512_set1_epi32(four(q)));
 }
 INLINE VF fma_(VF a, VF b, VF c) { return (VF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+INLINE VF all(float v) { return (VF)_mm512_set1_ps(v); }
+INLINE VI widen2(const uint16_t *p) { return (VI)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE VI widen1(const uint8_t *p) { return (VI)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
 INLINE VB look_up(const uint8_t table[16], VB at) {
     __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
     return (VB)_mm512_shuffle_epi8(all, (__m512i)at);
@@ -40,8 +47,8 @@ INLINE VB look_up(const uint8_t table[16], VB at) {
 
 #elif defined(__AVX2__)
 #include <immintrin.h>
-INLINE VI dot8(VI d, VB lo, VB hi, const int32_t *q, int small) {
-    __m256i q0 = _mm256_set1_epi32(q[0]), q1 = _mm256_set1_epi32(q[1]), w0 = (__m256i)lo, w1 = (__m256i)hi;
+INLINE VI dot8(VI d, VB lo, VB hi, const int8_t *p, const int8_t *q, int small) {
+    __m256i q0 = _mm256_set1_epi32(four(p)), q1 = _mm256_set1_epi32(four(q)), w0 = (__m256i)lo, w1 = (__m256i)hi;
 #if defined(__AVXVNNI__) /* under AVX-512 the same instruction, encoded otherwise: so both can be tested on either */
     (void)small;
     return (VI)_mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32((__m256i)d, w0, q0), w1, q1);
@@ -62,6 +69,9 @@ INLINE VI dot8(VI d, VB lo, VB hi, const int32_t *q, int small) {
 #endif
 }
 INLINE VF fma_(VF a, VF b, VF c) { return (VF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE VF all(float v) { return (VF)_mm256_set1_ps(v); }
+INLINE VI widen2(const uint16_t *p) { return (VI)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)); }
+INLINE VI widen1(const uint8_t *p) { return (VI)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
 INLINE VB look_up(const uint8_t table[16], VB at) {
     __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
     return (VB)_mm256_shuffle_epi8(all, (__m256i)at);
@@ -69,8 +79,8 @@ INLINE VB look_up(const uint8_t table[16], VB at) {
 
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
-INLINE VI dot8(VI d, VB lo, VB hi, const int32_t *q, int small) { /* `sdot` wants both signed */
-    int8x16_t q0 = vreinterpretq_s8_s32(vdupq_n_s32(q[0])), q1 = vreinterpretq_s8_s32(vdupq_n_s32(q[1]));
+INLINE VI dot8(VI d, VB lo, VB hi, const int8_t *p, const int8_t *q, int small) { /* `sdot` wants both signed */
+    int8x16_t q0 = vreinterpretq_s8_s32(vdupq_n_s32(four(p))), q1 = vreinterpretq_s8_s32(vdupq_n_s32(four(q)));
     int32x4_t sum = (int32x4_t)d;
     if (!small) { /* u = (u - 128) + 128 */
         int8x16_t all = vdupq_n_s8(64);
@@ -83,12 +93,10 @@ INLINE VF fma_(VF a, VF b, VF c) { return (VF)vfmaq_f32((float32x4_t)c, (float32
 INLINE VB look_up(const uint8_t table[16], VB at) { return (VB)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)at); }
 
 #else /* plain C: what the others are held to */
-INLINE VI dot8(VI d, VB lo, VB hi, const int32_t *q, int small) {
-    int8_t code[8];
+INLINE VI dot8(VI d, VB lo, VB hi, const int8_t *p, const int8_t *q, int small) {
     (void)small;
-    memcpy(code, q, 8);
     for (int i = 0; i < LANES; i++)
-        for (int j = 0; j < 4; j++) d[i] += lo[4 * i + j] * code[j] + hi[4 * i + j] * code[4 + j];
+        for (int j = 0; j < 4; j++) d[i] += lo[4 * i + j] * p[j] + hi[4 * i + j] * q[j];
     return d;
 }
 INLINE VF fma_(VF a, VF b, VF c) {
@@ -101,23 +109,19 @@ INLINE VB look_up(const uint8_t table[16], VB at) {
 }
 #endif
 
+#if !defined(__AVX2__)
+INLINE VF all(float v) { return (VF){v, v, v, v}; }
+INLINE VI widen2(const uint16_t *p) { return (VI){p[0], p[1], p[2], p[3]}; }
+INLINE VI widen1(const uint8_t *p) { return (VI){p[0], p[1], p[2], p[3]}; }
+#endif
+
 INLINE VF load(const float *p) {
     VF v;
     memcpy(&v, p, sizeof v);
     return v;
 }
 
-INLINE VF load_bfloat16(const uint16_t *p) {
-    VH half;
-    memcpy(&half, p, sizeof half);
-    return (VF)(__builtin_convertvector(half, VI) << 16);
-}
-
-INLINE VI load_zeros(const uint8_t *p) {
-    VQ few;
-    memcpy(&few, p, sizeof few);
-    return __builtin_convertvector(few, VI);
-}
+INLINE VF load_bfloat16(const uint16_t *p) { return (VF)(widen2(p) << 16); }
 
 INLINE VF pick(VI mask, VF yes, VF no) { return (VF)((mask & (VI)yes) | (~mask & (VI)no)); }
 
@@ -140,17 +144,17 @@ INLINE float add_lanes(const VF v[PARTS]) {
 
 /* e to the v: 2^n e^r with |r| < 0.35 and a polynomial (Cephes' expf), 2 units in the last place; NaN stays NaN. */
 INLINE VF exp_(VF v) {
-    const VF zero = {0}, magic = zero + 12582912.0f; /* 1.5 x 2^23: adding it rounds to an integer */
-    v = pick(v < zero - 87.0f, zero - 87.0f, v);
-    v = pick(v > zero + 88.0f, zero + 88.0f, v);
-    const VF n = fma_(v, zero + 1.44269504f, magic) - magic;
-    VF r = fma_(n, zero - 0.693359375f, v);
-    r = fma_(n, zero + 2.12194440e-4f, r);
-    VF p = fma_(r, zero + 1.9875691500e-4f, zero + 1.3981999507e-3f);
-    p = fma_(p, r, zero + 8.3334519073e-3f);
-    p = fma_(p, r, zero + 4.1665795894e-2f);
-    p = fma_(p, r, zero + 1.6666665459e-1f);
-    p = fma_(p, r, zero + 5.0000001201e-1f);
+    const VF magic = all(12582912.0f); /* 1.5 x 2^23: adding it rounds to an integer */
+    v = pick(v < all(-87.0f), all(-87.0f), v);
+    v = pick(v > all(88.0f), all(88.0f), v);
+    const VF n = fma_(v, all(1.44269504f), magic) - magic;
+    VF r = fma_(n, all(-0.693359375f), v);
+    r = fma_(n, all(2.12194440e-4f), r);
+    VF p = fma_(r, all(1.9875691500e-4f), all(1.3981999507e-3f));
+    p = fma_(p, r, all(8.3334519073e-3f));
+    p = fma_(p, r, all(4.1665795894e-2f));
+    p = fma_(p, r, all(1.6666665459e-1f));
+    p = fma_(p, r, all(5.0000001201e-1f));
     p = fma_(p, r * r, r + 1.0f);
     return p * (VF)((__builtin_convertvector(n, VI) + 127) << 23);
 }
