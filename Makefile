@@ -16,6 +16,9 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
 # The libraries that fewbit is compared with agree on no versions with it: they have an environment of their own.
 PEERS := .venv-peers
 
+# Beside them, to be compared in speed on a CPU: llama.cpp, built here for this processor, and transformers.
+CPU_PEERS := .venv-cpu-peers
+
 # Neither do the clients that a server is tested with, nor with each other: an environment for each tests/clients/*.txt.
 CLIENTS := .venv-clients
 CLIENT_STAMPS := $(patsubst tests/clients/%.txt,$(CLIENTS)/%/.all,$(wildcard tests/clients/*.txt))
@@ -30,7 +33,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/pytest -q -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all soak test-clients peers check clean
+.PHONY: help venv demo test test-all soak test-clients peers bench-peers check clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +56,9 @@ soak: $(VENV)/.all ## ten minutes of mixed traffic on a real server; MINUTES=1 f
 	@$(BIN)/python tests/robust/soak.py --minutes $(or $(MINUTES),10)
 
 peers: $(PEERS)/.all ## make .venv-peers with the real libraries that the slow tests and benchmarks compare with
+
+bench-peers: $(VENV)/.all $(CPU_PEERS)/.all ## speed on this CPU beside llama.cpp (built first) and transformers; ARGS=--quick
+	@$(BIN)/python benchmarks/cpu_peers.py $(ARGS)
 
 check: $(VENV)/.all ## format, lint, types, import floors, house rules
 	@$(BIN)/ruff format --check --quiet . || { echo "not formatted; run: $(BIN)/ruff format ." >&2; exit 1; }
@@ -98,6 +104,17 @@ $(PEERS)/.all: benchmarks/peers.txt Makefile
 	@$(PEERS)/bin/python -m pip -qq --disable-pip-version-check install \
 		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	@$(PEERS)/bin/python -m pip -qq --disable-pip-version-check install -r benchmarks/peers.txt
+	@touch $@
+
+# llama-cpp-python comes as sources.
+$(CPU_PEERS)/.all: benchmarks/cpu_peers.txt Makefile
+	@test -n "$(PYTHON)" || { echo "the peers need Python 3.11 or newer; say where: make PYTHON=... $@" >&2; exit 1; }
+	@echo "making $(CPU_PEERS) with $$($(PYTHON) --version); llama.cpp is compiled, which takes about ten minutes" >&2
+	@$(PYTHON) -m venv $(CPU_PEERS)
+	@$(CPU_PEERS)/bin/python -m pip -qq --disable-pip-version-check install \
+		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	@CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" \
+		$(CPU_PEERS)/bin/python -m pip -qq --disable-pip-version-check install -r benchmarks/cpu_peers.txt
 	@touch $@
 
 # As above where a client wants torch. One of them alone: make .venv-clients/pytriton/.all
