@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -159,7 +160,7 @@ def test_a_budget_that_ends_at_once(fewbit, tiny, tmp_path):
     [
         (
             ("--target", "speed<=3"),
-            "--target 'speed<=3': no such figure; known: recovery, perplexity, kl, top1, ttft_ms",
+            "--target 'speed<=3': no such figure; known: recovery, perplexity, kl, top1, score, score_recovery, ttft",
         ),
         (("--target", "kl<=1", "--minimize", "recovery"), "--minimize recovery: more of it is better; use --maximize"),
         (("--target", "kl<=1", "--recipes", "int5"), "--recipes: unknown recipe 'int5'"),
@@ -173,6 +174,12 @@ def test_a_budget_that_ends_at_once(fewbit, tiny, tmp_path):
         (("--target", "kl<=1", "--length", "16", "--windows", "1000000"), "the shipped text has no 1000000 windows"),
         (("--target", "kl<=1", "--data", "nowhere.txt"), "nowhere.txt: no such file"),
         (("--target", "kl<=1", "--calib", "a.txt:-1"), "--calib: the share of a.txt is -1"),
+        (("--target", "score>=0.5"), "score and score_recovery are of tasks; say of which: --tasks FILE.yaml"),
+        (("--target", "kl<=1", "--tasks", "mmlu"), "--tasks is for a goal that names score or score_recovery"),
+        (("--target", "kl<=1", "--limit", "3"), "--limit is about tasks; give --tasks as well"),
+        (("--target", "score>=0.5", "--tasks", "needle"), "--tasks needle: tune asks mmlu, gauntlet and FILE.yaml"),
+        (("--target", "score>=0.5", "--tasks", "mmlu"), "give the folder that holds them with --task-data FOLDER"),
+        (("--target", "score>=0.5", "--tasks", "gone.yaml"), "gone.yaml: not a description of tasks"),
     ],
 )
 def test_wrong_inputs_are_one_clear_line(fewbit, tiny, tmp_path, arguments, words):
@@ -182,6 +189,51 @@ def test_wrong_inputs_are_one_clear_line(fewbit, tiny, tmp_path, arguments, word
     assert words in done.err
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.tune").exists()
+
+
+def described(folder: Path, tasks: dict[str, list[dict]]) -> Path:
+    """A file that describes tasks, multiple choice, beside their rows."""
+    for name, rows in tasks.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    described = [{"name": name, "kind": "multiple_choice", "file": f"{name}.jsonl", "shots": 1} for name in tasks]
+    (folder / "tasks.yaml").write_text(yaml.safe_dump(described))
+    return folder / "tasks.yaml"
+
+
+def words(count: int) -> list[dict]:
+    """Questions that nobody knows the answer to, so that a random model has about half of them right."""
+    both = [("oak", "hill"), ("sea", "fox"), ("under", "over"), ("the children", "stories")]
+    return [{"query": f"{n} the fox", "choices": both[n % 4], "gold": n // 4 % 2} for n in range(count)]
+
+
+def test_the_score_of_tasks(fewbit, stages, tiny, tmp_path):
+    """Two tasks of 16 and 4 questions, whose accuracies count alike, as `fewbit eval` finds them."""
+    tasks, out = described(tmp_path, {"many": words(16), "few": words(4)}), tmp_path / "out"
+    asked = ("tune", tiny, "--target", "score_recovery>=0.5", "--minimize", "bits_per_weight", "-o", out)
+    asked += ("--recipes", "int8,int4", "--kv", "none", "--tasks", tasks, *SMALL)
+    done = fewbit(*asked, "--json", "-q")
+    assert done.status == 0, done.err
+    found = json.loads(done.out)
+    assert (found["questions"], found["best"], found["base"]["figures"]["score_recovery"]) == (20, "int4", 1)
+    assert len(found["rows"][1]["scores"]) == 20
+    judged = json.loads(fewbit("eval", out, "--base", tiny, "--tasks", tasks, "--json", "-q").out)["tasks"].values()
+    score, base = (sum(t["accuracy"] for t in of) / 2 for of in (judged, [t["base"] for t in judged]))
+    best = found["rows"][1]["figures"]
+    assert (best["score"], found["base"]["figures"]["score"]) == pytest.approx((score, base))
+    assert best["score_recovery"] == pytest.approx(score / base)
+
+    stages.clear()
+    done = fewbit(*asked, "--force")
+    assert (done.status, stages) == (0, ["make"])
+    assert " of base " in done.out
+    done = fewbit(*asked, "--force", "--limit", 3)
+    assert done.status == 2
+    assert "holds results with tasks " in done.err.splitlines()[-1]
+    programs = tmp_path / "programs.yaml"
+    programs.write_text("{name: mine, kind: code, file: many.jsonl}")
+    done = fewbit("tune", tiny, "--target", "score>=0.5", "-o", tmp_path / "o", "--tasks", programs, *SMALL)
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert "mine runs programs that a model wrote, which tune does not" in done.err
 
 
 def test_a_quantized_model_is_refused(fewbit, tiny, tmp_path):
@@ -313,3 +365,32 @@ def test_what_is_found_lies_on_the_true_front(storyteller, tmp_path):
         best = goal.costs(figures[outcome.best])
         assert best[0] == min(goal.costs(figures[name])[0] for name in possible)
         assert not any(dominates(goal.costs(f), best) for f in figures.values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_goal_of_tasks_is_met_as_eval_says(storyteller, tmp_path):
+    """Which of four pieces goes on with a story: what is found by racing is what `fewbit eval` finds of the winner."""
+    text = gzip.decompress((storyteller / "heldout.txt.gz").read_bytes()).decode()
+    told = [part for part in text.split("\n\n") if 200 < len(part) < 600 and "\n" not in part][:60]
+    cuts = [part.index(" ", 120) for part in told]
+    pieces = [part[cut : cut + 60] for part, cut in zip(told, cuts, strict=True)]
+    rows = [
+        {"query": part[:cut], "choices": [pieces[(n + i - n % 4) % len(told)] for i in range(4)], "gold": n % 4}
+        for n, (part, cut) in enumerate(zip(told, cuts, strict=True))
+    ]
+    tasks, out = described(tmp_path, {"endings": rows}), tmp_path / "out"
+    target = ("--target", "score_recovery>=0.8", "--minimize", "bits_per_weight", "--tasks", str(tasks))
+    words = ("tune", str(storyteller), *target, "-o", str(out), "--recipes", "int8,int4", *ON_BOOKS, "--json")
+    done = subprocess.run([sys.executable, "-m", "fewbit.cli", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    best = next(row for row in found["rows"] if row["name"] == found["best"])
+    judge = ("eval", str(out), "--base", str(storyteller), "--tasks", str(tasks), "--json")
+    judged = subprocess.run([sys.executable, "-m", "fewbit.cli", *judge], capture_output=True, text=True, check=True)
+    pair = json.loads(judged.stdout)["tasks"]["endings"]["paired"]
+    assert pair["base"] > 0.35, "chance is 0.25"
+    assert len(best["scores"]) == pair["items"] == 60
+    assert best["figures"]["score"] == pytest.approx(pair["model"])
+    assert best["figures"]["score_recovery"] == pytest.approx(pair["recovery"])
+    assert pair["recovery"] >= 0.8

@@ -56,6 +56,14 @@ def tune(
     ] = None,
     windows: Annotated[int, typer.Option("--windows", min=2, help="Windows to judge by.")] = 48,
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens of a window.")] = 256,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", help="By commas, for score and score_recovery: mmlu, gauntlet, FILE.yaml."),
+    ] = None,
+    task_data: Annotated[
+        Path | None, typer.Option("--task-data", metavar="FOLDER", help="Where mmlu and gauntlet lie.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Questions of each task.")] = None,
     calib: Annotated[list[str] | None, typer.Option("--calib", help="Calibration data, as for compress.")] = None,
     calib_windows: Annotated[
         int | None, typer.Option("--calib-windows", min=1, help="Windows to calibrate on.")
@@ -85,8 +93,15 @@ def tune(
     from fewbit.measure.journal import Journal, digest
     from fewbit.measure.machine import versions
     from fewbit.measure.runfolder import identity
+    from fewbit.measure.tasks.source import Source
 
     goal = room.read_goal(target, minimize, maximize)
+    if (tasks is not None) != goal.asks:
+        named = "--tasks is for a goal that names score or score_recovery; name one, or leave it out"
+        raise RecipeError(named if tasks else "score and score_recovery are of tasks; say of which: --tasks FILE.yaml")
+    for option, given in (("--task-data", task_data), ("--limit", limit)):
+        if given is not None and tasks is None:
+            raise RecipeError(f"{option} is about tasks; give --tasks as well")
     if budget is not None and not budget > 0:
         raise RecipeError(f"--budget {budget:g}: expected minutes above 0")
     calibration = _calibration(calib, calib_windows, calib_length)
@@ -100,6 +115,10 @@ def tune(
     check_target(output, force, checkpoint.path)
     _check(checkpoint, prompt + tokens, length)
     cut = _windows(checkpoint, data, windows, length, calibration, seed)
+    asked = None
+    if tasks is not None:
+        names = tuple(name.strip() for name in tasks.split(","))
+        asked = room.questions(names, task_data, Source(str(checkpoint.path), str(where)), limit, seed)
     folder = run or output.absolute().parent / f"{output.name}.tune"
     settings = {
         **(ran_with := versions(where)), "model": f"{checkpoint.path.resolve()} {identity(checkpoint)}",
@@ -107,7 +126,7 @@ def tune(
         "candidates": ", ".join(c.name for c in tried), "recipes": digest([c.text for c in tried]),
         "device": f"{where} {ran_with['device']}", "windows": windows, "length": length, "seed": seed,
         "data": f"{data or 'the shipped text'} {digest(cut)}", "batch": batch, "prompt": prompt, "tokens": tokens,
-        "runs": runs, "exhaustive": exhaustive,
+        "runs": runs, "exhaustive": exhaustive, "tasks": asked and f"{tasks} {asked.about}",
     }  # fmt: skip
     if folder.is_file():
         raise RecipeError(f"--run {folder} is a file; expected the folder of a search, or a new one")
@@ -117,14 +136,22 @@ def tune(
     with Journal(folder / "journal.jsonl", settings, room.JOURNALLED, "--run") as journal:
         if len(journal):
             note(f"going on after {len(journal)} measurements of an earlier run")
-        workers = room.Workers(protocol, folder, cut, deadline, progress)
-        search = room.Search(tried, goal, workers, journal, len(cut), exhaustive=exhaustive, tell=note)
+        workers = room.Workers(protocol, folder, cut, deadline, progress, asked)
+        weights = asked.weights if asked else ()
+        search = room.Search(tried, goal, workers, journal, len(cut), weights, exhaustive=exhaustive, tell=note)
         outcome = search.run()
         _write_result(folder, goal, outcome)
         if outcome.best is not None:
             workers.deadline = None
             workers.deliver(search.candidates[outcome.best], output, force)
-    fields = {"goal": str(goal), "windows": len(cut), "output": str(output), "run": str(folder), **asdict(outcome)}
+    fields = {
+        "goal": str(goal),
+        "windows": len(cut),
+        "questions": len(asked or ()),
+        "output": str(output),
+        "run": str(folder),
+        **asdict(outcome),
+    }
     if outcome.best is None:
         fields["output"] = None
     if json:
@@ -202,16 +229,26 @@ _COLUMNS = (
     ("recovery", "recovery", ".4f"),
     ("KL", "kl", ".4f"),
     ("top-1", "top1", ".3f"),
+    ("score", "score", ".4f"),
+    ("of base", "score_recovery", ".4f"),
 )
 
 
 def _show(goal: Goal, outcome: Outcome, total: int) -> None:
-    rows = [_line(outcome.base, ""), *(_line(row, _remark(row, goal, outcome, total)) for row in outcome.rows)]
-    table(["candidate", *(title for title, _, _ in _COLUMNS), "windows", ""], rows)
+    rows = [
+        _line(outcome.base, goal, ""),
+        *(_line(row, goal, _remark(row, goal, outcome, total)) for row in outcome.rows),
+    ]
+    table(["candidate", *(title for title, _, _ in _columns(goal)), "windows", ""], rows)
 
 
-def _line(row: Row, remark: str) -> tuple[str, ...]:
-    figures = (f"{row.figures[name]:{fmt}}" if name in row.figures else "" for _, name, fmt in _COLUMNS)
+def _columns(goal: Goal) -> tuple[tuple[str, str, str], ...]:
+    """Title, figure and format; of tasks only where the goal is about them."""
+    return _COLUMNS if goal.asks else _COLUMNS[:-2]
+
+
+def _line(row: Row, goal: Goal, remark: str) -> tuple[str, ...]:
+    figures = (f"{row.figures[name]:{fmt}}" if name in row.figures else "" for _, name, fmt in _columns(goal))
     return row.name, *figures, str(len(row.windows) or ""), remark
 
 

@@ -33,9 +33,10 @@ from fewbit.measure.tune import (
     read_goal,
     rounds,
 )
-from fewbit.measure.tune.evidence import difference, interval, mean_interval, quality, student
+from fewbit.measure.tune.evidence import Answer, difference, interval, mean_interval, quality, student
 
 TOTAL = 48
+QUESTIONS = 600
 
 # --- what is asked for ------------------------------------------------------------------------------------------------
 
@@ -49,6 +50,10 @@ def test_a_goal_as_the_command_line_has_it():
     assert goal.targets[0].shortfall(0.9603) == pytest.approx(0.03)
     assert read_goal("ttft_ms<=1").axes[-1].name == "recovery"  # no front without a quality
     assert read_goal("kl<=0.1", None, "tokens_per_s").objective.higher
+    assert not goal.asks
+    goal = read_goal("score_recovery>=0.99", "bits_per_weight")
+    assert goal.asks
+    assert [axis.name for axis in goal.axes] == ["bits_per_weight", "score_recovery"]
 
 
 @pytest.mark.parametrize(
@@ -64,6 +69,8 @@ def test_a_goal_as_the_command_line_has_it():
         (("ttft_ms<=nan",), "expected a number above 0"),
         (("ttft_ms<=-1",), "expected a number above 0"),
         (("recovery>=99",), "at most 1, such as 0.99"),
+        (("score>=60",), "at most 1, such as 0.99"),
+        (("score<=0.6",), "more of score is better"),
         (("recovery>=0.9, recovery>=0.8",), "recovery stands twice"),
         (("latency<=2",), ", ".join(FIGURES)),
         (("ttft<=200",), "did you mean 'ttft_ms'"),
@@ -158,19 +165,61 @@ def test_quality_of_windows():
     assert difference("kl", seen, seen, 4, 0.05) == (0.0, 0.0)
 
 
+def test_score_of_answers():
+    """Two tasks, of three questions and of one, which so weighs three times as much."""
+    right = zip((1, 0, 1, 0), (1, 1, 0, 1), (2 / 3, 2 / 3, 2 / 3, 2.0), strict=True)
+    seen = [Answer(score, base, weight, 5 / 6) for score, base, weight in right]
+    assert quality(seen) == pytest.approx({"score": (2 / 3 + 0) / 2, "score_recovery": (2 / 3) / (2 / 3 + 1)})
+    assert interval("score", seen, 4, 0.05) == pytest.approx((1 / 3,) * 2)
+    low, high = interval("score_recovery", seen, 40, 0.05)
+    assert low < 0.4 < high
+
+
+def answered(rights: list[float]) -> list[Answer]:
+    return [Answer(right, 1.0, 1.0, 1.0) for right in rights]
+
+
+def test_where_every_answer_is_the_same_an_interval_keeps_its_width():
+    seen = answered([1.0] * 50)
+    low, high = interval("score_recovery", seen, 400, 0.001)
+    assert low < 0.9  # a model that changes an answer in ten shows no change in fifty with a probability of 0.005
+    assert high >= 1
+    low, high = difference("score", seen, seen, 400, 0.001)
+    assert low == -high < -0.1
+    assert difference("score", seen, seen, 50, 0.001) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("lost", [1, 4, 20])
+def test_intervals_of_rare_flips_hold_as_often_as_they_say(lost):
+    random_, whole, held = np.random.default_rng(0), [0.0] * lost + [1.0] * (400 - lost), 0
+    for _ in range(400):
+        seen = answered(random_.permutation(whole)[:50].tolist())
+        low, high = interval("score_recovery", seen, 400, 0.1)
+        held += low <= 1 - lost / 400 <= high
+    assert held >= 342  # 360 expected at least, standard deviation 6
+
+
 # --- racing -----------------------------------------------------------------------------------------------------------
 
 
 class Bench:
     """A measurer of made-up candidates: name -> (bits, milliseconds, loss, noise), and what was asked of it."""
 
-    def __init__(self, made: dict[str, tuple[float, float, float, float]], seed: int = 0, limit: int | None = None):
+    def __init__(
+        self, made: dict[str, tuple[float, float, float, float]], seed: int = 0, limit: int | None = None,
+        lost: dict[str, float] | None = None,
+    ):  # fmt: skip
+        """lost: shares of the questions that candidates lose; the model itself has seven of ten right."""
         self.made, self.limit, self.asked, self.forgotten = made, limit, Counter(), set()
         draw = random.Random(seed)
         base = [draw.gauss(3, 0.3) for _ in range(TOTAL)]
         self.windows = {
             name: [Window(b + draw.gauss(loss, noise), b, loss, 1 - loss) for b in base]
             for name, (_, _, loss, noise) in made.items()
+        }
+        right = [draw.random() < 0.7 for _ in range(QUESTIONS if lost else 0)]
+        self.rights = {None: list(map(float, right))} | {
+            name: [float(one and draw.random() >= share) for one in right] for name, share in (lost or {}).items()
         }
 
     def _count(self, what: str) -> None:
@@ -200,6 +249,12 @@ class Bench:
         assert candidate.name not in self.forgotten
         return self.windows[candidate.name][start:stop]
 
+    def answers(self, candidate, start, stop):
+        name = candidate and candidate.name
+        self._count(f"tasks {name}")
+        assert name not in self.forgotten
+        return self.rights[name][start:stop]
+
     def forget(self, candidate):
         self.forgotten.add(candidate.name)
 
@@ -221,7 +276,8 @@ SOME = {  # bits, ms, loss, noise
 def search(bench, folder, goal="recovery>=0.99, ttft_ms<=200", minimize="time_per_token", **options):
     tried = [Candidate(name, f"text of {name}") for name in bench.made]
     with Journal(folder / "journal.jsonl", {"goal": goal, "minimize": minimize}, JOURNALLED, "--run") as journal:
-        return Search(tried, read_goal(goal, minimize), bench, journal, TOTAL, **options).run()
+        weights = [1.0] * len(bench.rights[None])
+        return Search(tried, read_goal(goal, minimize), bench, journal, TOTAL, weights, **options).run()
 
 
 def test_the_best_that_meets_the_targets_wins_and_the_hopeless_are_dropped(tmp_path):
@@ -311,6 +367,68 @@ def test_rounds_double():
     assert rounds(100) == [12, 24, 48, 96, 100]
     assert rounds(6) == [6]
     assert rounds(2) == [2]
+
+
+# --- by the score of tasks --------------------------------------------------------------------------------------------
+
+LOST = {"eight": 0.002, "four": 0.3, "four_better": 0.2, "mixed": 0.01, "slow": 0.0, "silly": 0.5}
+BY_SCORE = "score_recovery>=0.95, ttft_ms<=200"
+
+
+def test_questions_are_raced_as_windows_are(tmp_path):
+    bench = Bench(SOME, lost=LOST)
+    found = search(bench, tmp_path, BY_SCORE, "bits_per_weight")
+    assert (found.best, found.whole) == ("mixed", True)
+    assert found.base.figures["score_recovery"] == 1
+    assert found.base.figures["score"] == pytest.approx(np.mean(bench.rights[None]))
+    for name in ("mixed", "eight"):
+        figures = found.row(name).figures
+        assert figures["score"] == pytest.approx(np.mean(bench.rights[name]))
+        assert figures["score_recovery"] == pytest.approx(figures["score"] / found.base.figures["score"])
+    assert found.row("four").out.startswith("misses score_recovery>=0.95 (0.")
+    asked = {row.name: len(row.scores) for row in found.rows}
+    assert asked["mixed"] == QUESTIONS
+    assert asked["slow"] == 0  # out by its speed
+    assert max(asked["four"], asked["four_better"], asked["silly"]) < QUESTIONS
+    assert bench.asked["tasks None"] == len(rounds(TOTAL))
+
+    unasked = Bench(SOME, lost=LOST)
+    search(unasked, tmp_path / "cheap", "score>=0.5, bits_per_weight<=1")
+    assert not any(what.startswith("tasks") for what in unasked.asked)  # nobody is left whose answers matter
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_as_good_as_asking_everything(seed, tmp_path):
+    draw = random.Random(seed)
+    made = {f"c{i}": (draw.choice([4.25, 5.0, 6.0, 8.0]), draw.uniform(2, 8), 0.01, 0.004) for i in range(8)}
+    lost = {name: draw.choice([0.0, 0.01, 0.05, 0.2]) for name in made}
+    asked = ("score_recovery>=0.94", "bits_per_weight")
+    race = search(Bench(made, seed, lost=lost), tmp_path, *asked)
+    whole = search(Bench(made, seed, lost=lost), tmp_path / "whole", *asked, exhaustive=True)
+    assert race.best == whole.best
+    assert race.best is None or race.row(race.best).figures == whole.row(race.best).figures
+
+
+def test_every_interruption_of_questions_is_gone_on_from(tmp_path):
+    few = {name: SOME[name] for name in ("eight", "four", "mixed")}
+    straight = Bench(few, lost=LOST)
+    expected = search(straight, tmp_path / "straight", BY_SCORE)
+    for stop in range(sum(straight.asked.values())):
+        folder, first, second = tmp_path / str(stop), Interrupting(few, limit=stop, lost=LOST), Bench(few, lost=LOST)
+        with pytest.raises(KeyboardInterrupt):
+            search(first, folder, BY_SCORE)
+        assert search(second, folder, BY_SCORE) == expected
+        assert first.asked + second.asked == straight.asked
+        found = search(Bench(few, limit=stop, lost=LOST), tmp_path / f"late {stop}", BY_SCORE)  # the time is up
+        assert not found.whole
+        assert found.best in (None, expected.best)
+
+
+def test_a_model_that_has_nothing_right_is_one_clear_line(tmp_path):
+    bench = Bench(SOME, lost=LOST)
+    bench.rights[None] = [0.0] * QUESTIONS
+    with pytest.raises(UnsupportedError, match="the model as it was has no question right"):
+        search(bench, tmp_path, BY_SCORE)
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from fewbit.measure.tune.candidates import Candidate, candidates, kv_names, name
 from fewbit.measure.tune.evidence import Window
 from fewbit.measure.tune.goal import FIGURES, Figure, Goal, Target, read_goal
 from fewbit.measure.tune.process import Protocol, Workers
+from fewbit.measure.tune.questions import Questions, questions
 from fewbit.measure.tune.search import (
     BASE,
     JOURNALLED,
@@ -28,6 +29,7 @@ __all__ = [
     "OutOfTimeError",
     "Outcome",
     "Protocol",
+    "Questions",
     "Row",
     "Search",
     "Target",
@@ -36,6 +38,7 @@ __all__ = [
     "candidates",
     "kv_names",
     "names",
+    "questions",
     "read_goal",
     "rounds",
 ]

@@ -1,16 +1,17 @@
-"""What the windows seen so far say of a candidate's quality on all of them: figures and intervals.
+"""What the windows and questions seen so far say of a candidate's quality on all of them: figures and intervals.
 
-Every quality figure is an increasing function of a mean over windows. The windows are a sample without replacement of
-those that will be looked at, in a random order, so the interval of a mean is Student's with the finite population's
-factor (W. G. Cochran, "Sampling Techniques", 3rd ed., 1977, section 2.6); once all are seen it is a point.
+Every quality figure is an increasing function of a mean over windows, or over questions. They are a sample without
+replacement of those that will be looked at, in a random order, so the interval of a mean is Student's with the finite
+population's factor (W. G. Cochran, "Sampling Techniques", 3rd ed., 1977, section 2.6); once all are seen it is a point.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -32,40 +33,80 @@ class Window:
     top1: float
 
 
-_SCORES: dict[str, tuple[Callable[[Window], float], Callable[[float], float]]] = {
+@dataclass(frozen=True)
+class Answer:
+    """A question of the tasks.
+
+    Attributes:
+        score: 1 if the candidate has it right, else 0.
+        base: the same of the model it was made from.
+        weight: with which it counts, 1 on average: a mean over questions is then the mean of the tasks' accuracies.
+        whole: that mean of the base, over all questions.
+    """
+
+    score: float
+    base: float
+    weight: float
+    whole: float
+
+
+_Of = Callable[[float], float]
+_WINDOWS: dict[str, tuple[Callable[[Window], float], _Of]] = {
     "recovery": (lambda w: w.base - w.loss, math.exp),
     "perplexity": (lambda w: w.loss, math.exp),
     "kl": (lambda w: w.kl, lambda mean: mean),
     "top1": (lambda w: w.top1, lambda mean: mean),
 }
 """Of each quality figure: what a window adds to a mean, and the figure as an increasing function of it."""
+_ANSWERS: dict[str, tuple[Callable[[Answer], float], _Of]] = {
+    "score": (lambda a: a.weight * a.score, lambda mean: mean),
+    "score_recovery": (lambda a: a.weight * (a.score - a.base) / a.whole, lambda mean: 1 + mean),
+}
+"""The same of a question."""
+_SCORES: dict[str, tuple[Callable[[Any], float], _Of]] = {**_WINDOWS, **_ANSWERS}
+Seen = Sequence[Window] | Sequence[Answer]
 
 
-def quality(windows: Sequence[Window]) -> dict[str, float]:
-    """Every quality figure on these windows."""
-    return {name: of(float(np.mean([score(w) for w in windows]))) for name, (score, of) in _SCORES.items()}
+def quality(seen: Seen) -> dict[str, float]:
+    """Every quality figure on these windows, or on these questions."""
+    figures = _ANSWERS if isinstance(seen[0], Answer) else _WINDOWS
+    found = ((name, *_SCORES[name]) for name in figures)
+    return {name: of(float(np.mean([score(one) for one in seen]))) for name, score, of in found}
 
 
-def interval(name: str, windows: Sequence[Window], total: int, risk: float) -> tuple[float, float]:
-    """In which a quality figure on all `total` windows lies, but for a chance of `risk`."""
+def interval(name: str, seen: Seen, total: int, risk: float) -> tuple[float, float]:
+    """In which a quality figure on all `total` windows or questions lies, but for a chance of `risk`."""
     score, of = _SCORES[name]
-    low, high = mean_interval([score(w) for w in windows], total, risk)
+    low, high = mean_interval([score(one) for one in seen], total, risk, [score(one) for one in _ends(seen)])
     return _safe(of, low), _safe(of, high)
 
 
-def difference(name: str, a: Sequence[Window], b: Sequence[Window], total: int, risk: float) -> tuple[float, float]:
-    """In which the difference a - b of the means behind a figure lies, on the windows that both have seen."""
+def difference(name: str, a: Seen, b: Seen, total: int, risk: float) -> tuple[float, float]:
+    """In which the difference a - b of the means behind a figure lies, on what both have seen."""
     score, _ = _SCORES[name]
-    return mean_interval([score(x) - score(y) for x, y in zip(a, b, strict=False)], total, risk)
+    lost_won = [score(one) for one in _ends(a)]
+    ends = [x - y for x, y in zip(lost_won, reversed(lost_won), strict=True)]
+    return mean_interval([score(x) - score(y) for x, y in zip(a, b, strict=False)], total, risk, ends)
 
 
-def mean_interval(values: Sequence[float], total: int, risk: float) -> tuple[float, float]:
+def _ends(seen: Seen) -> list[Answer]:
+    """The worst and the best that a question can be; of windows nobody knows that."""
+    answers = [one for one in seen if isinstance(one, Answer)]
+    if not answers:
+        return []
+    heaviest = max(answers, key=lambda a: a.weight)
+    return [replace(heaviest, score=0.0, base=1.0), replace(heaviest, score=1.0, base=0.0)]
+
+
+def mean_interval(values: Sequence[float], total: int, risk: float, ends: Sequence[float] = ()) -> tuple[float, float]:
     """In which the mean of `total` numbers lies, of which these are a random sample without replacement.
 
     Args:
         values: the sample.
         total: how many there are in all.
         risk: chance that the mean lies outside, were the numbers normal.
+        ends: the least and the largest that a number can be. They are then counted among the numbers, each t^2 / 2
+            times, so that an interval keeps a width where all that was seen is equal (Agresti and Coull 1998).
     """
     n = len(values)
     if n < 2 < total:
@@ -73,9 +114,14 @@ def mean_interval(values: Sequence[float], total: int, risk: float) -> tuple[flo
     mean = float(np.mean(values))
     if n >= total:
         return mean, mean
-    error = float(np.std(values, ddof=1)) / math.sqrt(n) * math.sqrt(1 - n / total)
-    reach = student(n - 1, risk) * error
-    return mean - reach, mean + reach
+    reach = student(n - 1, risk) * math.sqrt(1 - n / total)
+    if not ends:
+        error = float(np.std(values, ddof=1)) / math.sqrt(n)
+    else:
+        weights = [1.0] * n + [reach * reach / 2] * len(ends)
+        mean, count = float(np.average([*values, *ends], weights=weights)), sum(weights)
+        error = math.sqrt(float(np.average((np.array([*values, *ends]) - mean) ** 2, weights=weights)) / count)
+    return mean - reach * error, mean + reach * error
 
 
 @cache

@@ -10,8 +10,8 @@ from typing import Literal
 
 from fewbit.errors import RecipeError, nearest_name
 
-Kind = Literal["quality", "speed", "fact"]
-"""How a figure is found: on windows of text, by timing the engine, or from the files."""
+Kind = Literal["quality", "tasks", "speed", "fact"]
+"""How a figure is found: on windows of text, on questions of tasks, by timing the engine, or from the files."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Figure:
     kind: Kind
     words: str
 
+    @property
+    def sampled(self) -> bool:
+        """Whether it is known only up to an interval until everything has been looked at."""
+        return self.kind in ("quality", "tasks")
+
     def cost(self, value: float) -> float:
         """The value turned so that less is better."""
         return -value if self.higher else value
@@ -42,6 +47,8 @@ FIGURES = {
         Figure("perplexity", False, "quality", "exp of the mean negative log-likelihood of a token"),
         Figure("kl", False, "quality", "mean KL divergence from the base model's next-token distribution, in nats"),
         Figure("top1", True, "quality", "fraction of positions at which both models would choose the same token"),
+        Figure("score", True, "tasks", "mean accuracy of the tasks of --tasks"),
+        Figure("score_recovery", True, "tasks", "score of the candidate / that of the base model"),
         Figure("ttft_ms", False, "speed", "mean time to the first token of a request"),
         Figure("time_per_token_ms", False, "speed", "mean time between tokens of a request after its first"),
         Figure("tokens_per_s", True, "speed", "tokens generated for all sequences together, over the whole time"),
@@ -49,7 +56,7 @@ FIGURES = {
         Figure("bits_per_weight", False, "fact", "true bits of a weight, scales included, over all linears of layers"),
     )
 }
-_FRACTIONS = ("recovery", "top1")
+_FRACTIONS = ("recovery", "top1", "score", "score_recovery")
 _UNITS = ("_ms", "_gb")
 _TARGET = re.compile(r"\s*([A-Za-z0-9_]+)\s*([<>=!]+)\s*([^\s<>=]+)\s*")
 
@@ -84,9 +91,14 @@ class Goal:
     def axes(self) -> tuple[Figure, ...]:
         """What candidates are compared by: the objective, the targets' figures, and a quality in any case."""
         named = dict.fromkeys((self.objective, *(target.figure for target in self.targets)))
-        if not any(figure.kind == "quality" for figure in named):
+        if not any(figure.sampled for figure in named):
             named[FIGURES["recovery"]] = None
         return tuple(named)
+
+    @property
+    def asks(self) -> bool:
+        """Whether it is about the score of tasks."""
+        return any(axis.kind == "tasks" for axis in self.axes)
 
     def costs(self, figures: Mapping[str, float]) -> tuple[float, ...]:
         """The axes' values, each turned so that less is better."""
@@ -147,7 +159,7 @@ def _target(text: str) -> Target:
     if not (math.isfinite(limit) and limit > 0):
         raise RecipeError(f"{where}: expected a number above 0, got {value}")
     if name in _FRACTIONS and limit > 1:
-        raise RecipeError(f"{where}: {name} is a fraction of the base model's; expected at most 1, such as 0.99")
+        raise RecipeError(f"{where}: {name} is a fraction; expected at most 1, such as 0.99")
     return Target(figure, limit)
 
 

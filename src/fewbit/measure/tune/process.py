@@ -20,6 +20,7 @@ from fewbit.checkpoint.writer import check_target
 from fewbit.errors import UnsupportedError
 from fewbit.measure.tune.candidates import Candidate
 from fewbit.measure.tune.evidence import Window
+from fewbit.measure.tune.questions import Questions
 from fewbit.measure.tune.search import LostError, OutOfTimeError
 
 _TAIL = 300  # characters of a dead process's last words
@@ -55,6 +56,7 @@ class Workers:
         protocol: what is measured.
         folder: of the run: windows and checkpoints lie here.
         windows: token ids of the text, in the order in which they are looked at.
+        questions: of tasks, if the goal names their score.
         deadline: of `time.monotonic`; when it comes the measurement under way is ended. None: there is none.
         bars: makes what is called with the progress of one measurement.
     """
@@ -62,11 +64,15 @@ class Workers:
     def __init__(
         self, protocol: Protocol, folder: Path, windows: Sequence[Sequence[int]], deadline: float | None = None,
         bars: Callable[[], AbstractContextManager[Progress]] = lambda: nullcontext(lambda stage, done, total: None),
+        questions: Questions | None = None,
     ) -> None:  # fmt: skip
         self.protocol, self.folder, self.deadline, self.bars = protocol, folder, deadline, bars
         folder.mkdir(parents=True, exist_ok=True)
         self.windows = folder / "windows.json"
         self.windows.write_text(json.dumps([list(window) for window in windows]), "utf8")
+        self.questions = folder / "questions.json"
+        if questions is not None:
+            questions.write(self.questions)
 
     def checkpoint(self, candidate: Candidate) -> Path:
         """Where a candidate's checkpoint lies."""
@@ -93,6 +99,13 @@ class Workers:
         where = {"windows": str(self.windows), "start": start, "stop": stop}
         found = self._run("quality", target=self._there(candidate), **where)["windows"]
         return [Window(*means) for means in found]
+
+    def answers(self, candidate: Candidate | None, start: int, stop: int) -> list[float]:
+        """See `Measurer.answers`."""
+        target = str(self.protocol.model) if candidate is None else self._there(candidate)
+        where = {"questions": str(self.questions), "start": start, "stop": stop}
+        found: list[float] = self._run("tasks", target=target, **where)["scores"]
+        return found
 
     def forget(self, candidate: Candidate) -> None:
         """See `Measurer.forget`."""

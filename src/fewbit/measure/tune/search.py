@@ -1,27 +1,31 @@
 """The search of `fewbit tune`: cheap measurements of all candidates first, dear ones of those that may still win.
 
 Facts of the files and speed are measured once and are what they are: a candidate that misses a target on them is out
-before any quality is measured. Quality is measured on a growing number of windows, doubled from round to round as in
-successive halving (K. Jamieson and A. Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter
-Optimization", arXiv:1502.07943). Who goes on is not decided by rank but as in a race (O. Maron and A. Moore, "Hoeffding
-Races", NIPS 1993): a candidate is dropped once an interval says that it misses a target or that another one is no worse
-in every figure and better in one. The intervals are paired where two candidates are compared, for both saw the same
-windows. With risk R in all for a candidate, each of its comparisons gets R by their number (Bonferroni).
+before any quality is measured. Quality is measured on a growing number of windows, and of questions of tasks where the
+goal names their score, doubled from round to round as in successive halving (K. Jamieson and A. Talwalkar,
+"Non-stochastic Best Arm Identification and Hyperparameter Optimization", arXiv:1502.07943). Who goes on is not decided
+by rank but as in a race (O. Maron and A. Moore, "Hoeffding Races", NIPS 1993): a candidate is dropped once an interval
+says that it misses a target or that another one is no worse in every figure and better in one. The intervals are paired
+where two candidates are compared, for both saw the same windows and questions. With risk R in all for a candidate, each
+of its comparisons gets R by their number (Bonferroni).
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fewbit.errors import FewbitError
+import numpy as np
+
+from fewbit.errors import FewbitError, UnsupportedError
 from fewbit.measure.journal import Journal
 from fewbit.measure.pareto import pareto
 from fewbit.measure.tune.candidates import Candidate
-from fewbit.measure.tune.evidence import Window, difference, interval, quality
-from fewbit.measure.tune.goal import Goal
+from fewbit.measure.tune.evidence import Answer, Seen, Window, difference, interval, quality
+from fewbit.measure.tune.goal import Figure, Goal
 
 JOURNALLED = ("candidate", "stage")
 """What names a line of the journal: a candidate, and what was measured of it."""
@@ -56,6 +60,9 @@ class Measurer(Protocol):
     def quality(self, candidate: Candidate, start: int, stop: int) -> list[Window]:
         """What it makes of some of the windows."""
 
+    def answers(self, candidate: Candidate | None, start: int, stop: int) -> list[float]:
+        """1 or 0 for some of the questions: whether it has them right. None: the model itself."""
+
     def forget(self, candidate: Candidate) -> None:
         """Its checkpoint is not needed any more."""
 
@@ -68,6 +75,7 @@ class Row:
         name: of the candidate.
         figures: by name; those of quality on the windows seen so far.
         windows: what was seen.
+        scores: 1 or 0 for each question that was asked.
         recipe: the text that makes it again.
         out: why it is not in the race any more; None: it is.
         failed: whether `out` says that it could not be measured.
@@ -76,6 +84,7 @@ class Row:
     name: str
     figures: dict[str, float] = field(default_factory=dict)
     windows: list[Window] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
     recipe: str | None = None
     out: str | None = None
     failed: bool = False
@@ -124,20 +133,21 @@ class Search:
         measurer: who measures.
         journal: what is known already, and where it is kept; its names are `JOURNALLED`.
         windows: how many a candidate's quality is measured on.
+        weights: of the questions of tasks, see `evidence.Answer`; none where the goal does not name their score.
         exhaustive: measure everything of everybody.
         tell: told in words what is going on.
     """
 
     def __init__(
-        self, candidates: Sequence[Candidate], goal: Goal, measurer: Measurer, journal: Journal, windows: int, *,
-        exhaustive: bool = False, tell: Callable[[str], None] = lambda text: None,
+        self, candidates: Sequence[Candidate], goal: Goal, measurer: Measurer, journal: Journal, windows: int,
+        weights: Sequence[float] = (), *, exhaustive: bool = False, tell: Callable[[str], None] = lambda text: None,
     ) -> None:  # fmt: skip
+        assert bool(weights) == goal.asks
         self.candidates = {candidate.name: candidate for candidate in candidates}
         self.goal, self.measurer, self.journal, self.total = goal, measurer, journal, windows
-        self.exhaustive, self.tell = exhaustive, tell
+        self.weights, self.exhaustive, self.tell = weights, exhaustive, tell
         self.rows = {name: Row(name) for name in self.candidates}
         self.base = Row(BASE)
-        self.quality_axes = [axis.name for axis in goal.axes if axis.kind == "quality"]
         looks = len(rounds(windows)) * (len(self.rows) + len(goal.targets))
         self.risk = RISK / looks
 
@@ -148,7 +158,10 @@ class Search:
             self.base.figures |= self._once(BASE, "speed", lambda: {"figures": self.measurer.base()})["figures"]
             for row in self.rows.values():
                 self._cheap(row)
-            for seen in [self.total] if self.exhaustive else rounds(self.total):
+            steps = [self.total] if self.exhaustive else rounds(self.total)
+            if self.weights and self._alive():
+                self._ask_base(steps)
+            for seen in steps:
                 for row in sorted(self._alive(), key=lambda r: self._objective(r.figures)):
                     self._look(row, seen)
         except OutOfTimeError:
@@ -172,8 +185,26 @@ class Search:
             row.figures |= timed["figures"]
             self._drop_missed(row)
 
+    def _ask_base(self, steps: Sequence[int]) -> None:
+        """All questions for the model itself: what a candidate recovers is a share of that score."""
+        base = self.base
+        for last in map(self._questions, steps):
+            stage, ask = self._asking(base, last)
+            base.scores += self._once(BASE, stage, ask)["scores"]
+        if not any(base.scores):
+            raise UnsupportedError("the model as it was has no question right; choose tasks that it knows something of")
+
+    def _questions(self, seen: int) -> int:
+        """How many questions have been asked when so many windows have been seen: the same share."""
+        return math.ceil(len(self.weights) * seen / self.total)
+
+    def _asking(self, row: Row, last: int) -> tuple[str, Callable[[], Mapping[str, Any]]]:
+        """A stage in which a row is asked the questions up to `last`, and what does it."""
+        candidate, first = self.candidates.get(row.name), len(row.scores)
+        return f"tasks {first}:{last}", lambda: {"scores": self.measurer.answers(candidate, first, last)}
+
     def _look(self, row: Row, seen: int) -> None:
-        """More windows for a candidate, if it may still win."""
+        """More windows and questions for a candidate, if it may still win."""
         if self._hopeless(row):
             return
         start = len(row.windows)
@@ -181,10 +212,17 @@ class Search:
         found = self._tried(
             row, stage, lambda: {"windows": [vars(w) for w in self.measurer.quality(candidate, start, seen)]}
         )
-        if found is not None:
-            row.windows += [Window(**window) for window in found["windows"]]
-            row.figures |= quality(row.windows)
-            self._hopeless(row)
+        if found is None:
+            return
+        row.windows += [Window(**window) for window in found["windows"]]
+        row.figures |= quality(row.windows)
+        if (last := self._questions(seen)) > len(row.scores):
+            found = self._tried(row, *self._asking(row, last))
+            if found is None:
+                return
+            row.scores += found["scores"]
+            row.figures |= quality(self._answers(row))
+        self._hopeless(row)
 
     def _tried(self, row: Row, stage: str, measure: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any] | None:
         """What a measurement gives; None: it cannot be, and the row says why."""
@@ -223,7 +261,7 @@ class Search:
 
     def _drop_missed(self, row: Row) -> bool:
         """Drop a candidate that misses a target on figures that are what they are."""
-        missed = [t for t in self.goal.missed(row.figures) if t.figure.kind != "quality"]
+        missed = [t for t in self.goal.missed(row.figures) if not t.figure.sampled]
         if missed and not self.exhaustive:
             self._drop(row, "misses " + ", ".join(f"{t} ({row.figures[t.figure.name]:.4g})" for t in missed))
         return row.out is not None
@@ -234,8 +272,8 @@ class Search:
             return False
         for target in self.goal.targets:
             figure = target.figure
-            if row.windows and figure.kind == "quality":
-                low, high = interval(figure.name, row.windows, self.total, self.risk)
+            if figure.sampled and (evidence := self._evidence(row, figure)):
+                low, high = interval(figure.name, evidence, self._whole(figure), self.risk)
                 best = high if figure.higher else low
                 if not target.met(best):
                     self._drop(row, f"misses {target} ({low:.4g} to {high:.4g})")
@@ -248,12 +286,13 @@ class Search:
 
     def _beats(self, a: Row, b: Row) -> bool:
         """Whether `a` is no worse than `b` in every axis and better in one, of qualities as good as surely."""
-        if not b.windows or len(a.windows) < len(b.windows):
+        if not b.windows or len(a.windows) < len(b.windows) or len(a.scores) < len(b.scores):
             return False
         better = False
         for axis in self.goal.axes:
-            if axis.kind == "quality":
-                low, high = difference(axis.name, a.windows, b.windows, self.total, self.risk)
+            if axis.sampled:
+                both = self._evidence(a, axis), self._evidence(b, axis)
+                low, high = difference(axis.name, *both, self._whole(axis), self.risk)
                 worst = low if axis.higher else -high
             else:
                 worst = axis.cost(b.figures[axis.name]) - axis.cost(a.figures[axis.name])
@@ -262,6 +301,19 @@ class Search:
             better |= worst > 0
         return better
 
+    def _evidence(self, row: Row, figure: Figure) -> Seen:
+        """What is known of a row that a figure comes from."""
+        return self._answers(row) if figure.kind == "tasks" else row.windows
+
+    def _whole(self, figure: Figure) -> int:
+        """How much of that there is in all."""
+        return len(self.weights) if figure.kind == "tasks" else self.total
+
+    def _answers(self, row: Row) -> list[Answer]:
+        known = zip(row.scores, self.base.scores, self.weights, strict=False)
+        whole = float(np.mean(np.multiply(self.base.scores, self.weights)))
+        return [Answer(*one, whole) for one in known]
+
     def _drop(self, row: Row, why: str) -> None:
         row.out = why
         self.tell(f"{row.name}: out after {len(row.windows)} of {self.total} windows: {why}")
@@ -269,9 +321,11 @@ class Search:
 
     def _outcome(self, whole: bool) -> Outcome:
         rows = list(self.rows.values())
-        done = [row for row in self._alive() if row.windows]
+        done = [row for row in self._alive() if all(axis.name in row.figures for axis in self.goal.axes)]
         if longest := max((row.windows for row in rows), key=len, default=[]):
             self.base.figures |= quality([Window(w.base, w.base, 0.0, 1.0) for w in longest])
+        if len(self.base.scores) == len(self.weights) > 0:
+            self.base.figures |= quality(self._answers(self.base))
         costs = [self.goal.costs(row.figures) for row in done]
         front = [done[i].name for i in pareto(costs)]
         # in the order of the axes, the objective first: the least in that order is beaten by nobody

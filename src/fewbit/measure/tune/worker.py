@@ -28,6 +28,8 @@ from fewbit.errors import CheckpointError, FewbitError
 from fewbit.measure import facts
 from fewbit.measure.quality import Forward
 from fewbit.measure.speed import static_batch
+from fewbit.measure.tasks.source import Source
+from fewbit.measure.tune.questions import Questions, answers
 from fewbit.ops.device import device_named, make_current
 
 Progress = Callable[[str, int, int], None]
@@ -85,7 +87,13 @@ def windows(request: dict[str, Any], device: torch.device, progress: Progress) -
     return {"windows": found}
 
 
-STAGES = {"make": make, "speed": speed, "quality": windows}
+def tasks(request: dict[str, Any], device: torch.device, progress: Progress) -> dict[str, Any]:
+    """Whether a model has some questions right."""
+    asked, source = Questions.read(Path(request["questions"])), Source(request["target"], str(device))
+    return {"scores": answers(asked, request["start"], request["stop"], source, progress)}
+
+
+STAGES = {"make": make, "speed": speed, "quality": windows, "tasks": tasks}
 
 
 def facts_of(checkpoint: Checkpoint, request: dict[str, Any], device: torch.device) -> dict[str, float]:
