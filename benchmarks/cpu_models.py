@@ -54,11 +54,11 @@ def model_of(shape: str, name: str, work: Path, tell: Callable[[str], None]) -> 
         return target
     tell(f"{shape}: writing {name}")
     if name == DENSE:
-        _write_dense(config_of(shape), target)
+        write_dense(config_of(shape), target)
         return target
     dense = fewbit.open_checkpoint(model_of(shape, DENSE, work, tell))
     if target.suffix == ".gguf":
-        _write_gguf(dense, name, target)
+        write_gguf(dense, name, target)
         return target
     layers, _, head = name.partition("+")
     rules = {"lm_head": head, "layers.*": layers}
@@ -67,7 +67,7 @@ def model_of(shape: str, name: str, work: Path, tell: Callable[[str], None]) -> 
     return target
 
 
-def _write_dense(config: Mapping[str, Any], target: Path) -> None:
+def write_dense(config: Mapping[str, Any], target: Path) -> None:
     """A Hugging Face directory in BF16."""
     made = dummy_checkpoint(config, AS_IT_WAS, torch.device("cpu"))
     names = Names(made.family, made.spec)
@@ -79,8 +79,11 @@ def _write_dense(config: Mapping[str, Any], target: Path) -> None:
     os.replace(unfinished, target)
 
 
-def _write_gguf(dense: Checkpoint, kind: str, target: Path) -> None:
-    """A GGUF file of the architecture `llama` without a tokenizer: linears and embeddings in blocks of `kind`."""
+def write_gguf(dense: Checkpoint, kind: str, target: Path) -> None:
+    """A GGUF file of the architecture `llama` without a tokenizer: linears and embeddings in blocks of `kind`.
+
+    A tied head is written once more, so that fewbit reads its blocks and not only the embeddings.
+    """
     spec, config = dense.spec, dense.config
     attention = spec.layers[0].attention
     unfinished = target.with_name(target.name + ".part")
@@ -103,6 +106,7 @@ def _write_gguf(dense: Checkpoint, kind: str, target: Path) -> None:
     if rope.scaling is not None:
         plain, scaled = (frequencies(r, attention.head_dim, torch.device("cpu"))[0] for r in (Rope(rope.theta), rope))
         writer.add_tensor("rope_freqs.weight", (plain / scaled).numpy())
+    blocks = gguf.GGMLQuantizationType[kind]
     for name in spec.tensors():
         module, _, leaf = name.rpartition(".")
         layer = module.split(".")[1] if module.startswith("layers.") else ""
@@ -113,9 +117,11 @@ def _write_gguf(dense: Checkpoint, kind: str, target: Path) -> None:
         numbers = weight.contiguous().numpy()
         if weight.ndim == 1:
             writer.add_tensor(f"{theirs}.{leaf}", numbers)
-        else:
-            blocks = gguf.GGMLQuantizationType[kind]
-            writer.add_tensor(f"{theirs}.{leaf}", gguf.quants.quantize(numbers, blocks), raw_dtype=blocks)
+            continue
+        rounded = gguf.quants.quantize(numbers, blocks)
+        writer.add_tensor(f"{theirs}.{leaf}", rounded, raw_dtype=blocks)
+        if module == "embed" and spec.tied:
+            writer.add_tensor(f"{NAMES['lm_head']}.{leaf}", rounded, raw_dtype=blocks)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
