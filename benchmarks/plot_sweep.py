@@ -3,7 +3,7 @@
     python benchmarks/plot_sweep.py benchmarks/results/H100-COMMIT.json --out docs/h100-sweep.svg
 
 Lines differ in colour, marker and dash, so that the figure reads in grey and for colour-blind readers. Needs matplotlib
-(the extra ``bench``).
+(the extra ``report``).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -31,6 +31,14 @@ CORPUS = [
 ] * 3
 WIDE = {"intermediate_size": 256, "hidden_size": 128}
 """Sizes that every numeric format fits."""
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
 
 
 def make_model(

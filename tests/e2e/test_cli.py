@@ -12,9 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -27,29 +25,12 @@ from fewbit.model import DenseAttend, load
 from fewbit.ops.cpu.build import library
 from fewbit.text.tokenizer import Tokenizer
 from fewbit.version import __version__
-from helpers import TEMPLATE, VOCAB, edit_json, ids, make_model
+from helpers import TEMPLATE, VOCAB, Ended, edit_json, ids, make_model
 from independent_decoder import decode
 
 LIMIT_S = 300
 """For a command, on a machine that may have others to serve."""
 BOOK = "The fox went over the hill and under the oak; the children told each other stories about the sea. " * 60
-
-
-class Ended(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def fewbit(capsys) -> Callable[..., Ended]:
-    """`fewbit("inspect", DIR)` runs a command in this process."""
-
-    def run(*arguments: object) -> Ended:
-        status = cli.run([str(a) for a in arguments])
-        return Ended(status, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")

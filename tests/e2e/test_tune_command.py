@@ -9,16 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from fewbit import cli
 from fewbit.demo import demo_model
 from fewbit.errors import CheckpointError, FewbitError, UnsupportedError
 from fewbit.measure.journal import Journal
@@ -30,21 +28,6 @@ from helpers import WIDE, make_model
 FACTS = {"ttft_ms", "time_per_token_ms", "tokens_per_s", "memory_gb", "bits_per_weight"}
 QUALITY = {"recovery", "perplexity", "kl", "top1"}
 SMALL = ("--length", 32, "--windows", 8, "--calib-length", 32, "--calib-windows", 4, "--prompt", 8, "--tokens", 4)
-
-
-class Ended(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def fewbit(capsys) -> Callable[..., Ended]:
-    def run(*arguments: object) -> Ended:
-        status = cli.run([str(a) for a in arguments])
-        return Ended(status, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

@@ -50,6 +50,12 @@ def ceilings(device: torch.device) -> Ceilings:
     return Ceilings(copy, bf16, eight)
 
 
+def finish(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _of_cpu() -> Ceilings:
     """The best of a few: whatever else runs on this machine only adds."""
     ends = torch.zeros(2, 1 << 25)  # 256 MiB, beyond most caches

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -20,12 +19,11 @@ from fewbit.compress import layer_bits
 from fewbit.compress.recipe import Recipe, read_recipe
 from fewbit.engine import config as engine_config
 from fewbit.engine.attend import token_bytes
-from fewbit.engine.config import EngineOptions, resolve
+from fewbit.engine.config import resolve
 from fewbit.engine.engine import Engine
 from fewbit.engine.fit import Need, check_fit, need
 from fewbit.engine.gpu import SIZES, GpuRunner
 from fewbit.engine.runner import free_bytes
-from fewbit.engine.types import GenerateRequest, SamplingParams
 from fewbit.errors import UnsupportedError
 from fewbit.measure.ceilings import Ceilings, ceilings, seconds
 from fewbit.measure.dummy import (
@@ -38,6 +36,7 @@ from fewbit.measure.dummy import (
 )
 from fewbit.measure.peaks import Peak, peak_of
 from fewbit.measure.slice import compare_slice
+from fewbit.measure.speed import BLOCK, batch_options, fill, random_prompts, run_batch, step_seconds
 from fewbit.model.load import Loader
 from fewbit.ops.device import device_info, peak_bytes
 
@@ -46,7 +45,6 @@ STEP_TOKENS = {"cpu": engine_config.STEP_TOKENS["cpu"], "cuda": 16384}
 """Most tokens of prompts in one step."""
 TIMED_STEPS = {"cpu": 16, "cuda": 64}
 """Steps of the full batch that are timed alone."""
-_BLOCK = 64  # tokens of the K/V cache: what a GPU's kernels have
 
 
 @dataclass(frozen=True)
@@ -189,14 +187,13 @@ class Bench:
         if graphs := isinstance(engine.runner, GpuRunner):
             self.tell("recording graphs")
             engine.runner.graph(batch)
-        generator = torch.Generator().manual_seed(seed)
-        prompts = torch.randint(0, self.decoder.spec.vocab, (batch, cell.prompt), generator=generator).tolist()
+        prompts = random_prompts(self.decoder.spec.vocab, batch, cell.prompt, seed)
         found = []
         for index in range(runs + 1):
             self.tell(f"{cell}: " + ("warming up" if index == 0 else f"run {index} of {runs}"))
-            found.append(_run(engine, prompts, cell.output if index else min(cell.output, 8), f"r{index}"))
-        counted = sorted(found[1:], key=lambda run: run[0])
-        _, first, between, last_first = counted[len(counted) // 2]
+            found.append(run_batch(engine, prompts, cell.output if index else min(cell.output, 8), f"r{index}"))
+        middle_run = sorted(found[1:], key=lambda run: run.total)[runs // 2]
+        first, between, last_first = middle_run.first, middle_run.between, middle_run.last_first
         step, graph = _step_times(engine, prompts, cell.prompt + cell.output // 2)
         step = between if step is None else step
         middle = cell.prompt + cell.output / 2  # of the answers: tokens of a sequence
@@ -206,7 +203,7 @@ class Bench:
         here = Peak(top.copy, top.bf16, top.eight)
         ceiling = here.mixed(eight)
         limit = batch * cell.output / (linear / ceiling + scores / top.bf16 + (cell.output - 1) * read / top.copy)
-        speeds = [batch * cell.output / run[0] for run in found[1:]]
+        speeds = [batch * cell.output / run.total for run in found[1:]]
         reached = statistics.median(speeds)
         whose, peak = self.known or ("", here)
         peak_flops = peak.mixed(eight)
@@ -230,10 +227,7 @@ class Bench:
         middle, batch, step_tokens = cell.prompt + cell.output // 2, cell.batch, STEP_TOKENS[self.device.type]
         timed = middle + -(-batch * middle // step_tokens) + TIMED_STEPS[self.device.type] + 8
         longest = min(max(cell.prompt + cell.output, timed), self.decoder.spec.context)
-        options = EngineOptions(
-            device=str(self.device), max_batch=batch, max_model_len=longest, prefix_cache=False, block_size=_BLOCK,
-            num_blocks=batch * (-(-longest // _BLOCK) + 1) + 1, max_batch_tokens=step_tokens + batch,
-        )  # fmt: skip
+        options = batch_options(self.device, batch, longest, max_batch_tokens=step_tokens + batch)
         spec, stored = self.decoder.spec, token_bytes(self.decoder.spec, self.decoder.codecs)
         resolved = resolve(options, spec=spec, token_bytes=stored, free_bytes=free_bytes(self.device))
         return Engine(self.decoder, resolved)
@@ -282,7 +276,7 @@ class Bench:
 
 def _need(checkpoint: Checkpoint, device: torch.device, cell: Cell) -> Need:
     """What a cell takes, the weights with it."""
-    c, cached = checkpoint, cell.batch * -(-(cell.prompt + cell.output) // _BLOCK) * _BLOCK
+    c, cached = checkpoint, cell.batch * -(-(cell.prompt + cell.output) // BLOCK) * BLOCK
     step = min(STEP_TOKENS[device.type], cached) + cell.batch
     return need(c.spec, c.quant, c.kv, c.dtype, device, cell.batch, cached, step)
 
@@ -291,65 +285,21 @@ def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _run(engine: Engine, prompts: list[list[int]], output: int, name: str) -> tuple[float, float, float, float]:
-    """Seconds in all, mean to the first token, mean between tokens, to the last first token."""
-    params = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
-    _synchronize(engine.runner.device)
-    start = time.perf_counter()
-    first: dict[str, float] = {}
-    last: dict[str, float] = {}
-    made = 0
-    for index, tokens in enumerate(prompts):
-        engine.submit(GenerateRequest(id=f"{name}-{index}", prompt=tuple(tokens), params=params))
-    while engine.has_work:
-        for event in engine.step():
-            now = time.perf_counter() - start
-            if event.token is None:
-                raise UnsupportedError(f"a request ended early: {event.ending.detail if event.ending else ''}")
-            made += 1
-            first.setdefault(event.id, now)
-            last[event.id] = now
-    total = time.perf_counter() - start
-    assert made == len(prompts) * output
-    between = statistics.mean(last[i] - first[i] for i in first) / max(output - 1, 1)
-    return total, statistics.mean(first.values()), between, max(first.values())
-
-
 def _step_times(engine: Engine, prompts: list[list[int]], length: int) -> tuple[float | None, float | None]:
     """Seconds of one engine step at the full batch in the middle of the answers, and of one bare graph replay.
 
     None: the model's context has no room for so many more tokens; there is no graph.
     """
-    device = engine.runner.device
-    params = SamplingParams(max_tokens=engine.config.max_model_len - length, temperature=0.0, ignore_eos=True)
-    for index, tokens in enumerate(prompts):
-        longer = (tokens * (length // len(tokens) + 1))[:length]
-        engine.submit(GenerateRequest(id=f"step-{index}", prompt=tuple(longer), params=params))
-    started: set[str] = set()
-    while len(started) < len(prompts):
-        started |= {event.id for event in engine.step()}
-    for _ in range(4):
-        engine.step()
-    _synchronize(device)
-    begin = time.perf_counter()
-    count = 0
-    while engine.has_work and count < TIMED_STEPS[device.type] and len(engine.scheduler.running) == len(prompts):
-        engine.step()
-        count += 1
-    _synchronize(device)
-    step = (time.perf_counter() - begin) / count if count else None
+    longer = [(tokens * (length // len(tokens) + 1))[:length] for tokens in prompts]
+    fill(engine, longer, engine.config.max_model_len - length, "step")
+    times = step_seconds(engine, len(prompts), TIMED_STEPS[engine.runner.device.type])
     runner = engine.runner
     graph = seconds(runner.graph(len(prompts)).replay, times=20) if isinstance(runner, GpuRunner) else None
     for index in range(len(prompts)):
         engine.abort(f"step-{index}")
     while engine.has_work:
         engine.step()
-    return step, graph
+    return statistics.mean(times) if times else None, graph
 
 
 def _profile(engine: Engine, prompts: list[list[int]]) -> dict[str, dict[str, float]]:

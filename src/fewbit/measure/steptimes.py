@@ -6,7 +6,6 @@ group's. So kernels are timed as they run beside each other, in a recorded graph
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,20 +16,19 @@ from fewbit.compress.decide import UNCHANGED, plain_recipe
 from fewbit.compress.recipe import AS_IT_WAS, Recipe, Rule
 from fewbit.compress.steptimes import StepTimes, groups_of, shape_of
 from fewbit.engine.attend import token_bytes
-from fewbit.engine.config import STEP_TOKENS, EngineOptions, resolve
+from fewbit.engine.config import STEP_TOKENS, resolve
 from fewbit.engine.engine import Engine
 from fewbit.engine.gpu import SIZES
 from fewbit.engine.runner import free_bytes
-from fewbit.engine.types import GenerateRequest, SamplingParams
 from fewbit.errors import RecipeError, UnsupportedError
 from fewbit.measure.dummy import dummy_checkpoint
+from fewbit.measure.speed import WARM_STEPS, batch_options, fill, random_prompts, step_seconds
 from fewbit.model.load import Loader
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.ops.device import device_info
 
 Tell = Callable[[str], None]
-_WARM, _TIMED = 4, 32  # steps
-_BLOCK = 64  # tokens: what a GPU's kernels have
+_TIMED = 32  # steps
 
 
 def measure(
@@ -63,7 +61,7 @@ def measure(
         UnsupportedError: a candidate runs another way than the first, so that times do not add up.
     """
     spec = dummy_checkpoint(config, AS_IT_WAS, device).spec
-    if context + _WARM + _TIMED + _prefill_steps(device, batch, context) > spec.context:
+    if context + WARM_STEPS + _TIMED + _prefill_steps(device, batch, context) > spec.context:
         raise UnsupportedError(
             f"{batch} sequences of {context} tokens and the steps to be timed exceed the model's {spec.context}"
         )
@@ -131,32 +129,14 @@ def _step(
     if device.type == "cuda" and (reason := loader.fused_why_not()):
         raise UnsupportedError(f"a candidate keeps the model from the fused step ({reason}); leave it out")
     decoder = loader.decoder() if device.type != "cuda" else loader.fused()
-    longest = context + _WARM + _TIMED + _prefill_steps(device, batch, context)
-    options = EngineOptions(
-        device=str(device), max_batch=batch, max_model_len=longest, prefix_cache=False, block_size=_BLOCK,
-        num_blocks=batch * (-(-longest // _BLOCK) + 1) + 1,
-    )  # fmt: skip
-    stored = token_bytes(decoder.spec, decoder.codecs)
+    longest = context + WARM_STEPS + _TIMED + _prefill_steps(device, batch, context)
+    options, stored = batch_options(device, batch, longest), token_bytes(decoder.spec, decoder.codecs)
     engine = Engine(decoder, resolve(options, spec=decoder.spec, token_bytes=stored, free_bytes=free_bytes(device)))
-    params = SamplingParams(max_tokens=longest - context, temperature=0.0, ignore_eos=True)
-    drawn = torch.Generator().manual_seed(0)
-    for index in range(batch):
-        prompt = torch.randint(0, decoder.spec.vocab, (context,), generator=drawn).tolist()
-        engine.submit(GenerateRequest(id=str(index), prompt=tuple(prompt), params=params))
-    started: set[str] = set()
-    while len(started) < batch:
-        started |= {event.id for event in engine.step()}
-    for _ in range(_WARM):
-        engine.step()
+    fill(engine, random_prompts(decoder.spec.vocab, batch, context), longest - context, "step")
     if len(engine.scheduler.running) < batch:
         raise UnsupportedError(f"{batch} sequences of {context} tokens do not run at the same time here; ask for fewer")
     if device.type == "cuda":
         from fewbit.measure.ceilings import seconds
 
         return seconds(engine.runner.graph(batch).replay, times=20)
-    times: list[float] = []
-    while engine.has_work and len(times) < _TIMED and len(engine.scheduler.running) == batch:
-        start = time.perf_counter()
-        engine.step()
-        times.append(time.perf_counter() - start)
-    return min(times)  # whatever else runs on this machine only adds
+    return min(step_seconds(engine, batch, _TIMED))  # whatever else runs on this machine only adds

@@ -22,18 +22,16 @@ import torch
 from fewbit.checkpoint import Checkpoint, open_checkpoint
 from fewbit.compress import compress, decide, layer_bits, plan
 from fewbit.compress.recipe import parse_recipe
-from fewbit.engine.config import EngineOptions
 from fewbit.engine.engine import open_engine
 from fewbit.errors import CheckpointError, FewbitError
 from fewbit.measure import facts
 from fewbit.measure.quality import Forward
-from fewbit.measure.speed import static_batch
+from fewbit.measure.speed import batch_options, static_batch
 from fewbit.measure.tasks.source import Source
 from fewbit.measure.tune.questions import Questions, answers
 from fewbit.ops.device import device_named, make_current
 
 Progress = Callable[[str, int, int], None]
-_BLOCK = 64  # tokens of a K/V block: what a GPU's kernels have
 
 
 def make(request: dict[str, Any], device: torch.device, progress: Progress) -> dict[str, Any]:
@@ -50,11 +48,7 @@ def make(request: dict[str, Any], device: torch.device, progress: Progress) -> d
 def speed(request: dict[str, Any], device: torch.device, progress: Progress) -> dict[str, Any]:
     """Time a model in the engine; with its facts where they are asked for."""
     batch, prompt, tokens = request["batch"], request["prompt"], request["tokens"]
-    options = EngineOptions(
-        device=str(device), max_batch=batch, max_model_len=prompt + tokens, prefix_cache=False,
-        num_blocks=batch * (-(-(prompt + tokens) // (16 if device.type == "cpu" else _BLOCK)) + 1) + 1,
-    )  # fmt: skip
-    engine = open_engine(request["target"], options)
+    engine = open_engine(request["target"], batch_options(device, batch, prompt + tokens))
     found = static_batch(engine, batch, prompt, tokens, request["runs"], progress)
     figures = {
         "ttft_ms": found.first_token_s * 1e3,
