@@ -6,7 +6,9 @@ the cache stores of it, whichever step it came in. That is what makes the answer
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,24 +19,45 @@ from torch import Tensor
 from fewbit.engine.batch import Batch
 from fewbit.model.attend import KVCodec
 from fewbit.ops.attention import KEYS, attention
+from fewbit.ops.attention.cpu import PagedLayer, Spans, why_not
 from fewbit.spec.decoder import Attention, DecoderSpec
+
+log = logging.getLogger(__name__)
 
 
 class KVCache:
-    """K and V of every layer: [num_blocks * block_size, kv_heads, stored_width], in what the layer's codec stores."""
+    """K and V of every layer: [num_blocks * block_size, kv_heads, stored_width], in what the layer's codec stores.
+
+    Attributes:
+        paged: of each layer its attention in C; None: torch does it.
+    """
 
     def __init__(
-        self, spec: DecoderSpec, codecs: Sequence[KVCodec], num_blocks: int, block_size: int, device: torch.device
+        self,
+        spec: DecoderSpec,
+        codecs: Sequence[KVCodec],
+        num_blocks: int,
+        block_size: int,
+        device: torch.device,
+        exact: bool = True,
     ) -> None:
+        """`exact`: attention is torch's, with or without a compiler."""
         self.codecs, self.block_size = codecs, block_size
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
+        self.paged: list[PagedLayer | None] = []
         for layer, codec in zip(spec.layers, codecs, strict=True):
             width = codec.stored_width(layer.attention.head_dim)
             shape = (num_blocks * block_size, layer.attention.kv_heads, width)
             # never filled: a slot is read only after it was written, and a CPU gives pages only when they are touched
             self.k.append(torch.empty(shape, dtype=codec.stored_dtype, device=device))
             self.v.append(torch.empty(shape, dtype=codec.stored_dtype, device=device))
+            reason = "exact" if exact or device.type != "cpu" else why_not(layer.attention, codec)
+            if reason is None:
+                self.paged.append(PagedLayer(layer.attention, codec, self.k[-1], self.v[-1], block_size))
+            else:
+                log.debug("attention of layer %d in torch: %s", len(self.paged), reason)
+                self.paged.append(None)
 
     @property
     def bytes(self) -> int:
@@ -73,28 +96,43 @@ class PagedAttend:
             slots: int64 [batch.tokens], where the K and V of each token go; on the device.
             tables: int64, the block tables of all pieces end to end; on the device.
         """
-        self.cache, self.slots = cache, slots
-        self.spans: list[_Span] = []
-        row = at = 0
-        for piece in batch.pieces:
+        self.cache, self.batch, self.slots, self.tables = cache, batch, slots, tables
+
+    @functools.cached_property
+    def _paged_spans(self) -> Spans:
+        """What attention in C wants to know of the step."""
+        rows, row, table = [], 0, 0
+        for piece in self.batch.pieces:
+            rows.append((row, len(piece.tokens), piece.first, table))
+            row += len(piece.tokens)
+            table += len(piece.blocks)
+        return Spans.of(rows, self.slots, self.tables)
+
+    @functools.cached_property
+    def _spans(self) -> list[_Span]:
+        spans, row, at = [], 0, 0
+        for piece in self.batch.pieces:
             count, blocks = len(piece.tokens), piece.blocks
             neighbours = all(b - a == 1 for a, b in itertools.pairwise(blocks))
-            start = blocks[0] * cache.block_size if neighbours else None
-            table = tables[at : at + len(blocks)]
-            self.spans.append(_Span(slice(row, row + count), piece.first, piece.end, table, start))
+            start = blocks[0] * self.cache.block_size if neighbours else None
+            table = self.tables[at : at + len(blocks)]
+            spans.append(_Span(slice(row, row + count), piece.first, piece.end, table, start))
             row += count
             at += len(blocks)
+        return spans
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, a: Attention, sinks: Tensor | None = None
     ) -> Tensor:
         """See `fewbit.model.attend.Attend`."""
+        if (paged := self.cache.paged[layer]) is not None:
+            return paged(q, k, v, self._paged_spans, sinks)
         codec, cache_k, cache_v = self.cache.codecs[layer], self.cache.k[layer], self.cache.v[layer]
         stored_k, stored_v = codec.store(k, v)
         cache_k.index_copy_(0, self.slots, stored_k)
         cache_v.index_copy_(0, self.slots, stored_v)
         out = torch.empty_like(q)
-        for span in self.spans:
+        for span in self._spans:
             # a window lets go of what lies before it, in whole blocks that are whole pieces of keys too: the pieces
             # in which a kernel adds up must not shift
             oldest = max(0, span.first - a.window + 1) if a.window else 0

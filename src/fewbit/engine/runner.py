@@ -37,6 +37,11 @@ class DecoderLike(Protocol):
         """How each layer's K and V are stored."""
         ...
 
+    @property
+    def exact(self) -> bool:
+        """Whether its numbers must not depend on a compiler's being there."""
+        ...
+
     def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Int64 [T], int64 [T] to [T, hidden], after the final norm."""
         ...
@@ -66,7 +71,9 @@ class Runner:
 
     def __init__(self, decoder: DecoderLike, config: EngineConfig) -> None:
         self.decoder, self.block_size, self.device = decoder, config.block_size, decoder.device
-        self.cache = KVCache(decoder.spec, decoder.codecs, config.num_blocks, config.block_size, decoder.device)
+        self.cache = KVCache(
+            decoder.spec, decoder.codecs, config.num_blocks, config.block_size, decoder.device, decoder.exact
+        )
         self.computed_tokens = 0
 
     @property

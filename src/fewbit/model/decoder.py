@@ -192,6 +192,7 @@ class Decoder:
         device: where it lives.
         dtype: dtype of activations.
         codecs: how each layer's K and V are stored.
+        exact: its numbers do not depend on a compiler's being there; attention keeps to that, too.
     """
 
     def __init__(
@@ -203,7 +204,9 @@ class Decoder:
         head: LinearOp,
         codecs: Sequence[KVCodec],
         dtype: torch.dtype,
+        exact: bool = True,
     ) -> None:
+        self.exact = exact
         self.spec, self.layers, self.codecs, self.dtype = spec, tuple(layers), tuple(codecs), dtype
         self.embed, self.final_norm, self.head = embed, final_norm, head
 

@@ -104,6 +104,7 @@ class Loader:
             self.head(),
             [self.codec(index) for index in range(len(spec.layers))],
             self.dtype,
+            exact=self.backend not in ("auto", Cpu.name),
         )
 
     def fused_why_not(self) -> str | None:

@@ -12,6 +12,8 @@
 
 #include "layer.h"
 
+#include "attention.h"
+
 #else /* ------------------------------------------------------------- what there is, and what this processor has */
 
 #include <stdint.h>
