@@ -1,4 +1,4 @@
-"""Integer products on the CPU: against float64, over every format, shape and instruction set."""
+"""Products in C on the CPU: against float64, over every format, shape and instruction set."""
 
 from __future__ import annotations
 
@@ -68,6 +68,26 @@ def test_is_what_it_says_on_every_instruction_set(quant):
         for name, y in found.items():
             assert torch.equal(y, found["plain"]), name  # sums in one order everywhere
         torch.testing.assert_close(found["plain"].double(), wanted, rtol=0, atol=2e-6 * wanted.abs().max().item())
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+def test_weights_as_they_are_stored(dtype):
+    for rows, n, k in ((1, 16, 64), (3, 41, 203), (13, 130, 96)):
+        random = torch.Generator().manual_seed(rows)
+        x, bias = torch.randn(rows, k, generator=random), torch.randn(n, generator=random)
+        weights = LinearWeights(QuantSpec(), torch.randn(n, k, generator=random).to(dtype), bias)
+        found = {name: (kernel := Cpu(name)).run(x, kernel.prepare(weights, torch.float32)) for name in VARIANTS}
+        wanted = x.double() @ weights.weight.double().T + bias
+        for name, y in found.items():
+            assert torch.equal(y, found["plain"]), name
+        torch.testing.assert_close(found["plain"].double(), wanted, rtol=0, atol=2e-6 * wanted.abs().max().item())
+        kernel = Cpu()
+        assert torch.equal(kernel.run(x[:1], kernel.prepare(weights, torch.float32)), found["plain"][:1])
+        taken = sum(
+            t.numel() * t.element_size() for t in kernel.prepare(weights, torch.float32).tensors if t is not None
+        )
+        assert Cpu().weight_bytes(replace(problem(QuantSpec(), n, k), stored=dtype)) == taken
 
 
 @needs_compiler

@@ -5,8 +5,8 @@
  *   inputs    a row of x is cut into spans of columns; each has a float scale a = amax / 127.5 (or one that is given)
  *             and codes q = clamp(round_half_even(x / a), -128, 127)
  *   products  integers within a span: d = sum (u - z) q in 32 bits, u >= 0 the stored weight, z its zero
- *   sums      y = fma(d, a s, y), span after span, s the scale of the weight's group; at the end y r + bias, r the
- *             scale of the row
+ *   sums      p = fma(d, a, p), span after span of a group of the weight; y = fma(p, s, y), group after group, s its
+ *             scale; at the end y r + bias, r the scale of the row
  *
  * BFLOAT16 and FLOAT32 weights: inputs as they are, y = fma(x, w, y) over even columns and over odd ones, then both.
  *
@@ -180,32 +180,38 @@ INLINE void integers(
     const float *scales = in->scales + first * spans;
     const int32_t *corrections = in->corrections + first * spans;
     VF sum[BLOCK][PARTS] = {0};
-    for (int64_t s = 0; s < spans; s++, scales += rows, corrections += rows) {
-        const int64_t group = (tile * groups + s * span / w->group) * ROWS;
-        VI dot[BLOCK][PARTS];
-        for (int r = 0; r < rows; r++)
-            for (int p = 0; p < PARTS; p++)
-                dot[r][p] = w->zeros ? widen1(w->zeros + group + p * LANES) * corrections[r] : (VI){0} + corrections[r];
-        for (int64_t c = 0; c < span; c += 8, code += step, x += 8 * rows)
-            for (int p = 0; p < PARTS; p++) {
-                VB lo, hi;
-                memcpy(&lo, code + p * sizeof lo, sizeof lo);
-                if (kind == BITS8) {
-                    memcpy(&hi, code + QUAD + p * sizeof hi, sizeof hi);
-                } else {
-                    hi = lo >> 4;
-                    lo &= 15;
+    for (int64_t group = 0, s = 0; group < groups; group++) {
+        const int64_t of_rows = (tile * groups + group) * ROWS;
+        const int64_t end = (group + 1) * w->group / span < spans ? (group + 1) * w->group / span : spans;
+        VF part[BLOCK][PARTS] = {0};
+        for (; s < end; s++, scales += rows, corrections += rows) {
+            VI dot[BLOCK][PARTS];
+            for (int r = 0; r < rows; r++)
+                for (int p = 0; p < PARTS; p++)
+                    dot[r][p] = w->zeros ? widen1(w->zeros + of_rows + p * LANES) * corrections[r] : (VI){0} + corrections[r];
+            for (int64_t c = 0; c < span; c += 8, code += step, x += 8 * rows)
+                for (int p = 0; p < PARTS; p++) {
+                    VB lo, hi;
+                    memcpy(&lo, code + p * sizeof lo, sizeof lo);
+                    if (kind == BITS8) {
+                        memcpy(&hi, code + QUAD + p * sizeof hi, sizeof hi);
+                    } else {
+                        hi = lo >> 4;
+                        lo &= 15;
+                    }
+                    if (kind == E2M1) lo = look_up(e2m1, lo), hi = look_up(e2m1, hi);
+                    for (int r = 0; r < rows; r++)
+                        dot[r][p] = dot8(dot[r][p], lo, hi, x + r * 4, x + (rows + r) * 4, kind != BITS8);
                 }
-                if (kind == E2M1) lo = look_up(e2m1, lo), hi = look_up(e2m1, hi);
+            for (int p = 0; p < PARTS; p++)
                 for (int r = 0; r < rows; r++)
-                    dot[r][p] = dot8(dot[r][p], lo, hi, x + r * 4, x + (rows + r) * 4, kind != BITS8);
-            }
+                    part[r][p] = fma_(__builtin_convertvector(dot[r][p], VF), all(scales[r]), part[r][p]);
+        }
         for (int p = 0; p < PARTS; p++) {
             VF scale = all(1.0f);
-            if (w->scales && w->scales_float) scale = load((const float *)w->scales + group + p * LANES);
-            if (w->scales && !w->scales_float) scale = load_bfloat16((const uint16_t *)w->scales + group + p * LANES);
-            for (int r = 0; r < rows; r++)
-                sum[r][p] = fma_(__builtin_convertvector(dot[r][p], VF), scale * scales[r], sum[r][p]);
+            if (w->scales && w->scales_float) scale = load((const float *)w->scales + of_rows + p * LANES);
+            if (w->scales && !w->scales_float) scale = load_bfloat16((const uint16_t *)w->scales + of_rows + p * LANES);
+            for (int r = 0; r < rows; r++) sum[r][p] = fma_(part[r][p], scale, sum[r][p]);
         }
     }
     for (int r = 0; r < rows; r++) memcpy(out + r * ROWS, sum[r], sizeof sum[r]);

@@ -93,7 +93,7 @@ class Cpu:
         """See `LinearKernel.weight_bytes`."""
         fmt, rows = problem.quant.weight, -(-problem.n // _ROWS) * _ROWS
         if fmt is None:
-            return rows * (problem.k * (problem.stored or problem.dtype).itemsize + 8)
+            return rows * (problem.k * (2 if problem.stored == torch.bfloat16 else 4) + 8)
         columns = _columns(problem.k, fmt)
         groups = -(-columns // fmt.block[1]) if fmt.grouped else 0
         scale = 4 if fmt.scale in (torch.float32, torch.float16) else 2
