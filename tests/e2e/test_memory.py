@@ -1,4 +1,4 @@
-"""Memory: a model much larger than what compressing it may take, and a cache as large as `inspect` says."""
+"""Memory: what compressing and loading a large model may take, and a cache as large as `inspect` says."""
 
 from __future__ import annotations
 
@@ -16,9 +16,16 @@ import torch
 
 from fewbit import cli
 from fewbit.checkpoint import open_checkpoint
+from fewbit.checkpoint.formats import hf
+from fewbit.checkpoint.layout import Quantization
 from fewbit.checkpoint.names import Names
+from fewbit.checkpoint.writer import CheckpointWriter
+from fewbit.compress.recipe import read_recipe
 from fewbit.engine.config import EngineOptions
 from fewbit.engine.engine import open_engine
+from fewbit.engine.fit import need
+from fewbit.measure.dummy import dummy_checkpoint
+from fewbit.ops.cpu.build import library
 from fewbit.spec.families import families
 from fewbit.spec.hfconfig import HFConfig
 from helpers import ids, make_model, write_tokenizer
@@ -121,6 +128,83 @@ def test_compressing_takes_the_memory_of_a_block(recipe, large, tmp_path):
     assert report["grown_bytes"] < LIMIT
     assert report["grown_bytes"] == pytest.approx(peak - before, abs=60e6)
     assert open_checkpoint(tmp_path / "out").quant
+
+
+def private(pid: int | str) -> int:
+    """Bytes of a process that are in memory now and no file's."""
+    return int(Path(f"/proc/{pid}/status").read_text().partition("RssAnon:")[2].split()[0]) * 1024
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory) -> Path:
+    """360 MB, three quarters of them the embedding and the head in bfloat16; random, nothing was compressed."""
+    folder = tmp_path_factory.mktemp("quantized") / "model"
+    sizes = {**SIZES, "intermediate_size": 4096, "num_hidden_layers": 12, "vocab_size": 65536}
+    config = {**families()["llama"].TINY, **sizes, "bos_token_id": 1, "eos_token_id": 2, "dtype": "bfloat16"}
+    made = dummy_checkpoint(config, read_recipe("int4"), torch.device("cpu"))
+    dtypes = {name: made.tensors.dtype(name) for name in made.tensors}
+    quantization = Quantization(made.quant, made.kv)
+    with CheckpointWriter(folder, hf, made.family, made.spec, quantization, dtypes, config, {}, {}) as writer:
+        for name, tensor in made.tensors.items():
+            writer.add(name, tensor)
+        writer.finish()
+        writer.commit()
+    write_tokenizer(folder)
+    return folder
+
+
+LOAD = """
+import sys
+from fewbit.engine.config import EngineOptions
+from fewbit.engine.engine import generate, open_engine
+from fewbit.engine.types import GenerateRequest, SamplingParams
+from fewbit.ops.cpu.build import library
+library()
+print("ready", flush=True)
+sys.stdin.readline()
+engine = open_engine(sys.argv[1], EngineOptions(backend="auto", max_batch=1, max_model_len=64, num_blocks=4))
+params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+generate(engine, [GenerateRequest(id="a", prompt=(5, 6, 7), params=params)])
+print("answered", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_loading_holds_weights_once(quantized):
+    """Private memory while loading: the prepared weights and what one layer takes beside them; no embedding."""
+    if isinstance(built := library(), str):
+        pytest.skip(f"NO CPU KERNELS: {built}")
+    checkpoint = open_checkpoint(quantized)
+    spec, cpu = checkpoint.spec, torch.device("cpu")
+    embedding = spec.vocab * spec.hidden * 2
+    prepared = need(spec, checkpoint.quant, {}, torch.bfloat16, cpu, 1, 0).weights - embedding
+    layer = sum(x.out_features * x.in_features for x in spec.layer_linears(0))  # a byte for each of its codes
+    allowed = 4 * layer
+    assert allowed < embedding / 2
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOAD, str(quantized)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout.readline() == "ready\n"
+    before = peak = private(process.pid)
+    said: list[str] = []
+    reader = threading.Thread(target=lambda: said.append(process.stdout.readline()))
+    reader.start()
+    process.stdin.write("\n")
+    process.stdin.flush()
+    while reader.is_alive():
+        peak = max(peak, private(process.pid))
+        reader.join(0.002)
+    assert said == ["answered\n"]
+    after = private(process.pid)
+    process.communicate("\n")
+    assert process.returncode == 0
+    mb = [round(size / 1e6) for size in (prepared, after - before, peak - before, allowed)]
+    print("prepared {} MB, private memory grew by {}, at most by {}; {} beside the weights allowed".format(*mb))
+    assert prepared < after - before < peak - before + 1 < prepared + allowed
 
 
 @pytest.mark.parametrize("kv", [None, "fp8", "int8"])

@@ -1,7 +1,7 @@
 """A model on disk as a Hugging Face directory: what every source shows itself as, and the directory itself.
 
-Nothing is mapped into memory: a tensor is read into a buffer of its own and is gone when its last user lets go, so
-walking through a model costs the memory of what is held, not of the whole file.
+Large tensors are mapped, each by itself, small ones read; either is gone when its last user lets go, so walking through
+a model costs the memory of what is held, not of the whole file (docs/adr/0009).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -24,6 +25,8 @@ from fewbit.errors import CheckpointError
 CPU = torch.device("cpu")
 STAGE_BYTES = 32 << 20
 """What goes between a file and a device at a time."""
+MAPPED_BYTES = 1 << 20
+"""From this size on a tensor is mapped: a map takes whole pages, and a process may have some ten thousand of them."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -75,7 +78,7 @@ class Files(Protocol):
         ...
 
     def read(self, name: str, device: torch.device = ...) -> Tensor:
-        """One tensor as its entry says, in memory of its own on a device.
+        """One tensor as its entry says, on a device; what is written into it goes nowhere else.
 
         Raises:
             CheckpointError: it cannot be read.
@@ -160,7 +163,7 @@ class ModelFiles:
         raise CheckpointError(f"{self.path} holds no weights; expected {SINGLE} or {INDEX}")
 
     def read(self, name: str, device: torch.device = CPU) -> Tensor:
-        """One tensor, in memory of its own on a device.
+        """See `read_tensor`.
 
         Raises:
             CheckpointError: the file ends early.
@@ -183,11 +186,21 @@ def read_rows(files: Files, name: str, start: int, stop: int, device: torch.devi
 
 
 def read_tensor(path: Path, start: int, stored: Stored, name: str, device: torch.device = CPU) -> Tensor:
-    """The tensor that lies from byte `start` of a file, in memory of its own on a device.
+    """The tensor that lies from byte `start` of a file, on a device.
+
+    On a CPU a large one is mapped: its pages are the system's, shared with other processes until somebody writes into
+    them, which the file does not see.
 
     Raises:
         CheckpointError: the file ends early.
     """
+    end = start + stored.nbytes
+    if path.stat().st_size < end:  # beyond the end a map has no pages: touching them would end the process
+        raise CheckpointError(f"{path.name} ends inside tensor '{name}': the file is truncated")
+    if device.type == "cpu" and stored.nbytes >= MAPPED_BYTES and not start % stored.dtype.itemsize:
+        with suppress(RuntimeError):  # a file system that cannot map, or no room for one more: then it is read
+            whole = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8)
+            return whole[start:].view(stored.dtype).view(stored.shape)
     made = torch.empty(stored.nbytes, dtype=torch.uint8, device=device)
     with path.open("rb") as file:
         file.seek(start)

@@ -17,7 +17,7 @@ from fewbit.model.decoder import Decoder, DecoderLayer, Embedding, Normalize
 from fewbit.model.fused import FusedDecoder, FusedLayer
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.ops.cpu.build import Missing
-from fewbit.ops.device import DeviceInfo, arithmetic_dtype, device_info
+from fewbit.ops.device import DeviceInfo, arithmetic_dtype, device_info, release_memory
 from fewbit.ops.linear import Choice, LinearKernel, LinearProblem, LinearWeights, choose
 from fewbit.ops.linear.cpu import Cpu
 from fewbit.ops.linear.dense import Dense
@@ -96,12 +96,17 @@ class Loader:
     def decoder(self) -> Decoder:
         """The whole model."""
         spec = self.checkpoint.spec
+        head = self.head()  # first: preparing the largest linear takes most, and now there is nothing beside it
+        layers = []
+        for index in range(len(spec.layers)):
+            layers.append(self.layer(index) if self.cpu_why_not(index) else self.cpu_layer(index))
+            release_memory()
         return Decoder(
             spec,
             self.embed(),
-            [self.layer(i) if self.cpu_why_not(i) else self.cpu_layer(i) for i in range(len(spec.layers))],
+            layers,
             self.final_norm(),
-            self.head(),
+            head,
             [self.codec(index) for index in range(len(spec.layers))],
             self.dtype,
             exact=self.backend not in ("auto", Cpu.name),

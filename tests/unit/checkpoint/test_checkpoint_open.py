@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fewbit.checkpoint import locate, open_checkpoint
+from fewbit.checkpoint.files import MAPPED_BYTES, read_tensor
+from fewbit.checkpoint.layout import Stored
 from fewbit.compress import compress, plan, read_recipe
 from fewbit.errors import CheckpointError, FewbitError, UnsupportedError
 from helpers import edit_json, make_model
@@ -157,6 +159,30 @@ def test_a_file_cut_while_it_is_read(model):
     (model / "model.safetensors").write_bytes(raw[: len(raw) // 2])
     with pytest.raises(CheckpointError, match=r"model.safetensors ends inside tensor '.*': the file is truncated"):
         list(checkpoint.tensors.values())
+
+
+@pytest.mark.parametrize("start", [8, 9])  # whole numbers of the dtype from the beginning are mapped, others read
+def test_a_large_tensor_is_its_users_own(start, tmp_path):
+    values = torch.randn(1024, 512, generator=torch.Generator().manual_seed(0))
+    file, stored = tmp_path / "file", Stored(torch.float32, (1024, 512))
+    assert stored.nbytes >= MAPPED_BYTES
+    file.write_bytes(raw := bytes(start) + values.numpy().tobytes())
+    held, other = (read_tensor(file, start, stored, "t") for _ in range(2))
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or (str(file) in maps.read_text()) == (start == 8)
+    held.zero_()
+    assert torch.equal(other, values)
+    assert file.read_bytes() == raw
+    file.unlink()
+    assert torch.equal(other, values)
+    del held, other
+    assert not maps.exists() or str(file) not in maps.read_text()
+
+
+def test_a_large_tensor_of_a_file_that_is_cut(tmp_path):
+    (file := tmp_path / "file").write_bytes(bytes(MAPPED_BYTES + 7))
+    with pytest.raises(CheckpointError, match="file ends inside tensor 't': the file is truncated"):
+        read_tensor(file, 8, Stored(torch.uint8, (MAPPED_BYTES,)), "t")
 
 
 def test_shards(sharded, whole):
