@@ -19,7 +19,12 @@ from fewbit.engine.config import EngineOptions, resolve
 from fewbit.engine.engine import Engine, Output, generate
 from fewbit.engine.types import GenerateRequest, SamplingParams
 from fewbit.model import Decoder, load
+from fewbit.ops.cpu import build as cpu_build
 from helpers import ids, make_model
+
+SLOW = pytest.mark.slow
+BUILT = cpu_build.library()
+needs_compiler = pytest.mark.skipif(isinstance(BUILT, str), reason=f"CPU KERNELS ARE NOT TESTED: {BUILT}")
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 3}
 SHARED = ids(40, seed=9)
@@ -61,13 +66,13 @@ def models(tmp_path_factory) -> Callable[..., Path]:
 
 
 @functools.cache
-def decoder(path: Path) -> Decoder:
-    return load(open_checkpoint(path))
+def decoder(path: Path, backend: str) -> Decoder:
+    return load(open_checkpoint(path), backend=backend)
 
 
-def engine(path: Path, **options: object) -> Engine:
+def engine(path: Path, backend: str = "exact", **options: object) -> Engine:
     """A fresh engine around the model, which is loaded once."""
-    made = decoder(path)
+    made = decoder(path, backend)
     given = {"block_size": 16, "num_blocks": 120, "max_batch": 16, "max_batch_tokens": 512, **options}
     config = resolve(
         EngineOptions(**given),
@@ -126,6 +131,19 @@ def test_however_it_is_scheduled(models, recipe, kv):
             same(again, expected)
             assert sum(o.ending.cached_tokens for o in again) == sum((len(p) - 1) // 16 * 16 for p in PROMPTS)
             assert machine.runner.computed_tokens - before < sum(map(len, PROMPTS))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("recipe", "kv"), [(None, None), ("int4", "fp8"), pytest.param("int8", "int8", marks=SLOW)])
+def test_by_the_kernels_for_cpus(models, recipe, kv):
+    """What a server runs: products and attention in C, and none of it in an exact model."""
+    path = models(recipe, kv)
+    assert None not in engine(path, "auto").runner.cache.paged
+    assert set(engine(path).runner.cache.paged) == {None}
+    expected = alone(path, PROMPTS, backend="auto")
+    varied(expected)
+    for options in WAYS.values():
+        same(generate(engine(path, "auto", **options), requests(PROMPTS)), expected)
 
 
 @pytest.mark.parametrize(("recipe", "kv"), [(None, None), pytest.param("int8", "int8", marks=pytest.mark.slow)])

@@ -32,6 +32,7 @@ typedef struct { /* rows of one sequence */
 
 typedef float Block[CHUNKS][KEYS][ROWS]; /* K or V of a head as numbers, filled up to whole sixteens with zeros */
 typedef int8_t VC __attribute__((vector_size(LANES)));
+typedef uint16_t VH __attribute__((vector_size(2 * LANES)));
 
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
