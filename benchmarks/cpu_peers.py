@@ -39,8 +39,11 @@ HERE = Path(__file__).resolve().parent
 PEERS = HERE.parent / ".venv-cpu-peers" / "bin" / "python"
 FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve")
 CHECKED = 64  # tokens of the prompt whose scores are compared
-CLOSE = {"Q4_0": 0.9, "int4": 0.9}
-"""Least correlation with the dense model's scores, by how a model's name begins; of all others 0.99."""
+CLOSE = {"Q4_0": 0.5, "int4": 0.5}
+"""Least correlation with the dense model's scores, by how a model's name begins; of all others 0.99.
+
+Four bits lose much of random weights: 0.7 is left after 16 layers. That names and positions are right, 8 bits show.
+"""
 
 
 class Process:

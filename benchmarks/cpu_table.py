@@ -145,7 +145,8 @@ def verdict(reached: float, target: float | None, most: bool = False) -> str:
     """A target and whether it is reached."""
     if target is None:
         return ""
-    return f"{'<=' if most else '>='} {target:g}: {'reached' if (reached <= target) == most else 'missed'}"
+    good = reached <= target if most else reached >= target
+    return f"{'<=' if most else '>='} {target:g}: {'reached' if good else 'missed'}"
 
 
 def show(result: Mapping[str, Any]) -> None:
