@@ -134,9 +134,13 @@ def compare(
     judged = any(one.quality and "failed" not in one.quality for one in found)
     if not judged and all("failed" in cell for one in found for cell in one.cells):
         raise RequestError(f"every row failed: {found[0].cells[0]['failed']}")
+    others = room.left_out(entries, folder)
     if json:
-        return print_json("compare", {"base": found[0].label, "models": [vars(one) for one in found]})
+        fields = {"base": found[0].label, "models": [vars(one) for one in found], "left_out": others}
+        return print_json("compare", fields)
     _print(found)
+    for other, count in others.items():
+        print(f"left out: {count} rows of {other}, which fewbit report shows")
     note(f"every row is in {run_dir}; fewbit report {run_dir} draws them")
     return None
 

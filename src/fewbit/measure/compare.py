@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,6 +155,14 @@ def known(entry: Entry, folder: RunFolder) -> Comparison:
     if entry.quality is not None:
         found.quality = folder.read(entry.quality) or {}
     return found
+
+
+def left_out(entries: Sequence[Entry], folder: RunFolder) -> Counter[str]:
+    """Rows that the folder holds of other devices than this comparison's: how many of each."""
+    here = {row.key["device"] for entry in entries for row in entry.speed}
+    rows = [one for command in ("bench offline", "eval") for one in folder.rows(command)]
+    devices = ((one.get("key") or {}).get("device") for one in rows)
+    return Counter(device for device in devices if device is not None and device not in here)
 
 
 def speed_up(cell: Mapping[str, Any], base: Comparison) -> float | None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,11 @@ class Row:
     @property
     def file(self) -> str:
         """Its file in a folder."""
-        words = re.sub(r"[^A-Za-z0-9_.]+", "-", f"{self.command} {self.name}").strip("-")[:100]
-        return f"{words}-{digest([self.command, self.key])[:10]}.json"
+        return f"{_words(f'{self.command} {self.name}')}-{digest([self.command, self.key])[:10]}.json"
+
+
+def _words(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-")[:100]
 
 
 class RunFolder:
@@ -79,6 +82,14 @@ class RunFolder:
         beside.write_text(json.dumps(whole, indent=1, default=str) + "\n", "utf8")
         beside.replace(file)
         return file
+
+    def rows(self, command: str) -> Iterator[dict[str, Any]]:
+        """The object of every row of a command.
+
+        Raises:
+            RequestError: a file is damaged.
+        """
+        return map(read_object, sorted(self.path.glob(f"{_words(command)}-*.json")))
 
     def forget(self, row: Row) -> None:
         """Let a row be measured again."""

@@ -89,6 +89,50 @@ def test_tasks_give_a_score_and_what_it_is_of_the_bases(models, here, tmp_path, 
     assert "give --tasks as well" in capsys.readouterr().err
 
 
+def test_programs_are_run_only_where_that_may_be(models, here, tmp_path, capsys, monkeypatch):
+    """The options go to the processes that ask the models, and to no other. What a model says stands in a string."""
+    rows = [{"prompt": "said = '''", "test": f"'''\nassert {right}"} for right in (True, True, False)]
+    (tmp_path / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "code.yaml").write_text("{name: mine, kind: code, file: code.jsonl, max_tokens: 3, delimiter: ''}")
+    words = ["compare", *map(str, models), *SIZES, "--run-dir", str(tmp_path / "run"), "-q", "--json"]
+    words += ["--tasks", str(tmp_path / "code.yaml")]
+    monkeypatch.setattr("fewbit.measure.tasks.suite.missing", lambda: "there is no fence")
+    for given, fault in (
+        ([], "where that may be, give --allow-code-execution"),
+        (["--allow-code-execution"], "there is no fence; where that may be, give --allow-unconfined-code"),
+    ):
+        assert cli.run([*words, *given]) == 2
+        assert fault in capsys.readouterr().err
+    assert here == []  # nothing was measured
+    assert cli.run([*words, "--allow-code-execution", "--allow-unconfined-code"]) == 0
+    for one in json.loads(capsys.readouterr().out)["models"]:
+        assert one["quality"]["tasks"]["mine"]["accuracy"] == pytest.approx(2 / 3)
+    for asked in here:
+        flags = [word for word in asked if word.startswith("--allow")]
+        assert flags == (["--allow-code-execution", "--allow-unconfined-code"] if asked[0] == "eval" else [])
+    monkeypatch.setattr("fewbit.measure.tasks.suite.missing", lambda: None)
+    here.clear()
+    assert cli.run([*words[:-1], str(tmp_path / "code.yaml"), "--limit", "1", "--allow-code-execution"]) == 0
+    assert [[word for word in asked if word.startswith("--allow")] for asked in here] == [
+        ["--allow-code-execution"]
+    ] * 2
+
+
+def test_rows_of_another_device_are_named(models, here, tmp_path, capsys):
+    words = ["compare", *map(str, models), *SIZES, "--run-dir", str(tmp_path), "-q"]
+    assert cli.run(words) == 0
+    assert "left out" not in capsys.readouterr().out
+    for number, file in enumerate(sorted(tmp_path.glob("*.json"))[:3]):
+        row = json.loads(file.read_text())
+        row["key"]["device"] = "NVIDIA H100"
+        (tmp_path / f"bench-offline-of-another-{number}.json").write_text(json.dumps(row))
+    assert cli.run(words) == 0
+    out = capsys.readouterr().out
+    assert "left out: 3 rows of NVIDIA H100, which fewbit report shows" in out
+    assert cli.run([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["left_out"] == {"NVIDIA H100": 3}
+
+
 def test_quality_is_shown_where_no_speed_is(models, here, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fewbit import cli
-from fewbit.measure.report import page
+from fewbit.measure.report import figures, page
 from fewbit.measure.report.collect import base_of, collect, label, lines, recoveries
 from helpers import make_model
 
@@ -123,7 +123,7 @@ def test_results_of_one_name_are_told_apart(tmp_path):
     for number in range(2):
         folder = tmp_path / f"run{number}"
         folder.mkdir()
-        (folder / "eval.json").write_text(json.dumps({"command": "eval", "model": f"/{number}/m", "perplexity": 2.0}))
+        (folder / "eval.json").write_text(json.dumps({"command": "eval", "model": f"{number}/m", "perplexity": 2.0}))
         (folder / "load.json").write_text(json.dumps({"command": "bench serve", "label": "same"}))
         row = cell | {"model": "m", "path": f"{number}/m"}
         (folder / "row.json").write_text(json.dumps({"command": "bench offline", "cells": [row]}))
@@ -132,6 +132,65 @@ def test_results_of_one_name_are_told_apart(tmp_path):
     assert set(found.loads) == {"same (run0/load.json)", "same (run1/load.json)"}
     assert set(lines(found.cells)) == {"m (0/m)", "m (1/m)"}
     assert [(name, bits) for name, bits, *_ in recoveries(found)] == [(name, 16.0) for name in found.evals]
+
+
+def sized(name: str, path: str | None, bits: float, **more) -> dict:
+    environment = {"device": more.pop("device", "x")}
+    speed = {"peak_bytes": 2**30, "first_token_s": 1.0, "per_token_s": 1.0, "tokens_per_s": 1.0}
+    cell = {"model": name, "path": path, "config": None, "batch": 1, "input": 8, "output": 2, "bits_per_weight": bits}
+    return {"command": "bench offline", "cells": [cell | speed | more | {"environment": environment}]}
+
+
+def evaluated(model: str, kept: float, device: str | None = None, **more) -> dict:
+    key = {"key": {"device": device}} if device else {}
+    return {"command": "eval", "model": model, "perplexity": 8.0 / kept, "perplexity_base": 8.0, **key, **more}
+
+
+def written(folder: Path, *objects: dict) -> Path:
+    for number, one in enumerate(objects):
+        (folder / f"{number}.json").write_text(json.dumps(one))
+    return folder
+
+
+def test_models_of_one_name_keep_their_own_sizes(tmp_path):
+    """By path; by name where only one model has it; and of two that differ under one name neither."""
+    (small := tmp_path / "two").mkdir()
+    found = collect(
+        written(
+            small, sized("m", "a/m", 4.25), sized("m", "b/m", 8.0), evaluated("b/m", 0.5), evaluated("./a/m/", 0.25),
+            evaluated("c/m", 0.125),
+        )
+    )  # fmt: skip
+    assert sorted((bits or 0, kept) for _, bits, kept, _ in recoveries(found)) == [(0, 0.125), (4.25, 0.25), (8.0, 0.5)]
+    assert len({name for name, *_ in recoveries(found)}) == 3
+    for number, objects in enumerate(
+        (
+            [sized("m", None, 4.25), sized("m", None, 8.0, input=9), evaluated("m", 0.5)],
+            [sized("m", "a/m", 4.25), evaluated("b/m", 0.5), evaluated("c/m", 0.5)],
+        )
+    ):
+        (folder := tmp_path / str(number)).mkdir()
+        assert {bits for _, bits, *_ in recoveries(collect(written(folder, *objects)))} == {None}
+    (moved := tmp_path / "moved").mkdir()
+    assert [bits for _, bits, *_ in recoveries(collect(written(moved, sized("m", "a/m", 4.25), evaluated("/b/m", 1))))]
+    pytest.importorskip("matplotlib", reason="NO MATPLOTLIB, so no figure was drawn: pip install 'fewbit[report]'")
+    text = page.page(found, [figures._recovery(found)], "title")
+    assert "so not here: m (4.json)" in text
+    assert text.count("<td>12.5%</td>") == 1  # its quality is known all the same
+
+
+def test_rows_of_two_devices_are_told_apart(tmp_path):
+    failed = {"model": "m", "batch": 2, "input": 8, "output": 2, "failed": "no room"}
+    found = collect(
+        written(
+            tmp_path, sized("m", "m", 4.25, device="x"), sized("m", "m", 4.25, device="y"),
+            evaluated("m", 0.5, "x"), evaluated("m", 0.25, "y"),
+            {"command": "bench offline", "key": {"device": "y"}, "cells": [failed]},
+        )
+    )  # fmt: skip
+    assert set(lines(found.cells)) == {"m, x", "m, y"}
+    assert {name: kept for name, _, kept, _ in recoveries(found)} == {"m, x": 0.5, "m, y": 0.25}
+    assert found.failed == [("m, 2 x 8 + 2, y", "no room")]
 
 
 def test_a_speed_up_is_over_the_base_in_the_same_sizes_on_the_same_device(tmp_path):

@@ -63,7 +63,8 @@ def collect(folder: Path) -> Collected:
         if not isinstance(one, dict) or not _sort(found, seen, name, one):
             found.others.append(name)
     found.loads = _by_name(found.loads, lambda file, one: str(one.get("label") or Path(file).stem))
-    found.evals = _by_name(found.evals, lambda _, one: name_of(one))
+    devices = {_device(one) for one in found.evals.values()} - {None}
+    found.evals = _by_name(found.evals, lambda _, one: _on(name_of(one), _device(one) if len(devices) > 1 else None))
     found.compressions = _by_name(found.compressions, written)
     order = lambda c: (-(c.get("bits_per_weight") or _guess(c)), label(c), *(c[k] for k in SIZES))  # noqa: E731
     found.cells = sorted(seen.values(), key=order)
@@ -104,7 +105,7 @@ def _by_name(files: Mapping[str, Object], name: Callable[[str, Object], str]) ->
 def _cell(found: Collected, seen: dict[Any, Object], cell: Object) -> None:
     if "failed" in cell:
         where = f"{label(cell)}, {cell['batch']} x {cell['input']} + {cell['output']}"
-        found.failed.append((where, cell["failed"]))
+        found.failed.append((_on(where, cell["environment"].get("device")), cell["failed"]))
         return
     key = (*owner(cell), cell["environment"].get("device"), *(cell[k] for k in SIZES))
     other = seen.get(key)
@@ -121,7 +122,16 @@ def _date(cell: Mapping[str, Any]) -> str:
 
 def _of_record(one: Mapping[str, Any]) -> Object:
     """The environment in the record of a GPU, which says it once for all cells."""
-    return {"device": one.get("gpu"), "date": one.get("date"), **one.get("versions", {})}
+    return {"device": one.get("gpu") or _device(one), "date": one.get("date"), **one.get("versions", {})}
+
+
+def _device(one: Mapping[str, Any]) -> str | None:
+    """The device that the key of a row names."""
+    return (one.get("key") or {}).get("device")
+
+
+def _on(name: str, device: str | None) -> str:
+    return f"{name}, {device}" if device else name
 
 
 def name_of(one: Mapping[str, Any]) -> str:
@@ -186,21 +196,16 @@ def _guess(cell: Mapping[str, Any]) -> float:
     return 0.0 if cell.get("recipe") else 16.0
 
 
-def recoveries(found: Collected) -> list[tuple[str, float, float, str]]:
-    """Models with a known size and a known quality beside their base: name, bits a weight, recovery, of what.
+def recoveries(found: Collected) -> list[tuple[str, float | None, float, str]]:
+    """Models of a known quality beside their base: name, bits a weight, recovery, of what.
 
-    Recovery is the mean over tasks of model / base; where no task was asked, perplexity of the base / the model's.
+    Recovery is the mean over tasks of model / base; where no task was asked, perplexity of the base / the model's. Bits
+    are None where no row and no compression says them, or several that differ might be meant.
     """
-    sized = [c for c in found.cells if c.get("bits_per_weight")]
-    bits = {name: c["bits_per_weight"] for c in sized for name in (label(c), c.get("path")) if name}  # as compare names
-    for name, one in found.compressions.items():
-        if "layer_bits" in one["verified"]:
-            bits.setdefault(written(name, one), one["verified"]["layer_bits"])
     made = []
+    sizes = _sizes(found)
     for name, one in found.evals.items():
-        size = bits.get(name_of(one))
-        if size is None:
-            continue
+        size = sizes(one)
         parts = [t["paired"]["recovery"] for t in (one.get("tasks") or {}).values() if t.get("paired")]
         if parts := [part for part in parts if part is not None]:
             made.append((name, size, sum(parts) / len(parts), f"mean over {len(parts)} tasks of model / base"))
@@ -209,6 +214,35 @@ def recoveries(found: Collected) -> list[tuple[str, float, float, str]]:
         elif one.get("perplexity"):
             made.append((name, size, 1.0, "base"))
     return made
+
+
+def _sizes(found: Collected) -> Callable[[Object], float | None]:
+    """What gives the bits per weight of the model that an `eval` was about.
+
+    It is found by its path, else by its name, if models of that name are not told apart by their paths.
+    """
+    rows: dict[str, set[float]] = {}
+    written_: dict[str, set[float]] = {}
+    for cell in found.cells:
+        for name in {label(cell), _path(cell)} - {None}:
+            if cell.get("bits_per_weight"):
+                rows.setdefault(str(name), set()).add(cell["bits_per_weight"])
+    for name, one in found.compressions.items():
+        if "layer_bits" in one["verified"]:
+            for key in {str(Path(one.get("output", name))), written(name, one)}:
+                written_.setdefault(key, set()).add(one["verified"]["layer_bits"])
+    places: dict[str, set[str]] = {}
+    for one in found.evals.values():
+        places.setdefault(name_of(one), set()).add(str(one.get("model")))
+
+    def size(one: Object) -> float | None:
+        name = name_of(one)
+        keys = [str(Path(one["model"]))] if one.get("model") else []
+        keys += [name] if len(places[name]) == 1 else []
+        several = next((of[key] for of in (rows, written_) for key in keys if key in of), set())
+        return next(iter(several)) if len(several) == 1 else None
+
+    return size
 
 
 PERPLEXITY = "perplexity of the base / the model's"

@@ -242,12 +242,15 @@ def _of_tasks(one: Object) -> list[float]:
 
 def _recovery(found: Collected) -> Made:
     title = "Accuracy kept against bits per weight"
-    points, without = recoveries(found), ""
+    known, without = recoveries(found), ""
+    points = [(name, bits, kept, of) for name, bits, kept, of in known if bits is not None]
+    if unsized := [name for name, bits, *_ in known if bits is None]:
+        without = f"; of no known size, or of several under one name, so not here: {', '.join(unsized)}"
     if len({of for *_, of in points} - {"base"}) > 1:  # two scales do not share an axis
-        without = "; without tasks, so not here: " + ", ".join(name for name, *_, of in points if of == PERPLEXITY)
+        without += "; without tasks, so not here: " + ", ".join(name for name, *_, of in points if of == PERPLEXITY)
         points = [point for point in points if point[3] != PERPLEXITY]
     if not any(of != "base" for *_, of in points):
-        return LeftOut(title, "no model whose size and whose quality beside a base are both known")
+        return LeftOut(title, f"no model whose size and whose quality beside a base are both known{without}")
     made = draw.figure()
     axes = made.subplots()
     front = sorted(pareto([(bits, -kept) for _, bits, kept, _ in points]), key=lambda i: points[i][1])
