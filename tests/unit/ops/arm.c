@@ -1,8 +1,13 @@
 /* Runs kernels of ops/cpu on another machine, under an emulator: test_cpu_arm.py says what goes in and what comes out.
  *
- * Input: how many cases; each a word, then for `l` (a linear) its struct, its six arrays, m and x; for `h` (both halves
- * of a layer) the layer's struct, its linears, its four norms, m, x, cosines, sines and what attention saw. An array is
- * its size in bytes and its bytes; none is a size of 0. Output: y; q, k, v and y. */
+ * Input: how many cases; each a word, then
+ *
+ *   l, a linear             its struct, its six arrays, m, x                                          to y
+ *   h, halves of a layer    its struct, its linears, its four norms, m, x, cosines, sines, seen       to q, k, v, y
+ *   a, attention            its struct, K and V and the scales of either, spans, slots, tables,
+ *                           sinks, q, k, v                                                            to K, V, out
+ *
+ * An array is its size in bytes and its bytes; none is a size of 0. */
 #include "cpu.c"
 #include <stdio.h>
 
@@ -16,13 +21,18 @@ static int64_t take_number(void) {
     return n;
 }
 
-static void *take(void) {
-    const int64_t bytes = take_number();
-    if (!bytes) return NULL;
-    void *p = aligned_alloc(64, (size_t)padded(bytes));
+static void *take_sized(int64_t *bytes) {
+    *bytes = take_number();
+    if (!*bytes) return NULL;
+    void *p = aligned_alloc(64, (size_t)padded(*bytes));
     if (!p) exit(3);
-    take_into(p, (size_t)bytes);
+    take_into(p, (size_t)*bytes);
     return p;
+}
+
+static void *take(void) {
+    int64_t bytes;
+    return take_sized(&bytes);
 }
 
 static Linear *take_linear(void) {
@@ -64,9 +74,29 @@ static void halves(void) {
     give(y, m * layer.linears[O]->n);
 }
 
+static void attention(void) {
+    Attention a;
+    int64_t k_bytes, v_bytes, spans_bytes, q_bytes;
+    take_into(&a, sizeof a);
+    a.k.stored = take_sized(&k_bytes), a.v.stored = take_sized(&v_bytes);
+    a.k.scale = take(), a.v.scale = take();
+    const Span *spans = take_sized(&spans_bytes);
+    const int64_t *slots = take(), *tables = take();
+    const float *sinks = take(), *q = take_sized(&q_bytes), *k = take(), *v = take();
+    float *out = made(q_bytes / 4);
+    const int64_t count = spans_bytes / (int64_t)sizeof *spans;
+    JOIN(fewbit_attend, VARIANT)(&a, spans, count, slots, tables, sinks, q, k, v, out, 1);
+    fwrite(a.k.stored, 1, (size_t)k_bytes, stdout);
+    fwrite(a.v.stored, 1, (size_t)v_bytes, stdout);
+    give(out, q_bytes / 4);
+}
+
 int main(void) {
-    for (int64_t left = take_number(); left; left--)
-        if (take_number() == 'l') linear();
-        else halves();
+    for (int64_t left = take_number(); left; left--) {
+        const int64_t what = take_number();
+        if (what == 'l') linear();
+        else if (what == 'h') halves();
+        else attention();
+    }
     return 0;
 }

@@ -5,19 +5,24 @@ from __future__ import annotations
 import shutil
 import struct
 import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from fewbit.model.attend import KVCodec
 from fewbit.numerics.format import FORMATS
-from fewbit.numerics.quantspec import QuantSpec
+from fewbit.numerics.quantspec import KVSpec, QuantSpec
 from fewbit.numerics.reference import choose_scale, quantize
+from fewbit.ops.attention.cpu import PagedLayer, Spans
 from fewbit.ops.cpu import build
 from fewbit.ops.cpu.layer import LINEARS, Halves
 from fewbit.ops.linear import LinearWeights
 from fewbit.ops.linear.cpu import Cpu, Prepared
+from fewbit.spec.decoder import Attention
 
 BUILT = build.library()
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
@@ -37,6 +42,15 @@ SPECS = [
     *(QuantSpec(FORMATS[name]) for name in ("int8_g128", "int4_g32", "int4_g128", "int4_g64_asym", "nvfp4", "mxfp4")),
     QuantSpec(FORMATS["int4_g128"], prescale=True),
 ]
+FP8, EIGHT, GQA = FORMATS["fp8"], FORMATS["int8"], Attention(8, 2, 64, None)
+SCALES = torch.tensor(0.02), torch.tensor(0.03)
+ATTENTION = (
+    (KVCodec(torch.float32), replace(GQA, window=50)),
+    (KVCodec(torch.float16), replace(GQA, softcap=3.0)),
+    (KVCodec(torch.bfloat16), Attention(6, 2, 13, None)),
+    (KVCodec(torch.bfloat16, KVSpec(EIGHT, EIGHT), *SCALES), GQA),
+    (KVCodec(torch.bfloat16, KVSpec(FP8, FP8), *SCALES), replace(GQA, sinks=True)),
+)
 SHAPES = ((1, 16, 256), (7, 130, 384), (13, 41, 1024))  # rows, n, k
 
 
@@ -69,26 +83,32 @@ def program(request, tmp_path_factory) -> Path:
     return made
 
 
-def run(program: Path, cases: list[bytes], sizes: list[int]) -> list[Tensor]:
-    """What the program makes of cases; `sizes`: numbers of each result."""
+def case(what: str, *parts: bytes) -> bytes:
+    return struct.pack("<q", ord(what)) + b"".join(parts)
+
+
+def held(program: Path, cases: list[bytes], wanted: list[Tensor], names: Sequence[object]) -> None:
+    """The program makes of the cases the very bytes that are `wanted`; `names`: what each of these is."""
     given = struct.pack("<q", len(cases)) + b"".join(cases)
     said = subprocess.run([EMULATOR, str(program)], input=given, capture_output=True, check=True).stdout
-    assert len(said) == 4 * sum(sizes)
-    return list(torch.frombuffer(bytearray(said), dtype=torch.float32).split(sizes))
+    sizes = [t.nbytes for t in wanted]
+    assert len(said) == sum(sizes)
+    results = torch.frombuffer(bytearray(said), dtype=torch.uint8).split(sizes)
+    for found, ours, name in zip(results, wanted, names, strict=True):
+        assert torch.equal(found, ours.contiguous().view(torch.uint8).flatten()), name
 
 
 def test_linears(program):
     random = torch.Generator().manual_seed(0)
-    cases, wanted = [], []
+    cases, wanted, names = [], [], []
     for quant in SPECS:
         for rows, n, k in SHAPES:
             w, x = prepared(quant, n, k, random), torch.randn(rows, k, generator=random)
             x[:, 0] *= 20  # an outlier
-            cases.append(struct.pack("<q", ord("l")) + linear(w) + struct.pack("<q", rows) + array(x))
+            cases.append(case("l", linear(w), struct.pack("<q", rows), array(x)))
             wanted.append(Cpu().run(x, w))
-    found = run(program, cases, [y.numel() for y in wanted])
-    for number, (y, ours) in enumerate(zip(found, wanted, strict=True)):
-        assert torch.equal(y.view_as(ours), ours), (SPECS[number // len(SHAPES)], SHAPES[number % len(SHAPES)])
+            names.append((quant, rows, n, k))
+    held(program, cases, wanted, names)
 
 
 @pytest.mark.parametrize("name", ["int4_g128", "nvfp4", None])
@@ -109,6 +129,30 @@ def test_layers(name, program):
     given = [norms.get(n) for n in ("pre_attn", "pre_mlp", "q_norm", "k_norm")]
     parts = [bytes(halves._layer), *(linear(linears[n]) for n in LINEARS), *map(array, given)]
     rest = [struct.pack("<q", rows), *map(array, (x, angles.cos(), angles.sin(), seen))]
-    case = struct.pack("<q", ord("h")) + b"".join(parts + rest)
-    for y, ours in zip(run(program, [case], [y.numel() for y in wanted]), wanted, strict=True):
-        assert torch.equal(y.view_as(ours), ours)
+    held(program, [case("h", *parts, *rest)], wanted, ("q", "k", "v", "y"))
+
+
+def test_attention(program):
+    """What is stored of K and V, too."""
+    random, lengths, page = torch.Generator().manual_seed(2), (1, 33, 90), 16
+    pages = [-(-n // page) for n in lengths]
+    tables = torch.arange(sum(pages)).flip(0)
+    rows, slots, row, at = [], [], 0, 0
+    for n, count in zip(lengths, pages, strict=True):
+        rows.append((row, n, 0, at))
+        slots += [int(tables[at + t // page]) * page + t % page for t in range(n)]
+        row, at = row + n, at + count
+    spans = Spans.of(rows, torch.tensor(slots), tables)
+    cases, wanted, names = [], [], []
+    for codec, a in ATTENTION:
+        k, v = (torch.zeros(sum(pages) * page, a.kv_heads, a.head_dim, dtype=codec.stored_dtype) for _ in range(2))
+        layer = PagedLayer(a, codec, k, v, page)
+        scales = [codec.spec and s.float().expand(a.kv_heads) for s in (codec.k_scale, codec.v_scale)]
+        sinks = torch.randn(a.heads, generator=random) if a.sinks else None
+        q, *new = (2 * torch.randn(row, n, a.head_dim, generator=random) for n in (a.heads, a.kv_heads, a.kv_heads))
+        where = [torch.tensor(list(spans.rows)), spans.slots, spans.tables]
+        cases.append(case("a", bytes(layer._struct), *map(array, (k, v, *scales, *where, sinks, q, *new))))
+        out = layer(q, *new, spans, sinks)
+        wanted += [k, v, out]
+        names += [(what, codec, a) for what in ("K", "V", "out")]
+    held(program, cases, wanted, names)
