@@ -38,34 +38,31 @@ static void rotate(float *x, const float *cosines, const float *sines, int64_t d
     }
 }
 
-/* x to x / (1 + exp(-x)) times y, 16 numbers. */
-INLINE void silu_times(const float *x, const float *y, float *out) {
-    for (int p = 0; p < PARTS; p++) {
-        const VF v = load(x + p * LANES);
-        store(out + p * LANES, v / (exp_(-v) + 1.0f) * load(y + p * LANES));
+/* x to x / (1 + exp(-x)) times y, of a row of tiles. */
+INLINE void silu_times(float *x, const float *y) {
+    for (int i = 0; i < WIDTH; i += LANES) {
+        const VF v = load(x + i);
+        store(x + i, v / (exp_(-v) + 1.0f) * load(y + i));
     }
 }
 
 /* All threads of a team: act[m][n] = silu(gate(h)) up(h). Two linears of as many rows, each with its input. */
 static void multiply_gated(
     const Linear *gate, const Linear *up, const Input *g, const Input *u, int64_t m, float *act) {
-    const int64_t kept = kept_rows(gate);
+    const int64_t kept = kept_rows(gate), tiles = tiles_of(gate);
     for (int64_t begin = 0; begin < m; begin += kept) {
         const int64_t end = begin + kept < m ? begin + kept : m;
 #pragma omp for schedule(static) nowait
-        for (int64_t tile = 0; tile < tiles_of(gate); tile++) {
-            const int64_t at = tile * ROWS, count = gate->n - at < ROWS ? gate->n - at : ROWS;
+        for (int64_t tile = 0; tile < tiles; tile += TILES)
             for (int64_t i = begin, rows; i < end; i += rows) {
-                float one[BLOCK * ROWS], other[BLOCK * ROWS];
-                rows = rows_of(end - i);
-                tile_of(gate, tile, g, i, rows, one);
+                float one[BLOCK * WIDTH] = {0}, other[BLOCK * WIDTH] = {0}; /* a missing tile is no number otherwise */
+                const int64_t made = tile_of(gate, tile, g, i, rows = rows_of(end - i), one);
                 tile_of(up, tile, u, i, rows, other);
                 for (int64_t r = 0; r < rows; r++) {
-                    silu_times(one + r * ROWS, other + r * ROWS, one + r * ROWS);
-                    memcpy(act + (i + r) * gate->n + at, one + r * ROWS, (size_t)count * sizeof *act);
+                    silu_times(one + r * WIDTH, other + r * WIDTH);
+                    memcpy(act + (i + r) * gate->n + tile * ROWS, one + r * WIDTH, (size_t)made * sizeof *act);
                 }
             }
-        }
     }
 }
 

@@ -8,7 +8,7 @@
  *   sums      p = fma(d, a, p), span after span of a group of the weight; y = fma(p, s, y), group after group, s its
  *             scale; at the end y r + bias, r the scale of the row
  *
- * BFLOAT16 and FLOAT32 weights: inputs as they are, y = fma(x, w, y) over even columns and over odd ones, then both.
+ * BFLOAT16 and FLOAT32 weights: inputs as they are, y = fma(x, w, y) column after column.
  *
  * Every row of x is computed by itself: how many others there are, and how many threads, changes nothing.
  *
@@ -56,7 +56,7 @@ static int same_input(const Linear *a, const Linear *b) {
 }
 
 /* How many rows go through a tile at once, of `left`. */
-INLINE int64_t rows_of(int64_t left) { return left >= BLOCK ? BLOCK : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+INLINE int64_t rows_of(int64_t left) { return left >= BLOCK ? BLOCK : left >= 2 ? 2 : 1; }
 
 /* The block of m rows that row `i` is in: its first row; `rows`: how many it has. */
 INLINE int64_t block_of(int64_t i, int64_t m, int64_t *rows) {
@@ -89,13 +89,13 @@ INLINE float scale_of(int32_t top) {
     return scale < FLT_MIN ? FLT_MIN : scale;
 }
 
-enum { STRIP = 32 }; /* numbers that are rounded at a time */
+enum { STRIP = 32 }; /* numbers that are rounded at a time, at the most */
 
-/* The sum of the codes, which go to every `stride`-th group of four. */
-INLINE int32_t round_strip(const float x[STRIP], float scale, int64_t groups, int8_t *codes, int64_t stride) {
+/* `n` numbers to codes, which go to every `stride`-th group of four: the sum of the codes. */
+INLINE int32_t round_strip(const float *x, int64_t n, float scale, int8_t *codes, int64_t stride) {
     int8_t strip[STRIP];
     int32_t sum = 0;
-    for (int i = 0; i < STRIP; i++) {
+    for (int64_t i = 0; i < n; i++) {
         float v = x[i] / scale;
         v = v > -128 ? v : -128; /* a NaN too, whose scale then is one */
         v = v < 127 ? v : 127;
@@ -103,7 +103,7 @@ INLINE int32_t round_strip(const float x[STRIP], float scale, int64_t groups, in
         strip[i] = (int8_t)q;
         sum += q;
     }
-    for (int64_t i = 0; i < groups; i++) memcpy(codes + i * stride, strip + 4 * i, 4);
+    for (int64_t i = 0; i < n / 4; i++) memcpy(codes + i * stride, strip + 4 * i, 4);
     return sum;
 }
 
@@ -111,6 +111,12 @@ INLINE int32_t round_strip(const float x[STRIP], float scale, int64_t groups, in
 INLINE void copy_strip(const float *x, const float *prescale, int64_t n, float to[STRIP]) {
     memset(to, 0, STRIP * sizeof *to);
     for (int64_t i = 0; i < n; i++) to[i] = prescale ? x[i] * prescale[i] : x[i];
+}
+
+/* A span of `n` numbers that need no preparation; `n` is a constant where this is called. */
+INLINE int32_t round_span(const float *x, int64_t n, float *scale, int8_t *codes, int64_t stride) {
+    if (*scale == 0) *scale = scale_of(top_of(x, n, 0));
+    return round_strip(x, n, *scale, codes, stride);
 }
 
 /* All threads of a team: `m` rows of x as `w` wants them, in `memory`. Ends with a barrier, unless nothing is done. */
@@ -142,13 +148,12 @@ static Input prepare(const Linear *w, const float *x, int64_t m, char *memory) {
         int8_t *codes = in.codes + first * w->columns + at * rows + (row - first) * 4;
         int32_t sum = 0;
         float scale = w->input_scale;
-        if (n == STRIP && !prescale) {
-            if (scale == 0) scale = scale_of(top_of(from, STRIP, 0));
-            sum = round_strip(from, scale, STRIP / 4, codes, rows * 4);
-        } else {
+        if (n == 32 && w->span == 32 && !prescale) sum = round_span(from, 32, &scale, codes, rows * 4);
+        else if (n == 16 && w->span == 16 && !prescale) sum = round_span(from, 16, &scale, codes, rows * 4);
+        else {
             float strip[STRIP];
             int32_t top = 0;
-            for (int64_t c = 0; c < n && w->input_scale == 0; c += STRIP) {
+            for (int64_t c = 0; c < n && scale == 0; c += STRIP) {
                 copy_strip(from + c, prescale ? prescale + c : NULL, n - c < STRIP ? n - c : STRIP, strip);
                 top = top_of(strip, STRIP, top);
             }
@@ -156,8 +161,7 @@ static Input prepare(const Linear *w, const float *x, int64_t m, char *memory) {
             for (int64_t c = 0; c < w->span; c += STRIP) {
                 const int64_t there = n - c < 0 ? 0 : n - c < STRIP ? n - c : STRIP;
                 copy_strip(from + c, prescale ? prescale + c : NULL, there, strip);
-                const int64_t wide = w->span - c < STRIP ? w->span - c : STRIP;
-                sum += round_strip(strip, scale, wide / 4, codes + c * rows, rows * 4);
+                sum += round_strip(strip, w->span - c < STRIP ? w->span - c : STRIP, scale, codes + c * rows, rows * 4);
             }
         }
         in.scales[first * spans + s * rows + row - first] = scale;
@@ -168,33 +172,40 @@ static Input prepare(const Linear *w, const float *x, int64_t m, char *memory) {
 
 static const uint8_t e2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0}; /* twice the value, + 12 */
 
-/* A block of `rows` rows of x, from `first` on, with one tile. `kind`, `rows` and `span` are constants where this is
- * called; a span of 0 is any. */
+enum { WIDTH = TILES * ROWS }; /* outputs of a block of tiles: [rows][WIDTH] */
+
+/* A block of `rows` rows of x, from `first` on, with `tiles` tiles from `tile` on. `kind`, `rows`, `tiles` and `known` are
+ * constants where this is called; a `known` span of 0 is any. Register p is part p % PARTS of tile p / PARTS. */
 INLINE void integers(
-    const int kind, const int rows, const int64_t known, const Linear *w, int64_t tile, const Input *in, int64_t first,
-    float *out) {
-    const int64_t span = known ? known : w->span, spans = w->columns / span, groups = (w->columns + w->group - 1) / w->group;
-    const int64_t step = kind == BITS8 ? 2 * QUAD : QUAD; /* bytes of 8 columns */
-    const uint8_t *code = (const uint8_t *)w->codes + tile * (w->columns / 8) * step;
+    const int kind, const int rows, const int tiles, const int64_t known, const Linear *w, int64_t tile, const Input *in,
+    int64_t first, float *out) {
+    const int parts = tiles * PARTS;
+    const int64_t span = known ? known : w->span, spans = w->columns / span;
+    const int64_t groups = (w->columns + w->group - 1) / w->group;
+    const int64_t step = kind == BITS8 ? 2 * QUAD : QUAD, tile_bytes = w->columns / 8 * step; /* step: 8 columns */
+    const uint8_t *code = (const uint8_t *)w->codes + tile * tile_bytes;
     const int8_t *x = in->codes + first * w->columns;
     const float *scales = in->scales + first * spans;
     const int32_t *corrections = in->corrections + first * spans;
-    VF sum[BLOCK][PARTS] = {0};
+    VF sum[BLOCK][TILES * PARTS] = {0};
     for (int64_t group = 0, s = 0; group < groups; group++) {
-        const int64_t of_rows = (tile * groups + group) * ROWS;
+        int64_t of[TILES * PARTS]; /* where the scales of a register are */
+        for (int p = 0; p < parts; p++) of[p] = ((tile + p / PARTS) * groups + group) * ROWS + p % PARTS * LANES;
         const int64_t end = (group + 1) * w->group / span < spans ? (group + 1) * w->group / span : spans;
-        VF part[BLOCK][PARTS] = {0};
+        VF part[BLOCK][TILES * PARTS] = {0};
         for (; s < end; s++, scales += rows, corrections += rows) {
-            VI dot[BLOCK][PARTS];
-            for (int r = 0; r < rows; r++)
-                for (int p = 0; p < PARTS; p++)
-                    dot[r][p] = w->zeros ? widen1(w->zeros + of_rows + p * LANES) * corrections[r] : (VI){0} + corrections[r];
+            VI dot[BLOCK][TILES * PARTS];
+            for (int p = 0; p < parts; p++) {
+                const VI zeros = w->zeros ? widen1(w->zeros + of[p]) : (VI){0} + 1;
+                for (int r = 0; r < rows; r++) dot[r][p] = zeros * corrections[r];
+            }
             for (int64_t c = 0; c < span; c += 8, code += step, x += 8 * rows)
-                for (int p = 0; p < PARTS; p++) {
+                for (int p = 0; p < parts; p++) {
+                    const uint8_t *from = code + p / PARTS * tile_bytes + p % PARTS * sizeof(VB);
                     VB lo, hi;
-                    memcpy(&lo, code + p * sizeof lo, sizeof lo);
+                    memcpy(&lo, from, sizeof lo);
                     if (kind == BITS8) {
-                        memcpy(&hi, code + QUAD + p * sizeof hi, sizeof hi);
+                        memcpy(&hi, from + QUAD, sizeof hi);
                     } else {
                         hi = lo >> 4;
                         lo &= 15;
@@ -203,96 +214,91 @@ INLINE void integers(
                     for (int r = 0; r < rows; r++)
                         dot[r][p] = dot8(dot[r][p], lo, hi, x + r * 4, x + (rows + r) * 4, kind != BITS8);
                 }
-            for (int p = 0; p < PARTS; p++)
+            for (int p = 0; p < parts; p++)
                 for (int r = 0; r < rows; r++)
                     part[r][p] = fma_(__builtin_convertvector(dot[r][p], VF), all(scales[r]), part[r][p]);
         }
-        for (int p = 0; p < PARTS; p++) {
+        for (int p = 0; p < parts; p++) {
             VF scale = all(1.0f);
-            if (w->scales && w->scales_float) scale = load((const float *)w->scales + of_rows + p * LANES);
-            if (w->scales && !w->scales_float) scale = load_bfloat16((const uint16_t *)w->scales + of_rows + p * LANES);
+            if (w->scales && w->scales_float) scale = load((const float *)w->scales + of[p]);
+            if (w->scales && !w->scales_float) scale = load_bfloat16((const uint16_t *)w->scales + of[p]);
             for (int r = 0; r < rows; r++) sum[r][p] = fma_(part[r][p], scale, sum[r][p]);
         }
     }
-    for (int r = 0; r < rows; r++) memcpy(out + r * ROWS, sum[r], sizeof sum[r]);
-}
-
-INLINE VF load_weights(const int kind, const void *codes, int64_t at) {
-    return kind == BFLOAT16 ? load_bfloat16((const uint16_t *)codes + at) : load((const float *)codes + at);
+    for (int r = 0; r < rows; r++) memcpy(out + r * WIDTH, sum[r], (size_t)parts * sizeof sum[r][0]);
 }
 
 INLINE void floats(
-    const int kind, const int rows, const Linear *w, int64_t tile, const Input *in, int64_t first, float *out) {
-    VF even[BLOCK][PARTS] = {0}, odd[BLOCK][PARTS] = {0};
+    const int kind, const int rows, const int tiles, const Linear *w, int64_t tile, const Input *in, int64_t first,
+    float *out) {
+    const int parts = tiles * PARTS;
+    VF sum[BLOCK][TILES * PARTS] = {0};
     const float *x = in->floats + first * w->k;
-    int64_t c = 0, at = tile * w->columns * ROWS;
-    for (; c + 1 < w->k; c += 2, at += 2 * ROWS, x += 2 * rows)
-        for (int p = 0; p < PARTS; p++) {
-            const VF a = load_weights(kind, w->codes, at + p * LANES);
-            const VF b = load_weights(kind, w->codes, at + ROWS + p * LANES);
-            for (int r = 0; r < rows; r++) {
-                even[r][p] = fma_(a, all(x[r]), even[r][p]);
-                odd[r][p] = fma_(b, all(x[rows + r]), odd[r][p]);
-            }
+    for (int64_t c = 0; c < w->k; c++, x += rows)
+        for (int p = 0; p < parts; p++) {
+            const int64_t at = ((tile + p / PARTS) * w->k + c) * ROWS + p % PARTS * LANES;
+            const VF v = kind == BFLOAT16 ? load_bfloat16((const uint16_t *)w->codes + at) : load((const float *)w->codes + at);
+            for (int r = 0; r < rows; r++) sum[r][p] = fma_(v, all(x[r]), sum[r][p]);
         }
-    for (int p = 0; p < PARTS; p++) {
-        const VF a = c < w->k ? load_weights(kind, w->codes, at + p * LANES) : (VF){0};
-        for (int r = 0; r < rows; r++) {
-            if (c < w->k) even[r][p] = fma_(a, all(x[r]), even[r][p]);
-            store(out + r * ROWS + p * LANES, even[r][p] + odd[r][p]);
-        }
-    }
+    for (int r = 0; r < rows; r++) memcpy(out + r * WIDTH, sum[r], (size_t)parts * sizeof sum[r][0]);
 }
 
-#define INTEGERS(kind, rows)                                                                      \
-    if (w->span == 32) integers(kind, rows, 32, w, tile, in, first, out);                         \
-    else if (w->span == 16 && kind == E2M1) integers(kind, rows, 16, w, tile, in, first, out);    \
-    else integers(kind, rows, 0, w, tile, in, first, out)
-#define OF(rows)                                                           \
-    switch (w->kind) {                                                     \
-    case BITS8: INTEGERS(BITS8, rows); break;                              \
-    case BITS4: INTEGERS(BITS4, rows); break;                              \
-    case E2M1: INTEGERS(E2M1, rows); break;                                \
-    case BFLOAT16: floats(BFLOAT16, rows, w, tile, in, first, out); break; \
-    default: floats(FLOAT32, rows, w, tile, in, first, out);               \
+#define INTEGERS(kind, rows, tiles)                                                                      \
+    if (w->span == 32) integers(kind, rows, tiles, 32, w, tile, in, first, out);                         \
+    else if (w->span == 16 && kind == E2M1) integers(kind, rows, tiles, 16, w, tile, in, first, out);    \
+    else integers(kind, rows, tiles, 0, w, tile, in, first, out)
+#define OF(rows, tiles)                                                           \
+    switch (w->kind) {                                                            \
+    case BITS8: INTEGERS(BITS8, rows, tiles); break;                              \
+    case BITS4: INTEGERS(BITS4, rows, tiles); break;                              \
+    case E2M1: INTEGERS(E2M1, rows, tiles); break;                                \
+    case BFLOAT16: floats(BFLOAT16, rows, tiles, w, tile, in, first, out); break; \
+    default: floats(FLOAT32, rows, tiles, w, tile, in, first, out);               \
     }
 
-/* `rows` rows of x from `first` on with one tile: finished numbers, [rows][ROWS]. */
-static void tile_of(const Linear *w, int64_t tile, const Input *in, int64_t first, int64_t rows, float *out) {
-    if (rows == BLOCK) OF(BLOCK)
-    else if (rows == 4) OF(4)
-    else if (rows == 2) OF(2)
-    else OF(1)
+/* A block of `rows` rows of x, from `first` on, with TILES tiles from `tile` on, or as many as there are: how many outputs
+ * are made of each row, finished, in out[rows][WIDTH]. */
+static int64_t tile_of(const Linear *w, int64_t tile, const Input *in, int64_t first, int64_t rows, float *out) {
+    const int64_t left = tiles_of(w) - tile, tiles = left < TILES ? left : TILES;
+    if (tiles == TILES) {
+        if (rows == BLOCK) OF(BLOCK, TILES)
+        else if (rows == 2) OF(2, TILES)
+        else OF(1, TILES)
+    } else {
+        if (rows == BLOCK) OF(BLOCK, 1)
+        else if (rows == 2) OF(2, 1)
+        else OF(1, 1)
+    }
     for (int64_t r = 0; r < rows; r++)
-        for (int p = 0; p < PARTS; p++) {
-            float *v = out + r * ROWS + p * LANES;
-            store(v, fma_(load(v), load(w->row + tile * ROWS + p * LANES), load(w->bias + tile * ROWS + p * LANES)));
+        for (int64_t i = 0; i < tiles * ROWS; i += LANES) {
+            float *v = out + r * WIDTH + i;
+            store(v, fma_(load(v), load(w->row + tile * ROWS + i), load(w->bias + tile * ROWS + i)));
         }
+    return w->n - tile * ROWS < WIDTH ? w->n - tile * ROWS : WIDTH;
 }
 
 /* Rows of x that are multiplied with all tiles before the next are. */
 static int64_t kept_rows(const Linear *w) {
-    const int64_t rows = KEPT / (is_float(w) ? 4 * w->k : w->columns) / 8 * 8;
-    return rows < 8 ? 8 : rows;
+    const int64_t rows = KEPT / (is_float(w) ? 4 * w->k : w->columns) / BLOCK * BLOCK;
+    return rows < BLOCK ? BLOCK : rows;
 }
 
 /* All threads of a team, which do not wait for each other at the end: y[m][n] = `add`[m][n] (NULL: 0) + x w. */
 static void multiply(const Linear *w, const Input *in, int64_t m, float *y, const float *add) {
-    const int64_t kept = kept_rows(w);
+    const int64_t kept = kept_rows(w), tiles = tiles_of(w);
     for (int64_t begin = 0; begin < m; begin += kept) {
         const int64_t end = begin + kept < m ? begin + kept : m;
 #pragma omp for schedule(static) nowait
-        for (int64_t tile = 0; tile < tiles_of(w); tile++) {
-            const int64_t at = tile * ROWS, count = w->n - at < ROWS ? w->n - at : ROWS;
+        for (int64_t tile = 0; tile < tiles; tile += TILES)
             for (int64_t i = begin, rows; i < end; i += rows) {
-                float out[BLOCK * ROWS];
-                tile_of(w, tile, in, i, rows = rows_of(end - i), out);
+                float out[BLOCK * WIDTH];
+                const int64_t made = tile_of(w, tile, in, i, rows = rows_of(end - i), out);
                 for (int64_t r = 0; r < rows; r++) {
-                    const int64_t to = (i + r) * w->n + at;
-                    for (int64_t j = 0; j < count; j++) y[to + j] = add ? add[to + j] + out[r * ROWS + j] : out[r * ROWS + j];
+                    float *to = y + (i + r) * w->n + tile * ROWS;
+                    const float *of = out + r * WIDTH, *more = add ? add + (to - y) : NULL;
+                    for (int64_t j = 0; j < made; j++) to[j] = more ? more[j] + of[j] : of[j];
                 }
             }
-        }
     }
 }
 

@@ -7,14 +7,14 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* A register of LANES numbers: as integers VI, as floats VF, as bytes of weights VB. BLOCK: rows of x that share what is
- * read of a weight; 2 BLOCK x PARTS registers of sums. */
+/* A register of LANES numbers: as integers VI, as floats VF, as bytes of weights VB. BLOCK rows of x share what is read of
+ * TILES x 16 rows of weights, and these share what is read of x: 2 BLOCK x TILES x PARTS registers of sums. */
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-enum { LANES = 16, BLOCK = 8 };
+enum { LANES = 16, BLOCK = 4, TILES = 2 };
 #elif defined(__AVX2__)
-enum { LANES = 8, BLOCK = 4 };
+enum { LANES = 8, BLOCK = 4, TILES = 1 };
 #else
-enum { LANES = 4, BLOCK = 4 };
+enum { LANES = 4, BLOCK = 4, TILES = 1 };
 #endif
 enum { ROWS = 16, PARTS = ROWS / LANES }; /* 16 numbers are what a loop takes at a time everywhere, in so many registers */
 typedef int32_t VI __attribute__((vector_size(4 * LANES)));
