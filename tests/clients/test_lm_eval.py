@@ -193,8 +193,17 @@ def delegated(tasks, storyteller, program, tmp_path_factory) -> dict[str, Any]:
     names = ",".join(f"lm-eval:{name}" for name in TASKS)
     words = [sys.executable, "-c", start, "eval", str(storyteller), "--tasks", names, "--lm-eval-path", str(tasks)]
     environment = {"HF_HOME": str(folder / "hf"), "PYTHONPATH": str(Path(fewbit.__file__).parents[1])}
-    run([*words, "--out", str(folder / "run"), "--device", "cpu", "-q"], folder, **environment)
-    return json.loads((folder / "run" / "eval.json").read_text())["lm_eval"]
+    result, journal = folder / "run" / "eval.json", folder / "run" / "model.jsonl"
+    found, kept = [], []
+    for _ in range(2):  # the second time as after Ctrl-C: half of the answers are known
+        run([*words, "--out", str(folder / "run"), "--device", "cpu", "-q"], folder, **environment)
+        found.append(json.loads(result.read_text())["lm_eval"])
+        kept.append(journal.read_bytes().splitlines(keepends=True))
+        journal.write_bytes(b"".join(kept[0][: len(kept[0]) // 2]))
+    assert len(kept[0]) > 100
+    assert sorted(kept[0]) == sorted(kept[1])
+    assert found[0] == found[1]
+    return found[0]
 
 
 @pytest.mark.timeout(900)
