@@ -159,7 +159,7 @@ def test_a_budget_that_ends_at_once(fewbit, tiny, tmp_path):
         (("--target", "kl<=1", "--calib", "a.txt:-1"), "--calib: the share of a.txt is -1"),
         (("--target", "score>=0.5"), "score and score_recovery are of tasks; say of which: --tasks FILE.yaml"),
         (("--target", "kl<=1", "--tasks", "mmlu"), "--tasks is for a goal that names score or score_recovery"),
-        (("--target", "kl<=1", "--limit", "3"), "--limit is about tasks; give --tasks as well"),
+        (("--target", "kl<=1", "--limit", "3"), "--limit is for a goal that names score or score_recovery"),
         (("--target", "score>=0.5", "--tasks", "needle"), "--tasks needle: tune asks mmlu, gauntlet and FILE.yaml"),
         (("--target", "score>=0.5", "--tasks", "mmlu"), "give the folder that holds them with --task-data FOLDER"),
         (("--target", "score>=0.5", "--tasks", "gone.yaml"), "gone.yaml: not a description of tasks"),

@@ -96,12 +96,11 @@ def tune(
     from fewbit.measure.tasks.source import Source
 
     goal = room.read_goal(target, minimize, maximize)
-    if (tasks is not None) != goal.asks:
-        named = "--tasks is for a goal that names score or score_recovery; name one, or leave it out"
-        raise RecipeError(named if tasks else "score and score_recovery are of tasks; say of which: --tasks FILE.yaml")
-    for option, given in (("--task-data", task_data), ("--limit", limit)):
-        if given is not None and tasks is None:
-            raise RecipeError(f"{option} is about tasks; give --tasks as well")
+    if goal.asks and tasks is None:
+        raise RecipeError("score and score_recovery are of tasks; say of which: --tasks FILE.yaml")
+    for option, given in (("--tasks", tasks), ("--task-data", task_data), ("--limit", limit)):
+        if given is not None and not goal.asks:
+            raise RecipeError(f"{option} is for a goal that names score or score_recovery; name one, or leave it out")
     if budget is not None and not budget > 0:
         raise RecipeError(f"--budget {budget:g}: expected minutes above 0")
     calibration = _calibration(calib, calib_windows, calib_length)

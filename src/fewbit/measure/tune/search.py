@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -147,7 +148,8 @@ class Search:
         self.goal, self.measurer, self.journal, self.total = goal, measurer, journal, windows
         self.weights, self.exhaustive, self.tell = weights, exhaustive, tell
         self.rows = {name: Row(name) for name in self.candidates}
-        self.base = Row(BASE)
+        self.base, self.base_score = Row(BASE), 0.0
+        self.answers: defaultdict[str, list[Answer]] = defaultdict(list)
         looks = len(rounds(windows)) * (len(self.rows) + len(goal.targets))
         self.risk = RISK / looks
 
@@ -188,11 +190,13 @@ class Search:
     def _ask_base(self, steps: Sequence[int]) -> None:
         """All questions for the model itself: what a candidate recovers is a share of that score."""
         base = self.base
-        for last in map(self._questions, steps):
+        for last in dict.fromkeys(map(self._questions, steps)):
             stage, ask = self._asking(base, last)
             base.scores += self._once(BASE, stage, ask)["scores"]
         if not any(base.scores):
             raise UnsupportedError("the model as it was has no question right; choose tasks that it knows something of")
+        self.base_score = float(np.mean(np.multiply(base.scores, self.weights)))
+        base.figures |= quality(self._answers(base))
 
     def _questions(self, seen: int) -> int:
         """How many questions have been asked when so many windows have been seen: the same share."""
@@ -310,9 +314,11 @@ class Search:
         return len(self.weights) if figure.kind == "tasks" else self.total
 
     def _answers(self, row: Row) -> list[Answer]:
-        known = zip(row.scores, self.base.scores, self.weights, strict=False)
-        whole = float(np.mean(np.multiply(self.base.scores, self.weights)))
-        return [Answer(*one, whole) for one in known]
+        known = self.answers[row.name]  # made once: every pair of candidates is looked at in every round
+        new = slice(len(known), len(row.scores))
+        more = zip(row.scores[new], self.base.scores[new], self.weights[new], strict=True)
+        known += [Answer(*one, self.base_score) for one in more]
+        return known
 
     def _drop(self, row: Row, why: str) -> None:
         row.out = why
@@ -324,8 +330,6 @@ class Search:
         done = [row for row in self._alive() if all(axis.name in row.figures for axis in self.goal.axes)]
         if longest := max((row.windows for row in rows), key=len, default=[]):
             self.base.figures |= quality([Window(w.base, w.base, 0.0, 1.0) for w in longest])
-        if len(self.base.scores) == len(self.weights) > 0:
-            self.base.figures |= quality(self._answers(self.base))
         costs = [self.goal.costs(row.figures) for row in done]
         front = [done[i].name for i in pareto(costs)]
         # in the order of the axes, the objective first: the least in that order is beaten by nobody
