@@ -106,7 +106,7 @@ class PagedAttend:
             rows.append((row, len(piece.tokens), piece.first, table))
             row += len(piece.tokens)
             table += len(piece.blocks)
-        return Spans.of(rows, self.slots, self.tables)
+        return Spans(rows, self.slots, self.tables)
 
     @functools.cached_property
     def _spans(self) -> list[_Span]:

@@ -78,7 +78,7 @@ class Cache:
             row += end - first
             at += len(self.tables[which])
         tables = torch.tensor([block for which, _, _ in parts for block in self.tables[which]])
-        spans = Spans.of(rows, torch.cat([self.slots(*part) for part in parts]), tables)
+        spans = Spans(rows, torch.cat([self.slots(*part) for part in parts]), tables)
         given = (torch.cat([x[which][first:end] for which, first, end in parts]) for x in (q, k, v))
         return self.layer(*given, spans, sinks).split([end - first for _, first, end in parts])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,28 +35,21 @@ class _Attention(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True)
 class Spans:
     """The sequences of a step, made once for all layers.
 
-    Attributes:
-        rows: int64 [n, 4], of each its first row, how many rows, the position of the first, and where in `tables` its
-            block table begins; rows of one follow those of the one before.
+    Args:
+        rows: of each sequence its first row, how many rows, the position of the first, and where in `tables` its block
+            table begins; the rows of one follow those of the one before, and there is at least one.
         slots: int64 [tokens], where the K and V of each row go.
-        tables: int64.
+        tables: int64, block tables.
     """
 
-    rows: Any
-    slots: Tensor
-    tables: Tensor
-    pairs: int  # of a query and a key before it, at most
-
-    @classmethod
-    def of(cls, rows: Sequence[tuple[int, int, int, int]], slots: Tensor, tables: Tensor) -> Spans:
-        """See the attributes; there is at least one row."""
+    def __init__(self, rows: Sequence[tuple[int, int, int, int]], slots: Tensor, tables: Tensor) -> None:
         flat = [number for row in rows for number in row]
-        pairs = sum(count * (first + count) for _, count, first, _ in rows)
-        return cls((ctypes.c_int64 * len(flat))(*flat), slots, tables, pairs)
+        self._held = (ctypes.c_int64 * len(flat))(*flat), slots, tables
+        self.arguments = ctypes.addressof(self._held[0]), len(rows), slots.data_ptr(), tables.data_ptr()
+        self.pairs = sum(count * (first + count) for _, count, first, _ in rows)  # of a query and a key, at most
 
 
 def why_not(a: Attention, codec: Any) -> str | None:
@@ -125,8 +117,7 @@ class PagedLayer:
         # all of torch's threads or none: OpenMP ends and starts threads when a team is not as large as the last
         threads = torch.get_num_threads() if spans.pairs * self._each >= _SHARE else 1
         self._call(
-            self._address, spans.rows, len(spans.rows) // 4, spans.slots.data_ptr(), spans.tables.data_ptr(),
-            None if sinks is None else sinks.data_ptr(),
+            self._address, *spans.arguments, None if sinks is None else sinks.data_ptr(),
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), threads,
         )  # fmt: skip
         return out

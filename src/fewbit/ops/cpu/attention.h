@@ -10,7 +10,6 @@
  * depends on how many queries share what is read, on pages, threads or registers: the same bits everywhere. */
 
 enum { KEYS = 64, QUERIES = 16, DIMS = 256 }; /* keys of a block; queries that share what is read; channels at most */
-enum { GROUPS = KEYS / ROWS, CHUNKS = DIMS / ROWS };
 enum { WIDE = 4, DEEP = LANES == 16 ? 4 : 1, ABREAST = LANES == 16 ? 16 : 4 }; /* what the registers have room for */
 enum { IN_FLOAT32, IN_FLOAT16, IN_BFLOAT16, IN_INT8, IN_E4M3 };                /* what K or V are stored in */
 
@@ -30,9 +29,7 @@ typedef struct { /* rows of one sequence */
     int64_t row, count, first, table; /* its first row, how many, the position of the first, where its table begins */
 } Span;
 
-typedef float Block[CHUNKS][KEYS][ROWS]; /* K or V of a head as numbers, filled up to whole sixteens with zeros */
-typedef int8_t VC __attribute__((vector_size(LANES)));
-typedef uint16_t VH __attribute__((vector_size(2 * LANES)));
+typedef float Block[DIMS / ROWS][KEYS][ROWS]; /* K or V of a head as numbers, filled up to whole sixteens with zeros */
 
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -63,31 +60,27 @@ INLINE VF widened(VI bits, VI sign, float up, int32_t special) {
 }
 
 INLINE VF load_stored(const int kind, const char *p) {
-    VH half;
-    VC byte;
     if (kind == IN_FLOAT32) return load((const float *)p);
     if (kind == IN_BFLOAT16) return load_bfloat16((const uint16_t *)p);
     if (kind == IN_FLOAT16) {
-        memcpy(&half, p, sizeof half);
-        const VI code = __builtin_convertvector(half, VI);
+        const VI code = widen2((const uint16_t *)p);
         return widened((code & 0x7fff) << 13, (code & 0x8000) << 16, 0x1p112f, 0x7c00 << 13);
     }
-    memcpy(&byte, p, sizeof byte);
-    const VI code = __builtin_convertvector(byte, VI);
-    if (kind == IN_INT8) return __builtin_convertvector(code, VF);
-    return widened((code & 0x7f) << 20, code & INT32_MIN, 0x1p120f, 0x7f << 20);
+    const VI code = widen1((const uint8_t *)p);
+    if (kind == IN_INT8) return __builtin_convertvector((code ^ 128) - 128, VF);
+    return widened((code & 0x7f) << 20, code << 24 & INT32_MIN, 0x1p120f, 0x7f << 20);
 }
 
 /* x in float16 or E4M3: |x| below the smallest normal number is rounded by adding `magic`, which has the right last bit. */
-INLINE int32_t narrowed(float x, int shift, int32_t normal, float magic, int32_t less) {
-    int32_t bits, base;
-    float small = fabsf(x) + magic;
+INLINE int32_t narrowed(float x, int shift, uint32_t normal, float magic, int32_t less) {
+    const float small = fabsf(x) + magic;
+    uint32_t bits, base, sum;
     memcpy(&bits, &x, 4);
-    bits &= INT32_MAX;
-    int32_t large = ((bits + (1 << (shift - 1)) - 1 + (bits >> shift & 1)) >> shift) - less;
     memcpy(&base, &magic, 4);
-    memcpy(&bits, &small, 4);
-    return fabsf(x) < (memcpy(&small, &normal, 4), small) ? bits - base : large;
+    memcpy(&sum, &small, 4);
+    bits &= INT32_MAX;
+    if (bits < normal) return (int32_t)(sum - base);
+    return (int32_t)((bits + (1u << (shift - 1)) - 1 + (bits >> shift & 1)) >> shift) - less;
 }
 
 /* `n` numbers as the codec stores them: to nearest, ties to even; codes saturate, a NaN stays one where there is one. */
@@ -132,20 +125,27 @@ static void store_token(const Cache *cache, const Attention *a, const float *x, 
     }
 }
 
-/* Where K or V of a head and position lie; `table`: the pages of its sequence. */
-INLINE const char *slot_of(const Attention *a, const Cache *cache, const int64_t *table, int64_t head, int64_t t) {
-    const int64_t slot = table[t / a->page] * a->page + t % a->page;
+typedef struct { /* a sequence: its pages, and how many of its tokens are stored and wanted */
+    const int64_t *table;
+    int64_t tokens;
+} Past;
+
+/* Where K or V of a head and position lie. */
+INLINE const char *slot_of(const Attention *a, const Cache *cache, const Past *past, int64_t head, int64_t t) {
+    const int64_t slot = past->table[t / a->page] * a->page + t % a->page;
     return cache->stored + (slot * a->kv_heads + head) * a->head_dim * stored_bytes(cache->kind);
 }
 
-/* Keys begin .. end - 1 of a head, which lie in one block: `b` from row begin % KEYS on. */
-INLINE void read_some(const int kind, const Attention *a, const Cache *cache, const int64_t *table, int64_t head,
-                      int64_t begin, int64_t end, Block b) {
+/* Keys begin .. end - 1 of a head, which lie in one block: `b` from row begin % KEYS on. Memory is asked for the next. */
+INLINE void read_some(const int kind, const Attention *a, const Cache *cache, const Past *past, int64_t head, int64_t begin,
+                      int64_t end, Block b) {
     const int64_t page = a->page, bytes = stored_bytes(kind), dim = a->head_dim;
     for (int64_t at = begin, run; at < end; at += run) {
         run = page - at % page < end - at ? page - at % page : end - at;
-        const char *from = slot_of(a, cache, table, head, at);
+        const char *from = slot_of(a, cache, past, head, at);
+        const int64_t later = at + KEYS < past->tokens ? slot_of(a, cache, past, head, at + KEYS) - from : 0;
         for (int64_t i = 0; i < run; i++, from += a->kv_heads * dim * bytes) {
+            for (int64_t l = 0; l < dim * bytes; l += 64) __builtin_prefetch(from + later + l);
             float(*to)[KEYS][ROWS] = (float(*)[KEYS][ROWS])b[0][(at + i) % KEYS];
             int64_t c = 0;
             for (; c + ROWS <= dim; c += ROWS, to++)
@@ -159,33 +159,33 @@ INLINE void read_some(const int kind, const Attention *a, const Cache *cache, co
     }
 }
 
-static void read_block(const Attention *a, const Cache *cache, const int64_t *table, int64_t head, int64_t begin,
+static void read_block(const Attention *a, const Cache *cache, const Past *past, int64_t head, int64_t begin,
                        int64_t end, Block b) {
     switch (cache->kind) {
-    case IN_FLOAT32: read_some(IN_FLOAT32, a, cache, table, head, begin, end, b); break;
-    case IN_FLOAT16: read_some(IN_FLOAT16, a, cache, table, head, begin, end, b); break;
-    case IN_BFLOAT16: read_some(IN_BFLOAT16, a, cache, table, head, begin, end, b); break;
-    case IN_INT8: read_some(IN_INT8, a, cache, table, head, begin, end, b); break;
-    default: read_some(IN_E4M3, a, cache, table, head, begin, end, b);
+    case IN_FLOAT32: read_some(IN_FLOAT32, a, cache, past, head, begin, end, b); break;
+    case IN_FLOAT16: read_some(IN_FLOAT16, a, cache, past, head, begin, end, b); break;
+    case IN_BFLOAT16: read_some(IN_BFLOAT16, a, cache, past, head, begin, end, b); break;
+    case IN_INT8: read_some(IN_INT8, a, cache, past, head, begin, end, b); break;
+    default: read_some(IN_E4M3, a, cache, past, head, begin, end, b);
     }
 }
 
 /* q . k of 16 keys from `at` on. */
 INLINE void dots(const float *q, int64_t chunks, Block b, int64_t at, VF out[PARTS]) {
-    VF all[ROWS * PARTS];
+    VF sums[ROWS * PARTS];
     for (int64_t some = 0; some < ROWS; some += ABREAST) {
         VF sum[ABREAST][PARTS] = {0};
-        for (int64_t c = 0; c < chunks; c++)
+        const float *k = b[0][at + some];
+        for (int64_t c = 0; c < chunks; c++, k += KEYS * ROWS)
             for (int p = 0; p < PARTS; p++) {
                 const VF v = load(q + c * ROWS + p * LANES);
-                for (int i = 0; i < ABREAST; i++)
-                    sum[i][p] = fma_(v, load(b[c][at + some + i] + p * LANES), sum[i][p]);
+                for (int i = 0; i < ABREAST; i++) sum[i][p] = fma_(v, load(k + i * ROWS + p * LANES), sum[i][p]);
             }
-        memcpy(all + some * PARTS, sum, sizeof sum);
+        memcpy(sums + some * PARTS, sum, sizeof sum);
     }
     for (int n = ROWS * PARTS / 2; n >= PARTS; n /= 2)
-        for (int i = 0; i < n; i++) all[i] = add_pairs(all[2 * i], all[2 * i + 1]);
-    memcpy(out, all, PARTS * sizeof *out);
+        for (int i = 0; i < n; i++) sums[i] = add_pairs(sums[2 * i], sums[2 * i + 1]);
+    memcpy(out, sums, PARTS * sizeof *out);
 }
 
 typedef struct { /* a query under way */
@@ -215,11 +215,11 @@ static void soften(const Attention *a, Query *q, const float *x, int64_t chunks,
             store(p + g * ROWS + part * LANES, v);
         }
     }
-    float tops[ROWS], top = q->top;
+    float tops[ROWS];
     memcpy(tops, most, sizeof tops);
     for (int n = ROWS / 2; n; n /= 2)
         for (int i = 0; i < n; i++) tops[i] = tops[i] > tops[i + n] ? tops[i] : tops[i + n];
-    top = tops[0];
+    const float top = tops[0];
     q->keep = top == q->top ? 1 : exp_(zero + (q->top - top))[0];
     q->top = top;
     for (int part = 0; part < PARTS; part++) q->total[part] = q->total[part] * q->keep;
@@ -245,7 +245,7 @@ INLINE void add_values(const int queries, const int chunks, const Query *q, floa
         for (int c = 0; c < chunks; c++)
             for (int part = 0; part < PARTS; part++) {
                 const VF v = load(b[c][key] + part * LANES);
-                for (int i = 0; i < queries; i++) sum[i][c][part] = fma_(v, p[i][key] - (VF){0}, sum[i][c][part]);
+                for (int i = 0; i < queries; i++) sum[i][c][part] = fma_(v, all(p[i][key]), sum[i][c][part]);
             }
     for (int i = 0; i < queries; i++)
         for (int c = 0; c < chunks; c++)
@@ -271,6 +271,7 @@ static void attend_some(const Attention *a, const Task *task, const int64_t *tab
     const int64_t dim = a->head_dim, chunks = (dim + ROWS - 1) / ROWS, group = a->heads / a->kv_heads;
     const int64_t first = task->span->first + task->row, end = first + task->rows, n = task->rows * task->heads;
     const int64_t oldest = a->window && first >= a->window ? first - a->window + 1 : 0;
+    const Past past = {table, end};
     Query query[QUERIES];
     __attribute__((aligned(64))) float x[QUERIES][DIMS], acc[QUERIES][DIMS], p[QUERIES][KEYS];
     __attribute__((aligned(64))) Block b;
@@ -297,11 +298,11 @@ static void attend_some(const Attention *a, const Task *task, const int64_t *tab
                 memset(b[c][begin - base - from], 0, (size_t)from * sizeof b[c][0]);
                 memset(b[c][stop - base], 0, (size_t)(to - (stop - base)) * sizeof b[c][0]);
             }
-            read_block(a, &a->k, table, kv, begin, stop, b);
+            read_block(a, &a->k, &past, kv, begin, stop, b);
             for (int64_t i = head * n; i < (head + 1) * n; i++)
                 if (query[i].begin < query[i].end)
                     soften(a, query + i, x[i], chunks, a->scale * (a->k.scale ? a->k.scale[kv] : 1), b, p[i]);
-            read_block(a, &a->v, table, kv, begin, stop, b);
+            read_block(a, &a->v, &past, kv, begin, stop, b);
             for (int64_t i = head * n, some; i < (head + 1) * n; i += some) {
                 some = alike(query + i, (head + 1) * n - i);
                 if (query[i].begin >= query[i].end) continue;

@@ -20,7 +20,6 @@ enum { ROWS = 16, PARTS = ROWS / LANES }; /* 16 numbers are what a loop takes at
 typedef int32_t VI __attribute__((vector_size(4 * LANES)));
 typedef float VF __attribute__((vector_size(4 * LANES)));
 typedef uint8_t VB __attribute__((vector_size(4 * LANES)));
-typedef uint16_t VH __attribute__((vector_size(2 * LANES)));
 
 /* all(v): v in every lane; widen2 and widen1: whole numbers of two bytes and of one, as integers.
  * dot8(d, lo, hi, p, q): d plus the products of four columns `lo` with the four bytes at p and of four more `hi` with
