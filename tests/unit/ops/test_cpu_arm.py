@@ -142,7 +142,8 @@ def test_attention(program):
         rows.append((row, n, 0, at))
         slots += [int(tables[at + t // page]) * page + t % page for t in range(n)]
         row, at = row + n, at + count
-    spans = Spans.of(rows, torch.tensor(slots), tables)
+    slots = torch.tensor(slots)
+    spans = Spans(rows, slots, tables)
     cases, wanted, names = [], [], []
     for codec, a in ATTENTION:
         k, v = (torch.zeros(sum(pages) * page, a.kv_heads, a.head_dim, dtype=codec.stored_dtype) for _ in range(2))
@@ -150,7 +151,7 @@ def test_attention(program):
         scales = [codec.spec and s.float().expand(a.kv_heads) for s in (codec.k_scale, codec.v_scale)]
         sinks = torch.randn(a.heads, generator=random) if a.sinks else None
         q, *new = (2 * torch.randn(row, n, a.head_dim, generator=random) for n in (a.heads, a.kv_heads, a.kv_heads))
-        where = [torch.tensor(list(spans.rows)), spans.slots, spans.tables]
+        where = [torch.tensor(rows), slots, tables]
         cases.append(case("a", bytes(layer._struct), *map(array, (k, v, *scales, *where, sinks, q, *new))))
         out = layer(q, *new, spans, sinks)
         wanted += [k, v, out]
