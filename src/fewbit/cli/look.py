@@ -149,8 +149,7 @@ def explain(
     if json:
         found = {"device": str(where), "forward": forward, "groups": [vars(group) for group in groups]}
         return print_json("explain", found)
-    if where.type == "cuda":
-        print(f"forward: {forward}")
+    print(f"forward: {forward}")
     for group in groups:
         print(f"{', '.join(group.linears)}")
         print(f"  {group.numerics} -> {group.kernel}")

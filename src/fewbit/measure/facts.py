@@ -208,8 +208,12 @@ def explain(checkpoint: Checkpoint, device: torch.device, backend: str = "auto")
 
 def forward(checkpoint: Checkpoint, device: torch.device, backend: str = "auto") -> str:
     """How `model.load` would run the whole of it on a device, in words."""
-    reason = Loader(checkpoint, device, backend).fused_why_not()
-    return "fused, each decode step one CUDA graph" if reason is None else f"layer by layer; not fused: {reason}"
+    loader = Loader(checkpoint, device, backend)
+    if device.type != "cpu":
+        reason = loader.fused_why_not()
+        return "fused, each decode step one CUDA graph" if reason is None else f"layer by layer; not fused: {reason}"
+    reasons = enumerate(map(loader.cpu_why_not, range(len(checkpoint.spec.layers))))
+    return next((f"layer {index} call by call: {why}" for index, why in reasons if why), "each layer in C")
 
 
 def support_table(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str, str]]:
