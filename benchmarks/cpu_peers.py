@@ -216,6 +216,13 @@ def work_of(args: argparse.Namespace, shape: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+def write(file: Path | None, result: dict[str, Any]) -> None:
+    """What was found so far, where it is wanted."""
+    if file:
+        plain = {k: [asdict(x) for x in v] if k in ("rows", "ratios") else v for k, v in result.items()}
+        file.write_text(json.dumps(plain, indent=1), "utf8")
+
+
 def main() -> None:
     """Measure and print."""
     args = arguments()
@@ -232,12 +239,10 @@ def main() -> None:
                 ours = tuple(model for model in comparison.ours if model in args.models)
                 if ours and comparison.engine in args.peers:
                     compare(args, shape, replace(comparison, ours=ours), result)
+                    write(args.json, result)
     except FewbitError as error:
         sys.exit(f"cpu_peers.py: {error}")
     show(result)
-    if args.json:
-        plain = {k: [asdict(x) for x in v] if k in ("rows", "ratios") else v for k, v in result.items()}
-        args.json.write_text(json.dumps(plain, indent=1), "utf8")
 
 
 if __name__ == "__main__":
