@@ -111,6 +111,13 @@ def engine(storyteller):
 
 
 @pytest.fixture(scope="module")
+def exact(storyteller):
+    """Asked as `fewbit eval` asks."""
+    with fewbit.Engine(storyteller, device="cpu", backend="exact") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
 def oracle(storyteller):
     return transformers.AutoModelForCausalLM.from_pretrained(storyteller, dtype=torch.float32).eval()
 
@@ -207,18 +214,18 @@ def delegated(tasks, storyteller, program, tmp_path_factory) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(900)
-def test_eval_runs_the_harness_with_the_engine(delegated, tasks, engine):
+def test_eval_runs_the_harness_with_the_engine(delegated, tasks, exact):
     def rows(name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (tasks / f"{name}.jsonl").read_text().splitlines()]
 
     def encode(text: str) -> list[int]:
-        return engine.tokenizer.encode(text, add_special_tokens=False)
+        return exact.tokenizer.encode(text, add_special_tokens=False)
 
     found = {name: task["metrics"] for name, task in delegated["tasks"].items()}
     right = 0
     for row in rows("stories_choice"):
         sums = [
-            direct(engine, encode(row["text"] + c), len(encode(row["text"] + c)) - len(encode(row["text"])))[0]
+            direct(exact, encode(row["text"] + c), len(encode(row["text"] + c)) - len(encode(row["text"])))[0]
             for c in row["choices"]
         ]
         right += sums.index(max(sums)) == row["answer"]
@@ -227,15 +234,15 @@ def test_eval_runs_the_harness_with_the_engine(delegated, tasks, engine):
     assert delegated["tasks"]["stories_rolling"]["intervals"] == {}, "bits per byte are no mean over texts"
     same = 0
     for row in rows("stories_until"):
-        (said,) = engine.generate(encode(row["text"]), max_tokens=24, temperature=0, stop=UNTIL)
+        (said,) = exact.generate(encode(row["text"]), max_tokens=24, temperature=0, stop=UNTIL)
         same += said.text == row["choices"][row["answer"]]
     assert found["stories_until"]["exact_match,none"] == same / len(rows("stories_until"))
-    start, total, octets = engine.tokenizer.encode(""), 0.0, 0
+    start, total, octets = exact.tokenizer.encode(""), 0.0, 0
     for row in rows("stories_rolling"):
         ids = encode(row["text"])
-        total += direct(engine, [*start, *ids[: LENGTH - 2]], min(len(ids), LENGTH - 2))[0]
+        total += direct(exact, [*start, *ids[: LENGTH - 2]], min(len(ids), LENGTH - 2))[0]
         if len(ids) > LENGTH - 2:
-            total += direct(engine, ids[-(LENGTH - 1) :], len(ids) - (LENGTH - 2))[0]
+            total += direct(exact, ids[-(LENGTH - 1) :], len(ids) - (LENGTH - 2))[0]
         octets += len(row["text"].encode())
     bits = found["stories_rolling"]["bits_per_byte,none"]
     assert bits == pytest.approx(-total / octets / 0.6931471805599453, rel=1e-9)

@@ -128,7 +128,7 @@ def test_the_engine_scores_as_a_plain_forward(tasks):
 @pytest.mark.timeout(900)
 def test_a_server_scores_as_the_engine_to_the_last_bit(tasks):
     suite, windows = suite_of([str(tasks)]), cut(40)
-    with fewbit.serve(MODEL, port=0, grpc_port=0, device="cpu", max_model_len=256) as server:
+    with fewbit.serve(MODEL, port=0, grpc_port=0, device="cpu", exact=True, max_model_len=256) as server:
         over_http = by_source(Source(server.url, tokenizer=str(MODEL)), suite, windows)
     found = by_source(Source(str(MODEL), max_model_len=256), suite, windows)
     assert {n: r.outcomes for n, r in over_http[0].items()} == {n: r.outcomes for n, r in found[0].items()}
