@@ -163,6 +163,12 @@ def test_doctor(fewbit):
     found = one_object(fewbit("doctor", "--json"))
     assert all(f["ok"] for f in found["findings"] if f["needed"])
     assert fewbit("doctor").status == 0
+    (kernels,) = (f for f in found["findings"] if f["name"] == "CPU kernels")
+    built = library()
+    if isinstance(built, str):
+        assert (kernels["ok"], kernels["detail"]) == (False, built)
+    else:
+        assert kernels["detail"].startswith(f"{built.usable[0]}, compiled by {built.compiler}, in {built.path}; inputs")
 
 
 def test_compress(fewbit, tiny, tmp_path):

@@ -59,7 +59,9 @@ def _cpu_kernels() -> Finding:
     if isinstance(built, str):
         return Finding("CPU kernels", False, built, needed=False)
     alone = "" if built.threads else ", on one thread: the compiler has no OpenMP"
-    return Finding("CPU kernels", True, f"{built.usable[0]}{alone}, in {built.path}", needed=False)
+    how = f"{built.usable[0]}{alone}, compiled by {built.compiler}, in {built.path}"
+    rounding = "inputs of few-bit weights are rounded to INT8, --exact leaves them as they are"
+    return Finding("CPU kernels", True, f"{how}; {rounding}", needed=False)
 
 
 def _arithmetic(device: torch.device) -> Finding:

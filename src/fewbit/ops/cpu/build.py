@@ -68,6 +68,7 @@ class Library:
 
     Attributes:
         path: its file.
+        compiler: the command that built it.
         variants: names of the instruction sets that it was built for.
         usable: those that this processor has, best first.
         threads: whether it shares work out over threads.
@@ -75,6 +76,7 @@ class Library:
     """
 
     path: Path
+    compiler: str
     variants: tuple[str, ...]
     usable: tuple[str, ...]
     threads: bool
@@ -111,14 +113,14 @@ def build(cache: Path) -> Library:
         path = cache / f"cpu-{_key(compiler, kinds, openmp)}.so"
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_owner(cache, stat.S_ISDIR)
-        if found := _found(path):
+        if found := _found(path, compiler):
             return found
         with _lock(cache):
-            if found := _found(path):  # another process was building
+            if found := _found(path, compiler):  # another process was building
                 return found
             path.unlink(missing_ok=True)
             _compile(compiler, kinds, openmp, path)
-            return _load(path)
+            return _load(path, compiler)
     except OSError as error:
         raise Unbuilt(f"cannot build in {cache} ({error.strerror or error}); set XDG_CACHE_HOME to a folder") from error
 
@@ -151,11 +153,11 @@ def _check_owner(path: Path, kind: Callable[[int], bool]) -> None:
         raise Unbuilt(f"{path} is not this user's alone; set XDG_CACHE_HOME to a folder of your own")
 
 
-def _found(path: Path) -> Library | None:
+def _found(path: Path, compiler: Sequence[str]) -> Library | None:
     """The library that is there; None: there is none, or one that does not load."""
     try:
         _check_owner(path, stat.S_ISREG)
-        return _load(path)
+        return _load(path, compiler)
     except (OSError, AttributeError):
         return None
 
@@ -312,7 +314,7 @@ def _end(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def _load(path: Path) -> Library:
+def _load(path: Path, compiler: Sequence[str]) -> Library:
     """The library of a file; see `Library`."""
     calls = ctypes.CDLL(str(path))
     calls.fewbit_variant.restype = ctypes.c_char_p
@@ -322,4 +324,4 @@ def _load(path: Path) -> Library:
         for call, arguments in _CALLS.items():
             getattr(calls, f"fewbit_{call}_{names[-1]}").argtypes = arguments
     usable = tuple(name for name in names if calls.fewbit_runs(name.encode()))
-    return Library(path, tuple(names), usable, bool(calls.fewbit_threads()), calls)
+    return Library(path, " ".join(compiler), tuple(names), usable, bool(calls.fewbit_threads()), calls)
