@@ -1,4 +1,4 @@
-"""Attention over keys and values in a row. `reference` is the only implementation so far."""
+"""Attention over keys and values in a row: `reference` in torch; over pages in `decode` (GPUs) and `cpu`."""
 
 from fewbit.ops.attention.reference import KEYS, attention
 
