@@ -58,7 +58,7 @@ def finish(device: torch.device) -> None:
 
 def _of_cpu() -> Ceilings:
     """The best of a few: whatever else runs on this machine only adds."""
-    ends = torch.zeros(2, 1 << 25)  # 256 MiB, beyond most caches
+    ends = torch.ones(2, 1 << 25)  # 256 MiB, beyond most caches; written, or all pages are the same one
     memory = max(ends.nbytes / _quickest(call) for call in (lambda: ends[0].copy_(ends[1]), ends.sum))
     size = 1024
     a, b = torch.randn(2, size, size)
