@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import statistics
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,10 +36,12 @@ from fewbit.errors import UnsupportedError
 if TYPE_CHECKING:
     import torch
 
+FLOAT = "fp32"
 RECIPES = ("int4", "int8", "fp8", "nvfp4")
 HELD_OUT = "heldout.txt.gz"
 QUESTION = "Tell me a story about a little fox who was afraid of the dark."
 WINDOWS, LENGTH = 24, 256
+ROUNDS = 5
 
 
 def demo(
@@ -62,6 +66,13 @@ def demo(
         made = output / recipe
         _compress(source, recipe, made, where)
         rows.append(_measure(made, source, where, recipe))
+    backends = dict.fromkeys((row["format"] for row in rows), "auto")
+    if where.type == "cpu":  # the same numbers, in the dtype that a CPU computes in
+        rows.insert(0, {**rows[0], "format": FLOAT})
+        backends = {FLOAT: "exact", **backends}
+    models = {name: output / name if name in RECIPES else source for name in backends}
+    for row, speeds in zip(rows, _decode_speeds(source, models, backends, where), strict=True):
+        row |= {"tokens_per_s": statistics.median(speeds), "tokens_per_s_range": [min(speeds), max(speeds)]}
     if not json:
         _show(rows)
     with _server(output / "int4", where) as url:
@@ -91,16 +102,12 @@ def _compress(source: Path, recipe: str, made: Path, where: torch.device) -> Non
 def _measure(model: Path, base: Path, where: torch.device, name: str) -> dict[str, Any]:
     """One row of the table."""
     from fewbit.checkpoint import open_checkpoint
-    from fewbit.engine.config import EngineOptions
-    from fewbit.engine.engine import open_engine
-    from fewbit.measure import facts, quality, speed
+    from fewbit.measure import facts, quality
 
     checkpoint = open_checkpoint(model)
     windows = read_windows(base / HELD_OUT, checkpoint.folder, LENGTH, WINDOWS)
     with progress() as bars:
         found = quality.evaluate(checkpoint, open_checkpoint(base), windows, where, bars)
-    engine = open_engine(model, EngineOptions(device=str(where), max_batch=1, max_model_len=512))
-    pace = speed.decode_speed(engine, tuple(windows[0][:32]))
     seen = facts.inspect(checkpoint)
     assert found.kl_mean is not None
     assert found.top1_agreement is not None
@@ -114,10 +121,23 @@ def _measure(model: Path, base: Path, where: torch.device, name: str) -> dict[st
         "kl_mean_err": found.kl_mean.error,
         "top1_agreement": found.top1_agreement.value,
         "top1_agreement_err": found.top1_agreement.error,
-        "tokens_per_s": pace.tokens_per_s,
-        "tokens_per_s_range": [pace.slowest, pace.fastest],
         "tokens": found.tokens,
     }
+
+
+def _decode_speeds(
+    base: Path, models: Mapping[str, Path], backends: Mapping[str, str], where: torch.device
+) -> list[list[float]]:
+    """Tokens per second of each, in rounds: they take turns, so that whatever else runs here meets all of them."""
+    from fewbit.engine.config import EngineOptions
+    from fewbit.engine.engine import open_engine
+    from fewbit.measure.speed import decode_speed
+
+    prompt = tuple(read_windows(base / HELD_OUT, base, LENGTH, 1)[0][:32])
+    shape = EngineOptions(device=str(where), max_batch=1, max_model_len=256, num_blocks=64)
+    engines = [open_engine(path, replace(shape, backend=backends[name])) for name, path in models.items()]
+    rounds = [[decode_speed(engine, prompt, runs=1).tokens_per_s for engine in engines] for _ in range(ROUNDS)]
+    return [list(speeds) for speeds in zip(*rounds, strict=True)]
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
@@ -136,7 +156,12 @@ def _show(rows: list[dict[str, Any]]) -> None:
     ]
     print()
     table(columns, shown)
-    print(f"on {rows[0]['tokens']:,} tokens of books held out of training; KL and agreement against bf16\n")
+    print(
+        f"on {rows[0]['tokens']:,} tokens of books held out of training; KL and agreement against bf16; speeds in turns"
+    )
+    if rows[0]["format"] == FLOAT:
+        print(f"{FLOAT}: the bf16 model with its weights widened to float32 (--exact)")
+    print()
 
 
 @contextlib.contextmanager
