@@ -11,7 +11,7 @@ import torch
 
 from fewbit.numerics.format import ALL, FORMATS, integer_format
 from fewbit.numerics.quantspec import QuantSpec
-from fewbit.numerics.reference import choose_scale, fake_quantize, quantize
+from fewbit.numerics.reference import fake_quantize, input_scale, quantize
 from fewbit.ops.cpu import build as cpu_build
 from fewbit.ops.device import device_info
 from fewbit.ops.linear import LinearProblem, LinearWeights, choose
@@ -29,7 +29,13 @@ OTHERS = {
     "int4_g48": integer_format(4, (1, 48)),
 }
 TAKEN = [f for f in (FORMATS | OTHERS).values() if f.element.integer or f.element.name == "e2m1"]
-SPECS = [*(QuantSpec(f) for f in TAKEN), QuantSpec(INT8, INT8), QuantSpec(FORMATS["int8"], FORMATS["int8"], "static")]
+FP8, FP8_ROW, NVFP4, MXFP4 = (FORMATS[name] for name in ("fp8", "fp8_row", "nvfp4", "mxfp4"))
+SPECS = [
+    *(QuantSpec(f) for f in (*TAKEN, FP8, FP8_ROW)),
+    *(QuantSpec(INT8, INT8), QuantSpec(FORMATS["int8"], FORMATS["int8"], "static")),
+    *(QuantSpec(FP8_ROW, FP8_ROW), QuantSpec(FP8, FP8, "static"), QuantSpec(FP8_ROW, FP8, "static")),
+    *(QuantSpec(NVFP4, NVFP4, "outer"), QuantSpec(MXFP4, MXFP4), QuantSpec(FORMATS["int4_g32"], MXFP4)),
+]
 
 
 def problem(quant: QuantSpec, n: int = 64, k: int = 256, exact: bool = False) -> LinearProblem:
@@ -43,7 +49,7 @@ def drawn(quant: QuantSpec, rows: int, n: int, k: int) -> tuple[torch.Tensor, Li
     print(f"seed {seed}")
     x, weight, bias = (torch.randn(*shape, generator=random) for shape in ((rows, k), (n, k), (n,)))
     x[:, 0] *= 20  # an outlier
-    scale = choose_scale(x, quant.input)[0].reshape(()) if quant.input and quant.calibrated else None
+    scale = input_scale(x.abs().amax() / 2, quant.input) if quant.input and quant.calibrated else None  # some saturate
     assert quant.weight
     return x, LinearWeights(quant, quantize(weight, quant.weight), bias, scale)
 
@@ -52,7 +58,8 @@ def expected(x: torch.Tensor, w: LinearWeights) -> torch.Tensor:
     """The documented numerics in float64."""
     assert w.quant.weight
     assert w.bias is not None
-    rounded = w.round_input(x) if w.quant.input else fake_quantize(x, rounding(w.quant.weight))
+    floats = w.quant.weight.element.name == "e4m3"
+    rounded = w.round_input(x) if w.quant.input or floats else fake_quantize(x, rounding(w.quant.weight))
     return rounded.double() @ w.weight.dequantize(torch.float64).T + w.bias
 
 
@@ -156,14 +163,26 @@ def test_prescales_leading_axes_and_no_rows():
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    "quant", [QuantSpec(FORMATS["int4_g64"]), QuantSpec(FP8_ROW, FP8_ROW), QuantSpec(MXFP4, MXFP4)]
+)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_no_number_stays_none(bad):
-    x, weights = drawn(QuantSpec(FORMATS["int4_g64"]), 2, 16, 128)
+def test_what_is_no_number_stays_none(bad, quant):
+    x, weights = drawn(quant, 2, 16, 128)
     x[1, 100] = bad
     kernel = Cpu()
     found = kernel.run(x, kernel.prepare(weights, torch.float32))
     assert found[0].isfinite().all()
     assert not found[1].isfinite().any()
+
+
+@needs_compiler
+def test_a_weight_that_is_no_number_makes_its_row_none():
+    x, weights = drawn(QuantSpec(FP8_ROW), 3, 20, 64)
+    weights.weight.codes[7, 5] = 0x7F
+    found = Cpu().run(x, Cpu().prepare(weights, torch.float32))
+    assert found[:, 7].isnan().all()
+    assert found.isnan().sum() == 3
 
 
 @needs_compiler
@@ -191,8 +210,11 @@ def test_exact_arithmetic_rounds_no_inputs():
     ("quant", "reason"),
     [
         (QuantSpec(None, INT8), "multiplies inputs in int8_row with no unquantized weights"),
-        (QuantSpec(FORMATS["fp8_row"]), "holds integers and E2M1, not fp8_row"),
-        (QuantSpec(INT8, FORMATS["fp8_row"]), "cannot round inputs to fp8_row"),
+        (QuantSpec(FORMATS["fp8_e5m2"]), "holds integers, E2M1 and E4M3, not fp8_e5m2"),
+        (QuantSpec(FORMATS["fp8_block"]), "holds E4M3 with one scale a row, not fp8_block"),
+        (QuantSpec(INT8, FP8_ROW), "multiplies no inputs in fp8_row with int8_row"),
+        (QuantSpec(FP8, FP8), "cannot round inputs to fp8 (dynamic)"),
+        (QuantSpec(NVFP4, FORMATS["nvfp4_g32"], "outer"), "cannot round inputs to nvfp4_g32 (outer) for nvfp4"),
         (QuantSpec(FORMATS["int4_g128"], INT8), "needs weights with a scale a row, not int4_g128"),
         (QuantSpec(integer_format(4, (1, 64), act_order=True)), "needs groups in the order of their columns"),
         (QuantSpec(integer_format(4, (1, 20))), "needs groups of whole eights"),

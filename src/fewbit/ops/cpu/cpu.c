@@ -8,6 +8,8 @@
 
 #include "vector.h"
 
+#include "inputs.h"
+
 #include "linear.h"
 
 #include "layer.h"

@@ -8,7 +8,10 @@
  *   sums      p = fma(d, a, p), span after span of a group of the weight; y = fma(p, s, y), group after group, s its
  *             scale; at the end y r + bias, r the scale of the row
  *
- * BFLOAT16 and FLOAT32 weights: inputs as they are, y = fma(x, w, y) column after column.
+ * Where inputs are NVFP4 or MXFP4, whose values are whole halves, codes are twice the value.
+ *
+ * BFLOAT16, FLOAT32 and FLOAT8 (E4M3) weights: y = fma(x, w, y) column after column; inputs as they are, or to E4M3 under
+ * one scale a row or one for all, which multiplies y at the end.
  *
  * Every row of x is computed by itself: how many others there are, and how many threads, changes nothing.
  *
@@ -17,158 +20,7 @@
  * Nothing is ever summed across a register, and the scales of the rows are a vector. 4-bit weights: the low halves of
  * 64 bytes are columns 0-3 of eight, the high halves columns 4-7. Floats: 16 rows of one column lie together. */
 
-enum { QUAD = 64 };                           /* bytes of 16 rows x 4 columns */
-enum { BITS8, BITS4, E2M1, BFLOAT16, FLOAT32 }; /* what a weight is */
 enum { KEPT = 256 << 10 }; /* bytes of x that are multiplied with all tiles before the next are: they stay in a cache */
-
-typedef struct {
-    const void *codes;     /* [tiles][columns / 8][QUAD * 2, of 4 bits QUAD]; floats [tiles][columns][ROWS] */
-    const void *scales;    /* [tiles][groups][ROWS], float if scales_float, else bfloat16; NULL: 1 */
-    const uint8_t *zeros;  /* [tiles][groups][ROWS]; NULL: `zero` everywhere */
-    const float *row;      /* [tiles][ROWS] */
-    const float *bias;     /* [tiles][ROWS] */
-    const float *prescale; /* [k], what x is multiplied by first; NULL: nothing */
-    int64_t n, k, columns; /* columns: k, filled up to whole spans */
-    int64_t group, span;   /* columns to a scale of w, and to one of x; a span lies in one group and is 8 j wide */
-    int32_t kind, zero, scales_float;
-    float input_scale; /* of all of x; 0: made from each span */
-} Linear;
-
-/* Rows of x as the products take them: in blocks of so many as go through a tile at once (`block_of`), of which 4 columns
- * lie together: [block][columns / 4][rows of the block][4], floats [block][columns][rows]; what belongs to a span
- * [block][spans][rows]. */
-typedef struct {
-    const float *floats;
-    int8_t *codes;
-    float *scales;
-    int32_t *corrections; /* minus the sum of the codes, times `zero` where that is one for all */
-} Input;
-
-INLINE int is_float(const Linear *w) { return w->kind >= BFLOAT16; }
-INLINE int64_t tiles_of(const Linear *w) { return (w->n + ROWS - 1) / ROWS; }
-INLINE int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
-/* Whether `b` takes the very input that `a` does. */
-static int same_input(const Linear *a, const Linear *b) {
-    const int32_t one = a->zeros ? 1 : a->zero, other = b->zeros ? 1 : b->zero;
-    return is_float(a) == is_float(b) && a->prescale == b->prescale &&
-           (is_float(a) || (a->span == b->span && a->input_scale == b->input_scale && one == other));
-}
-
-/* How many rows go through a tile at once, of `left`. */
-INLINE int64_t rows_of(int64_t left) { return left >= BLOCK ? BLOCK : left >= 2 ? 2 : 1; }
-
-/* The block of m rows that row `i` is in: its first row; `rows`: how many it has. */
-INLINE int64_t block_of(int64_t i, int64_t m, int64_t *rows) {
-    int64_t first = i / BLOCK * BLOCK;
-    while (first + (*rows = rows_of(m - first)) <= i) first += *rows;
-    return first;
-}
-
-/* Memory of `m` rows of input. */
-static int64_t input_bytes(const Linear *w, int64_t m) {
-    if (is_float(w)) return padded(m * w->k * 4);
-    return padded(m * w->columns) + padded(m * (w->columns / w->span) * 8);
-}
-
-/* The largest magnitude of `n` numbers, as bits: those of floats are ordered like them, and a NaN lies above all. */
-INLINE int32_t top_of(const float *x, int64_t n, int32_t top) {
-    for (int64_t i = 0; i < n; i++) {
-        int32_t bits;
-        memcpy(&bits, x + i, 4);
-        bits &= INT32_MAX;
-        top = bits > top ? bits : top;
-    }
-    return top;
-}
-
-INLINE float scale_of(int32_t top) {
-    float scale;
-    memcpy(&scale, &top, 4);
-    scale = top ? scale / 127.5f : 1;
-    return scale < FLT_MIN ? FLT_MIN : scale;
-}
-
-enum { STRIP = 32 }; /* numbers that are rounded at a time, at the most */
-
-/* `n` numbers to codes, which go to every `stride`-th group of four: the sum of the codes. */
-INLINE int32_t round_strip(const float *x, int64_t n, float scale, int8_t *codes, int64_t stride) {
-    int8_t strip[STRIP];
-    int32_t sum = 0;
-    for (int64_t i = 0; i < n; i++) {
-        float v = x[i] / scale;
-        v = v > -128 ? v : -128; /* a NaN too, whose scale then is one */
-        v = v < 127 ? v : 127;
-        const int32_t q = (int32_t)rintf(v);
-        strip[i] = (int8_t)q;
-        sum += q;
-    }
-    for (int64_t i = 0; i < n / 4; i++) memcpy(codes + i * stride, strip + 4 * i, 4);
-    return sum;
-}
-
-/* `n` numbers x (times `prescale`), filled up to a strip. */
-INLINE void copy_strip(const float *x, const float *prescale, int64_t n, float to[STRIP]) {
-    memset(to, 0, STRIP * sizeof *to);
-    for (int64_t i = 0; i < n; i++) to[i] = prescale ? x[i] * prescale[i] : x[i];
-}
-
-/* A span of `n` numbers that need no preparation; `n` is a constant where this is called. */
-INLINE int32_t round_span(const float *x, int64_t n, float *scale, int8_t *codes, int64_t stride) {
-    if (*scale == 0) *scale = scale_of(top_of(x, n, 0));
-    return round_strip(x, n, *scale, codes, stride);
-}
-
-/* All threads of a team: `m` rows of x as `w` wants them, in `memory`. Ends with a barrier, unless nothing is done. */
-static Input prepare(const Linear *w, const float *x, int64_t m, char *memory) {
-    Input in = {x, NULL, NULL, NULL};
-    if (is_float(w)) {
-        if (m == 1 && !w->prescale) return in;
-        float *floats = (float *)memory;
-        in.floats = floats;
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < m; i++) {
-            int64_t rows, first = block_of(i, m, &rows);
-            for (int64_t c = 0; c < w->k; c++)
-                floats[first * w->k + c * rows + i - first] = x[i * w->k + c] * (w->prescale ? w->prescale[c] : 1);
-        }
-        return in;
-    }
-    const int64_t spans = w->columns / w->span;
-    const int32_t zero = w->zeros ? 1 : w->zero;
-    in.codes = (int8_t *)memory;
-    in.scales = (float *)(memory + padded(m * w->columns));
-    in.corrections = (int32_t *)(in.scales + m * spans);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < m * spans; i++) {
-        const int64_t row = i / spans, s = i % spans, at = s * w->span;
-        int64_t rows, first = block_of(row, m, &rows);
-        const int64_t left = w->k - at, n = left < 0 ? 0 : left < w->span ? left : w->span;
-        const float *from = x + row * w->k + at, *prescale = w->prescale ? w->prescale + at : NULL;
-        int8_t *codes = in.codes + first * w->columns + at * rows + (row - first) * 4;
-        int32_t sum = 0;
-        float scale = w->input_scale;
-        if (n == 32 && w->span == 32 && !prescale) sum = round_span(from, 32, &scale, codes, rows * 4);
-        else if (n == 16 && w->span == 16 && !prescale) sum = round_span(from, 16, &scale, codes, rows * 4);
-        else {
-            float strip[STRIP];
-            int32_t top = 0;
-            for (int64_t c = 0; c < n && scale == 0; c += STRIP) {
-                copy_strip(from + c, prescale ? prescale + c : NULL, n - c < STRIP ? n - c : STRIP, strip);
-                top = top_of(strip, STRIP, top);
-            }
-            if (scale == 0) scale = scale_of(top);
-            for (int64_t c = 0; c < w->span; c += STRIP) {
-                const int64_t there = n - c < 0 ? 0 : n - c < STRIP ? n - c : STRIP;
-                copy_strip(from + c, prescale ? prescale + c : NULL, there, strip);
-                sum += round_strip(strip, w->span - c < STRIP ? w->span - c : STRIP, scale, codes + c * rows, rows * 4);
-            }
-        }
-        in.scales[first * spans + s * rows + row - first] = scale;
-        in.corrections[first * spans + s * rows + row - first] = -sum * zero;
-    }
-    return in;
-}
 
 static const uint8_t e2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0}; /* twice the value, + 12 */
 
@@ -237,7 +89,9 @@ INLINE void floats(
     for (int64_t c = 0; c < w->k; c++, x += rows)
         for (int p = 0; p < parts; p++) {
             const int64_t at = ((tile + p / PARTS) * w->k + c) * ROWS + p % PARTS * LANES;
-            const VF v = kind == BFLOAT16 ? load_bfloat16((const uint16_t *)w->codes + at) : load((const float *)w->codes + at);
+            const VF v = kind == BFLOAT16 ? load_bfloat16((const uint16_t *)w->codes + at)
+                         : kind == FLOAT8 ? load_e4m3((const int8_t *)w->codes + at)
+                                          : load((const float *)w->codes + at);
             for (int r = 0; r < rows; r++) sum[r][p] = fma_(v, all(x[r]), sum[r][p]);
         }
     for (int r = 0; r < rows; r++) memcpy(out + r * WIDTH, sum[r], (size_t)parts * sizeof sum[r][0]);
@@ -253,25 +107,30 @@ INLINE void floats(
     case BITS4: INTEGERS(BITS4, rows, tiles); break;                              \
     case E2M1: INTEGERS(E2M1, rows, tiles); break;                                \
     case BFLOAT16: floats(BFLOAT16, rows, tiles, w, tile, in, first, out); break; \
+    case FLOAT8: floats(FLOAT8, rows, tiles, w, tile, in, first, out); break;     \
     default: floats(FLOAT32, rows, tiles, w, tile, in, first, out);               \
     }
+
+/* One row of x is bound by reading weights, which goes fastest in one stream. */
+static void one_row(const Linear *w, int64_t tile, const Input *in, int64_t first, float *out) { OF(1, 1) }
 
 /* A block of `rows` rows of x, from `first` on, with TILES tiles from `tile` on, or as many as there are: how many outputs
  * are made of each row, finished, in out[rows][WIDTH]. */
 static int64_t tile_of(const Linear *w, int64_t tile, const Input *in, int64_t first, int64_t rows, float *out) {
     const int64_t left = tiles_of(w) - tile, tiles = left < TILES ? left : TILES;
-    if (tiles == TILES) {
+    if (rows == 1) {
+        for (int64_t i = 0; i < tiles; i++) one_row(w, tile + i, in, first, out + i * ROWS);
+    } else if (tiles == TILES) {
         if (rows == BLOCK) OF(BLOCK, TILES)
-        else if (rows == 2) OF(2, TILES)
-        else OF(1, TILES)
+        else OF(2, TILES)
     } else {
         if (rows == BLOCK) OF(BLOCK, 1)
-        else if (rows == 2) OF(2, 1)
-        else OF(1, 1)
+        else OF(2, 1)
     }
     for (int64_t r = 0; r < rows; r++)
         for (int64_t i = 0; i < tiles * ROWS; i += LANES) {
             float *v = out + r * WIDTH + i;
+            if (w->rounding == TO_E4M3) store(v, load(v) * in->scales[first + r]);
             store(v, fma_(load(v), load(w->row + tile * ROWS + i), load(w->bias + tile * ROWS + i)));
         }
     return w->n - tile * ROWS < WIDTH ? w->n - tile * ROWS : WIDTH;

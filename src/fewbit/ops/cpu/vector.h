@@ -123,6 +123,9 @@ INLINE VF load(const float *p) {
 
 INLINE VF load_bfloat16(const uint16_t *p) { return (VF)(widen2(p) << 16); }
 
+/* E4M3 but for its NaN: its seven bits where those of a float32 are, whose exponents count from 120 more. */
+INLINE VF load_e4m3(const int8_t *p) { return (VF)((widen1((const uint8_t *)p) << 24 >> 4) & (int32_t)0x87f00000) * 0x1p120f; }
+
 INLINE VF pick(VI mask, VF yes, VF no) { return (VF)((mask & (VI)yes) | (~mask & (VI)no)); }
 
 INLINE void store(float *p, VF v) { memcpy(p, &v, sizeof v); }

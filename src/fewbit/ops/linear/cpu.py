@@ -18,11 +18,13 @@ from fewbit.numerics.element import E2M1, E4M3, E8M0, INT8, Element
 from fewbit.numerics.format import ALL, Format
 from fewbit.numerics.qtensor import QTensor
 from fewbit.ops.cpu.build import Library, library
+from fewbit.ops.cpu.memory import zeros
 from fewbit.ops.linear.problem import LinearProblem, LinearWeights
 
 _ROWS = 16  # of a tile
 _SPAN = 32  # inputs under a scale, unless the weights' groups are smaller
-_BITS8, _BITS4, _E2M1, _BFLOAT16, _FLOAT32 = range(5)
+_BITS8, _BITS4, _E2M1, _BFLOAT16, _FLOAT32, _FLOAT8 = range(6)
+_AS_IT_IS, _TO_INT8, _TO_E4M3, _TO_NVFP4, _TO_MXFP4 = range(5)
 _HALF = {
     _BITS8: 128,
     _BITS4: 8,
@@ -38,7 +40,7 @@ class Linear(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "row", "bias", "prescale")),
         *((name, ctypes.c_int64) for name in ("n", "k", "columns", "group", "span")),
-        *((name, ctypes.c_int32) for name in ("kind", "zero", "scales_float")),
+        *((name, ctypes.c_int32) for name in ("kind", "zero", "scales_float", "rounding")),
         ("input_scale", ctypes.c_float),
     )
 
@@ -57,9 +59,11 @@ class Prepared:
 
 
 class Cpu:
-    """INT2 to INT8 and E2M1 weights, with a scale a row or in groups; inputs as they are, or INT8 under one scale.
+    """Products of integers, and of floats.
 
-    Unquantized weights as they are stored, BF16 in two bytes.
+    Integers: INT2 to INT8 and E2M1 weights with a scale a row or in groups, inputs as they are (which are rounded),
+    INT8 under one scale, NVFP4 or MXFP4. Floats: E4M3 weights with a scale a row, inputs as they are or in E4M3;
+    unquantized weights as they are stored.
     """
 
     name = "cpu"
@@ -78,14 +82,14 @@ class Cpu:
         if problem.dtype != torch.float32:
             return f"computes in float32, the model in {str(problem.dtype).removeprefix('torch.')}"
         if problem.exact:  # with or without a compiler: what is made or judged so must not depend on one
-            does = "adds up in an order of its own" if problem.quant.weight is None else "multiplies inputs as INT8"
+            does = "multiplies inputs as INT8" if self.remark(problem) else "adds up in an order of its own"
             return f"{does}, and exact arithmetic was asked for"
         built = library()
         return built if isinstance(built, str) else None
 
     def remark(self, problem: LinearProblem) -> str | None:
         """See `LinearKernel.remark`."""
-        if problem.quant.input is not None or problem.quant.weight is None:
+        if problem.quant.input is not None or problem.quant.weight is None or problem.quant.weight.element == E4M3:
             return None
         return f"rounds inputs to INT8 in groups of {_span(problem.quant.weight)}; --exact leaves them as they are"
 
@@ -94,6 +98,8 @@ class Cpu:
         fmt, rows = problem.quant.weight, -(-problem.n // _ROWS) * _ROWS
         if fmt is None:
             return rows * (problem.k * (2 if problem.stored == torch.bfloat16 else 4) + 8)
+        if fmt.element == E4M3:
+            return rows * (problem.k + 8)
         columns = _columns(problem.k, fmt)
         groups = -(-columns // fmt.block[1]) if fmt.grouped else 0
         scale = 4 if fmt.scale in (torch.float32, torch.float16) else 2
@@ -109,8 +115,15 @@ class Cpu:
             codes = _floats(w if w.dtype == torch.bfloat16 else w.float())
             kind = _BFLOAT16 if w.dtype == torch.bfloat16 else _FLOAT32
             tensors = codes, None, None, _by_tile(torch.ones(n, 1)), _by_tile(bias[:, None]), prescale
-            return _prepared(tensors, n, k, k, k, k, kind, 0, 0, 0.0)
+            return _prepared(tensors, n, k, k, k, k, kind, 0, 0, _AS_IT_IS, 0.0)
         fmt = w.format
+        given = float(weights.input_scale) if weights.input_scale is not None and quant.input is not None else 0.0
+        if fmt.element == E4M3:
+            # its NaN is no number for C: a row that has one is NaN by its scale
+            row = torch.where((w.codes & 0x7F == 0x7F).any(1, keepdim=True), math.nan, w.scales().expand(n, 1))
+            tensors = _floats(w.codes), None, None, _by_tile(row), _by_tile(bias[:, None]), prescale
+            rounding = _AS_IT_IS if quant.input is None else _TO_E4M3
+            return _prepared(tensors, n, k, k, k, k, _FLOAT8, 0, 0, rounding, given)
         columns, kind = _columns(k, fmt), _kind(fmt)
         scales, row = _scales(w)
         zeros = None if w.zero is None else (w.zero.to(torch.int16) + _HALF[kind]).to(torch.uint8).expand(n, -1)
@@ -118,9 +131,9 @@ class Cpu:
         return _prepared(
             (_packed(w, columns), *by_row, prescale), n, k, columns,
             fmt.block[1] if fmt.grouped else columns,
-            _span(fmt) if quant.input is None else columns,
+            _span(fmt) if quant.input is None or quant.input.grouped else columns,
             kind, _HALF[kind], scales is not None and scales.dtype == torch.float32,
-            float(weights.input_scale) if quant.calibrated and weights.input_scale is not None else 0.0,
+            _rounding(quant.input), given,
         )  # fmt: skip
 
     def run(self, x: Tensor, prepared: Prepared) -> Tensor:
@@ -151,6 +164,12 @@ def _span(weight: Format) -> int:
     return math.gcd(weight.block[1], _SPAN) if weight.grouped else _SPAN
 
 
+def _rounding(fmt: Format | None) -> int:
+    if fmt is None or fmt.element == INT8:
+        return _TO_INT8
+    return _TO_NVFP4 if fmt.scale == E4M3 else _TO_MXFP4
+
+
 def _columns(k: int, fmt: Format) -> int:
     return -(-k // _span(fmt)) * _span(fmt)
 
@@ -162,8 +181,10 @@ def _kind(fmt: Format) -> int:
 def _weight_why_not(fmt: Format | None) -> str | None:
     if fmt is None:
         return None
-    if not (fmt.element.integer or fmt.element == E2M1):
-        return f"holds integers and E2M1, not {fmt}"
+    if not (fmt.element.integer or fmt.element in (E2M1, E4M3)):
+        return f"holds integers, E2M1 and E4M3, not {fmt}"
+    if fmt.element == E4M3:
+        return f"holds E4M3 with one scale a row, not {fmt}" if fmt.grouped or fmt.block[0] not in (1, ALL) else None
     if fmt.block[0] != 1 and fmt.block != (ALL, ALL):
         return f"holds scales of rows and of groups in a row, not {fmt}"
     if fmt.act_order or fmt.zero == "float":
@@ -178,8 +199,17 @@ def _input_why_not(problem: LinearProblem) -> str | None:
     fmt, how = problem.quant.input, problem.quant.input_scale
     if fmt is None:
         return None
-    if problem.quant.weight is None:
+    weight, alone = problem.quant.weight, how == "static" or fmt.block[0] == 1  # a token's scale is its own
+    if weight is None:
         return f"multiplies inputs in {fmt} with no unquantized weights"
+    if (weight.element == E4M3) != (fmt.element == E4M3) or fmt.element not in (INT8, E2M1, E4M3):
+        return f"multiplies no inputs in {fmt} with {weight}"
+    if fmt.element == E4M3:
+        return None if not fmt.grouped and alone else f"cannot round inputs to {fmt} ({how})"
+    if fmt.element == E2M1:
+        known = (fmt.scale == E4M3 and how == "outer") or (fmt.scale == E8M0 and how == "dynamic")
+        fits = fmt.block == (1, _span(weight)) and weight.grouped
+        return None if known and fits else f"cannot round inputs to {fmt} ({how}) for {weight}"
     if fmt.element != INT8 or fmt.grouped or how == "outer" or (how == "dynamic" and fmt.block[0] != 1):
         return f"cannot round inputs to {fmt} ({how})"
     if problem.quant.weight.grouped:
@@ -189,8 +219,8 @@ def _input_why_not(problem: LinearProblem) -> str | None:
 
 def _by_tile(values: Tensor) -> Tensor:
     """[n, groups] to [n / 16, groups, 16], filled up with zeros."""
-    tiles: Tensor = F.pad(values, (0, 0, 0, -len(values) % _ROWS)).unflatten(0, (-1, _ROWS))
-    return tiles.transpose(1, 2).contiguous()
+    tiles = F.pad(values, (0, 0, 0, -len(values) % _ROWS)).unflatten(0, (-1, _ROWS)).transpose(1, 2)
+    return zeros(tiles.shape, values.dtype).copy_(tiles)
 
 
 def _scales(w: QTensor) -> tuple[Tensor | None, Tensor]:
@@ -208,7 +238,7 @@ def _scales(w: QTensor) -> tuple[Tensor | None, Tensor]:
 def _floats(w: Tensor) -> Tensor:
     """[n, k] as linear.h wants it: [tiles, k, 16]."""
     n, k = w.shape
-    out = torch.zeros(-(-n // _ROWS), k, _ROWS, dtype=w.dtype)
+    out = zeros((-(-n // _ROWS), k, _ROWS), w.dtype)
     whole = n // _ROWS
     out[:whole].copy_(w[: whole * _ROWS].unflatten(0, (-1, _ROWS)).transpose(1, 2))
     out[whole:, :, : n % _ROWS].copy_(w[whole * _ROWS :].T)
@@ -220,7 +250,7 @@ def _packed(w: QTensor, columns: int) -> Tensor:
     n, k = w.shape
     kind, bits = _kind(w.format), w.format.element.bits
     tiles, step = -(-n // _ROWS), max(1, _PIECE // k // _ROWS)
-    out = torch.empty(tiles, columns // (4 if kind == _BITS8 else 8), _ROWS, 4, dtype=torch.uint8)
+    out = zeros((tiles, columns // (4 if kind == _BITS8 else 8), _ROWS, 4), torch.uint8)
     for target, codes in zip(out.split(step), w.codes.split(step * _ROWS), strict=True):
         if kind != _E2M1:  # two's complement of `bits` bits, to what is never negative
             codes = (codes ^ (1 << (bits - 1))) + (_HALF[kind] - (1 << (bits - 1)))
