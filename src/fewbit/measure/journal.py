@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,20 +28,32 @@ class Journal:
         settings: Everything that decides the results; a journal of others is refused.
         names: Fields of a line that name its result.
         option: With which a user gives another folder; said in errors.
+        check: Raises a ValueError, KeyError or TypeError for a line that is no result.
 
     Raises:
-        RecipeError: The file is of other settings, damaged, or in use by another process.
+        RecipeError: The file is of other settings, no journal, damaged, in use by another process, or cannot be locked.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], names: tuple[str, ...], option: str = "-o") -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        names: tuple[str, ...],
+        option: str = "-o",
+        check: Callable[[Mapping[str, Any]], object] = lambda line: None,
+    ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self._names, self._option = path, names, option
+        self.path, self._names, self._option, self._check = path, names, option, check
         self._file = path.open("a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             self._file.close()
-            raise RecipeError(f"{path}: another fewbit writes to it; wait, or give this one its own {option}") from None
+            if isinstance(error, BlockingIOError):
+                told = f"another fewbit writes to it; wait, or give this one its own {option}"
+            else:
+                told = f"cannot be locked ({error.strerror}); give a folder on another file system with {option}"
+            raise RecipeError(f"{path}: {told}") from None
         try:
             self._known = self._read(json.loads(json.dumps({"schema": SCHEMA, **settings})))
         except BaseException:
@@ -76,27 +88,36 @@ class Journal:
         self._file.seek(0)
         whole = self._file.read()
         complete = whole[: whole.rfind(b"\n") + 1]
-        if len(complete) < len(whole):
-            self._file.truncate(len(complete))
         if not complete:
+            if not _line({"settings": settings}).startswith(whole):  # what a power cut may leave of the first line
+                raise self._foreign()
+            self._file.truncate(0)
             self._write({"settings": settings})
             return {}
+        first, *lines = complete.split(b"\n")[:-1]
+        try:
+            before = json.loads(first)["settings"].items()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise self._foreign() from None
+        self._check_same(dict(before), settings)
         found: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for number, text in enumerate(complete.splitlines(), 1):
+        for number, text in enumerate(lines, 2):
             try:
                 line = json.loads(text)
-                if number == 1:
-                    self._check_same(line["settings"], settings)
-                else:
-                    found[tuple(line[name] for name in self._names)] = line
+                self._check(line)
+                found[tuple(line[name] for name in self._names)] = line
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise RecipeError(f"{self.path}, line {number}: not a line of a journal; remove it") from None
+        self._file.truncate(len(complete))
         return found
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.write(_line(line))
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def _foreign(self) -> RecipeError:
+        return RecipeError(f"{self.path}, line 1: not a line of a journal; give another {self._option}")
 
     def _check_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         for key in dict.fromkeys((*before, *now)):
@@ -112,6 +133,10 @@ class Journal:
 def digest(value: Any) -> str:
     """A word for what JSON can say, for settings and names: 16 digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value).encode() + b"\n"
 
 
 def _short(text: str) -> str:

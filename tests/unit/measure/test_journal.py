@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 
 from fewbit.checkpoint import Checkpoint, open_checkpoint
 from fewbit.cli import run
+from fewbit.errors import RecipeError
 from fewbit.measure import quality
 from fewbit.measure.journal import Journal
 from fewbit.measure.tasks.answer import JournalledAnswerer, Likelihood
@@ -135,3 +139,45 @@ def test_the_command_goes_on_with_a_text_and_refuses_another(models, tmp_path, c
     assert journal.read_bytes() == before
     assert run([*words, "--length", "32"]) == 2
     assert "holds results with windows " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "held", [b"Once upon a time", b'{"text": "a"}\n{"text": "b', b"[1]\n2", b'{"settings": 3}\n', b"\n"]
+)
+def test_a_file_that_is_no_journal_stays_as_it_is(held, tmp_path):
+    file = tmp_path / "text.jsonl"
+    file.write_bytes(held)
+    with pytest.raises(RecipeError, match="line 1: not a line of a journal; give another -o"):
+        Journal(file, {"a": 1}, ("window",))
+    assert file.read_bytes() == held
+
+
+def test_a_refused_journal_keeps_its_half_line(tmp_path):
+    file = tmp_path / "text.jsonl"
+    with Journal(file, {"a": 1}, ("window",)) as journal:
+        journal.add({"window": 0})
+    held = file.read_bytes() + b'{"win'
+    file.write_bytes(held)
+    with pytest.raises(RecipeError, match="holds results with a 1, now it is 2"):
+        Journal(file, {"a": 2}, ("window",))
+    assert file.read_bytes() == held
+    with Journal(file, {"a": 1}, ("window",)) as journal:
+        assert len(journal) == 1
+    assert file.read_bytes() == held[:-5]
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        (errno.EWOULDBLOCK, "another fewbit writes to it"),
+        (errno.ENOLCK, "cannot be locked .No locks available"),
+        (errno.ENOSYS, "cannot be locked .Function not implemented"),
+    ],
+)
+def test_a_lock_that_is_not_given_is_told_with_its_reason(code, told, tmp_path, monkeypatch):
+    def refuses(*given):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    with pytest.raises(RecipeError, match=told):
+        Journal(tmp_path / "text.jsonl", {}, ("window",))

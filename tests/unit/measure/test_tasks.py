@@ -240,6 +240,10 @@ def test_a_half_line_is_cut_off_in_place_and_a_journal_has_one_writer(tmp_path, 
     journal.write_bytes(b"[]\n{}\n")
     with pytest.raises(RecipeError, match="line 1: not a line of a journal"):
         again()
+    for line in ({"index": 0, "right": 1}, {"index": 0, "score": "1", "given": "a"}, {"index": 0}):
+        journal.write_bytes(before.splitlines(keepends=True)[0] + json.dumps(line).encode() + b"\n")
+        with pytest.raises(RecipeError, match="line 2: not a line of a journal; remove it"):
+            again()
 
 
 def test_the_composite_of_a_worked_example(tmp_path):

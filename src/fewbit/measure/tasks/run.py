@@ -6,10 +6,11 @@ import asyncio
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fewbit.measure.journal import Journal
 from fewbit.measure.paired import interval
@@ -115,7 +116,7 @@ async def run_task(
         FewbitError: The model could not go on; what was known is in the journal.
     """
     asked = {"asked": key, **task.fingerprint()}
-    with nullcontext() if journal is None else Journal(journal, asked, ("index",)) as kept:
+    with nullcontext() if journal is None else Journal(journal, asked, ("index",), check=_check) as kept:
         lines = [line for item in items if kept is not None and (line := kept.find(item.index))]
         known = {line["index"]: Outcome(**line) for line in lines}
         todo = [item for item in items if item.index not in known]
@@ -130,6 +131,14 @@ async def run_task(
 
         await several([one(item) for item in todo], at_once, lambda n: progress(task.name, before + n, len(items)))
     return Result(task, tuple(known[item.index] for item in items))
+
+
+def _check(line: Mapping[str, Any]) -> None:
+    """Whether a line of a journal is an outcome."""
+    found = Outcome(**line)
+    whole = isinstance(found.index, int) and isinstance(found.shots, int) and isinstance(found.given, str)
+    if not whole or not isinstance(found.score, (int, float)) or not isinstance(found.group, str | None):
+        raise TypeError("a field of another type")
 
 
 async def ask(task: Task, item: Item, prompts: Prompts, answerer: Answerer) -> Outcome:
