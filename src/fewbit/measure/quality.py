@@ -119,12 +119,13 @@ def evaluate(
                 def told(stage: str, done: int, total: int, number: int = number) -> None:
                     progress(stage, number * total + done, len(groups) * total)
 
-                cut = [windows[index] for index in group]
-                run = Forward(model, cut, device, told, "model", backend)
-                other = Forward(base, cut, device, told, "base") if base else None
-                for index, window in zip(group, _compare(windows, group, overlap, run, other), strict=True):
+                computed = _computed(model, base, windows, group, overlap, device, told, backend)
+                for index, line, window in zip(group, lines, computed, strict=True):
+                    if line is not None:  # what was kept stays, whatever its last bits would be now
+                        found.append(_Window.of(line))
+                        continue
                     found.append(window)
-                    if journal is not None and journal.find(index) is None:
+                    if journal is not None:
                         journal.add({"window": index, **window.lists()})
             else:
                 found += [_Window.of(line) for line in lines if line is not None]
@@ -192,6 +193,23 @@ class _Window:
         """From `lists`."""
         known = (field.name for field in fields(cls) if field.name in lists)
         return cls(**{name: torch.tensor(lists[name], dtype=torch.float64) for name in known})
+
+
+def _computed(
+    model: Checkpoint,
+    base: Checkpoint | None,
+    windows: Sequence[Sequence[int]],
+    group: range,
+    overlap: int,
+    device: torch.device,
+    progress: Callable[[str, int, int], None],
+    backend: str,
+) -> Iterator[_Window]:
+    """What the windows of a group say. The states and heads go when it ends: before the next group's are made."""
+    cut = [windows[index] for index in group]
+    mine = Forward(model, cut, device, progress, "model", backend)
+    other = Forward(base, cut, device, progress, "base") if base else None
+    yield from _compare(windows, group, overlap, mine, other)
 
 
 def _compare(

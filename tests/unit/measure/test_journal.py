@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
+import json
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,39 @@ def test_a_text_that_was_stopped_anywhere_goes_on_to_the_same_figures(models, ba
         assert measured(third) == whole
     monkeypatch.undo()
     assert measured(None).perplexity.value == pytest.approx(whole.perplexity.value, rel=1e-6)  # all windows at a time
+
+
+def test_one_group_is_let_go_before_the_next_is_made(models, monkeypatch):
+    monkeypatch.setitem(quality.TOKENS, "cpu", 40)
+    alive: weakref.WeakSet[quality.Forward] = weakref.WeakSet()
+    counts = []
+
+    class Counted(quality.Forward):
+        def __init__(self, *given):
+            counts.append(len(alive))
+            super().__init__(*given)
+            alive.add(self)
+
+    monkeypatch.setattr(quality, "Forward", Counted)
+    quality.evaluate(models[0], models[1], WINDOWS, torch.device("cpu"))
+    assert counts == [0, 1] * 4
+
+
+def test_what_a_journal_holds_of_a_group_that_is_computed_again_is_its_own(models, tmp_path):
+    def measured():
+        with Stops(tmp_path / "text.jsonl") as journal:
+            return quality.evaluate(models[0], None, WINDOWS, torch.device("cpu"), journal=journal), journal.added
+
+    whole, _ = measured()
+    first, *lines = (tmp_path / "text.jsonl").read_text().splitlines()
+    changed = json.loads(lines[0])
+    changed["losses"] = [loss + 1 for loss in changed["losses"]]
+    (tmp_path / "text.jsonl").write_text("\n".join([first, json.dumps(changed), *lines[1:-1], ""]))
+    again, added = measured()
+    assert added == [len(WINDOWS) - 1]
+    predicted = [len(window) - 1 for window in WINDOWS]
+    raised = torch.tensor(whole.perplexity.value).log().item() + predicted[0] / sum(predicted)
+    assert torch.tensor(again.perplexity.value).log().item() == pytest.approx(raised, rel=1e-6)
 
 
 def test_windows_go_together_as_far_as_their_tokens_do():
