@@ -160,7 +160,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
         f"on {rows[0]['tokens']:,} tokens of books held out of training; KL and agreement against bf16; speeds in turns"
     )
     if rows[0]["format"] == FLOAT:
-        print(f"{FLOAT}: the bf16 model with its weights widened to float32 (--exact)")
+        print(f"{FLOAT}: the bf16 model with its weights widened to float32 (--exact); quality is of exact arithmetic")
     print()
 
 

@@ -15,6 +15,7 @@ from fewbit.engine.fit import kv_bytes_per_token, need
 from fewbit.model.load import Loader, choices
 from fewbit.numerics.format import ALL, FORMATS
 from fewbit.numerics.quantspec import InputScale, QuantSpec
+from fewbit.ops.attention.cpu import why_not as attention_why_not
 from fewbit.ops.device import arithmetic_dtype, device_info
 from fewbit.ops.linear import LinearProblem, choose
 
@@ -212,8 +213,12 @@ def forward(checkpoint: Checkpoint, device: torch.device, backend: str = "auto")
     if device.type != "cpu":
         reason = loader.fused_why_not()
         return "fused, each decode step one CUDA graph" if reason is None else f"layer by layer; not fused: {reason}"
-    reasons = enumerate(map(loader.cpu_why_not, range(len(checkpoint.spec.layers))))
-    return next((f"layer {index} call by call: {why}" for index, why in reasons if why), "each layer in C")
+    for index, layer in enumerate(checkpoint.spec.layers):
+        if reason := loader.cpu_why_not(index):
+            return f"layer {index} call by call: {reason}"
+        if reason := attention_why_not(layer.attention, loader.codec(index)):
+            return f"each layer in C but for attention, which {reason}"
+    return "each layer in C"
 
 
 def support_table(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str, str]]:

@@ -273,9 +273,7 @@ class Loader:
         for _, reason in choice.declined:
             if isinstance(reason, Missing) and not self._warned:
                 self._warned = True
-                log.warning(
-                    "few-bit weights are decoded to float32, slower and in up to 8 times the memory: %s", reason
-                )
+                log.warning("weights are widened to float32, slower and in up to 8 times the memory: %s", reason)
         return Linear(choice.kernel, weights, self.dtype)
 
     def weights(self, shape: LinearShape) -> LinearWeights:

@@ -16,7 +16,7 @@ from torch import Tensor
 from fewbit.model.attend import KVCodec
 from fewbit.numerics.format import FORMATS
 from fewbit.numerics.quantspec import KVSpec, QuantSpec
-from fewbit.numerics.reference import choose_scale, quantize
+from fewbit.numerics.reference import input_scale, quantize
 from fewbit.ops.attention.cpu import PagedLayer, Spans
 from fewbit.ops.cpu import build
 from fewbit.ops.cpu.layer import LINEARS, Halves
@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.skipif(isinstance(BUILT, str), reason=f"CPU KERNELS ARE NOT TESTED: {BUILT}"),
     pytest.mark.skipif(bool(MISSING), reason=f"KERNELS FOR ARM ARE NOT TESTED: no {' and no '.join(MISSING)}; {WHERE}"),
 ]
-INT8 = FORMATS["int8_row"]
+INT8, FP8 = FORMATS["int8_row"], FORMATS["fp8"]
 SPECS = [
     QuantSpec(),  # BF16
     QuantSpec(INT8),
@@ -41,8 +41,10 @@ SPECS = [
     QuantSpec(FORMATS["int8"], FORMATS["int8"], "static"),
     *(QuantSpec(FORMATS[name]) for name in ("int8_g128", "int4_g32", "int4_g128", "int4_g64_asym", "nvfp4", "mxfp4")),
     QuantSpec(FORMATS["int4_g128"], prescale=True),
+    *(QuantSpec(FP8, FP8, "static"), QuantSpec(FORMATS["fp8_row"], FORMATS["fp8_row"])),
+    *(QuantSpec(FORMATS["nvfp4"], FORMATS["nvfp4"], "outer"), QuantSpec(FORMATS["mxfp4"], FORMATS["mxfp4"])),
 ]
-FP8, EIGHT, GQA = FORMATS["fp8"], FORMATS["int8"], Attention(8, 2, 64, None)
+EIGHT, GQA = FORMATS["int8"], Attention(8, 2, 64, None)
 SCALES = torch.tensor(0.02), torch.tensor(0.03)
 ATTENTION = (
     (KVCodec(torch.float32), replace(GQA, window=50)),
@@ -66,7 +68,7 @@ def linear(w: Prepared) -> bytes:
 
 def prepared(quant: QuantSpec, n: int, k: int, random: torch.Generator) -> Prepared:
     weight, bias = (torch.randn(*shape, generator=random) * k**-0.5 for shape in ((n, k), (n,)))
-    scale = choose_scale(torch.randn(64, k, generator=random), quant.input)[0].reshape(()) if quant.calibrated else None
+    scale = input_scale(torch.randn(64, k, generator=random).abs().amax(), quant.input) if quant.calibrated else None
     prescale = torch.rand(k, generator=random) + 0.5 if quant.prescale else None
     w = weight.bfloat16() if quant.weight is None else quantize(weight, quant.weight)
     return Cpu().prepare(LinearWeights(quant, w, bias, scale, prescale), torch.float32)

@@ -98,10 +98,10 @@ def test_weights_as_they_are_stored(dtype):
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["int4_g128", "int8_row", "nvfp4"])
-def test_a_row_is_the_same_alone_and_among_others_and_on_two_threads(name):
-    quant = QuantSpec(FORMATS[name])
-    x, weights = drawn(quant, 37, 300, 1024)
+@pytest.mark.parametrize(("rows", "k"), [(37, 1024), (70, 8192)], ids=["few", "more_than_a_cache_keeps"])
+@pytest.mark.parametrize("quant", [QuantSpec(FORMATS["int4_g128"]), *SPECS[-7:]], ids=str)
+def test_a_row_is_the_same_alone_and_among_others_and_on_two_threads(quant, rows, k):
+    x, weights = drawn(quant, rows, 76, k)
     kernel = Cpu()
     prepared = kernel.prepare(weights, torch.float32)
     together = kernel.run(x, prepared)
@@ -174,6 +174,26 @@ def test_what_is_no_number_stays_none(bad, quant):
     found = kernel.run(x, kernel.prepare(weights, torch.float32))
     assert found[0].isfinite().all()
     assert not found[1].isfinite().any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("quant", SPECS[-6:], ids=str)
+def test_inputs_are_rounded_as_numerics_rounds_them(quant):
+    """Ties, powers of two and what lies beside them, through a weight of ones."""
+    eighths = torch.arange(-64, 64) / 8
+    around = torch.cat([eighths * s for s in (2.0**-12, 2.0**-6, 0.875, 1.0, 1.0000001, 2.0**6)])
+    x = torch.zeros(2, 32 * len(around))
+    x[0, ::32], x[1, 5::32] = around, around.flip(0)
+    x[0, 7::32] = 6.0  # the top of a block: scales of one or a power of two
+    for scale in (1.0, 0.75):
+        k = 32
+        weights = LinearWeights(
+            quant, quantize(torch.eye(16, k), quant.weight), None, torch.tensor(scale) if quant.calibrated else None
+        )
+        rows = x.view(-1, k)
+        found = Cpu().run(rows, Cpu().prepare(weights, torch.float32))
+        wanted = weights.round_input(rows)[:, :16] * weights.weight.dequantize().diagonal()
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)  # another code is another by a twentieth at least
 
 
 @needs_compiler

@@ -40,7 +40,7 @@ def test_loading_warns_once_that_the_library_is_missing(static, backend, monkeyp
     with caplog.at_level(logging.WARNING):
         load(open_checkpoint(static), "cpu", backend)
     said = [r.getMessage() for r in caplog.records if "C compiler" in r.getMessage()]
-    wanted = "few-bit weights are decoded to float32, slower and in up to 8 times the memory: no C compiler"
+    wanted = "weights are widened to float32, slower and in up to 8 times the memory: no C compiler"
     assert said == ([wanted] if backend == "auto" else [])
 
 

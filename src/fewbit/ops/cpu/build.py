@@ -239,9 +239,12 @@ def _compile(compiler: Sequence[str], kinds: dict[str, tuple[str, ...]], openmp:
         made = [name for name in kinds if name not in unknown]
         # torch's own OpenMP first: two would each have their threads, waiting for work on the same cores
         ways = [(["-fopenmp"], [str(lib), "-Wl,--no-undefined"]) for lib in openmp[:1]] + [(["-fopenmp"], ["-fopenmp"])]
-        trial = [*compiler, *FLAGS, "-shared", "-o", objects("trial")]
+        parallel = Path(folder) / "trial.c"  # something to link: what an empty file needs says nothing
+        parallel.write_text("void f(int *x) {\n#pragma omp parallel for\n for (int i = 0; i < 9; i++) x[i] = i;\n}\n")
         for threads, libraries in ways:
-            if not _run({"trial": [*trial, *threads, *empty, "-x", "none", *libraries]}):
+            made_of = [*compiler, *FLAGS, *threads, "-c", str(parallel), "-o", objects("trial")]
+            linked = [*compiler, "-shared", "-o", objects("all"), objects("trial"), *libraries]
+            if not _run({"trial": made_of}) and not _run({"trial": linked}):
                 break
         else:
             threads, libraries = [], []
@@ -324,4 +327,6 @@ def _load(path: Path, compiler: Sequence[str]) -> Library:
         for call, arguments in _CALLS.items():
             getattr(calls, f"fewbit_{call}_{names[-1]}").argtypes = arguments
     usable = tuple(name for name in names if calls.fewbit_runs(name.encode()))
+    if not usable:
+        raise Unbuilt("this processor has none of the instruction sets that there are kernels for, not even SSE4.1")
     return Library(path, " ".join(compiler), tuple(names), usable, bool(calls.fewbit_threads()), calls)

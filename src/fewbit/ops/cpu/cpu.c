@@ -58,6 +58,9 @@ int fewbit_runs(const char *name) {
 #elif defined(__aarch64__) /* macOS: all of Apple's have it */
     if (!strcmp(name, "neon")) return 1;
 #endif
+#if defined(__x86_64__)
+    if (!strcmp(name, "plain")) return __builtin_cpu_supports("sse4.1") != 0;
+#endif
     return !strcmp(name, "plain");
 }
 #endif

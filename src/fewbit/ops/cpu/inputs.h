@@ -74,10 +74,10 @@ INLINE float float_of(int32_t bits) {
 /* The nearest number that E4M3 has, ties to even; a NaN stays one. */
 INLINE float to_e4m3(float x) {
     x = x > 448 ? 448 : x < -448 ? -448 : x;
-    int32_t bits;
+    uint32_t bits;
     memcpy(&bits, &x, 4);
     const float small = (fabsf(x) + 16384.0f) - 16384.0f; /* below 2^-6 steps of 2^-9, the last bit of 2^14 */
-    const float large = float_of(((bits & INT32_MAX) + 0x7ffff + (bits >> 20 & 1)) & ~0xfffff);
+    const float large = float_of((int32_t)(((bits & INT32_MAX) + 0x7ffff + (bits >> 20 & 1)) & ~0xfffffu));
     return copysignf(fabsf(x) < 0x1p-6f ? small : x != x ? x : large, x);
 }
 
@@ -116,7 +116,7 @@ INLINE int32_t round_strip(const int e2m1, const float *x, int64_t n, float scal
     for (int64_t i = 0; i < n; i++) {
         float v = x[i] / scale;
         if (e2m1) v = to_e2m1(v);
-        v = v > -128 ? v : -128; /* a NaN too, whose scale then is one */
+        v = v > -128 ? v : -128; /* a NaN too, of which the scale tells */
         v = v < 127 ? v : 127;
         const int32_t q = (int32_t)rintf(v);
         strip[i] = (int8_t)q;
@@ -181,11 +181,12 @@ static Input prepare(const Linear *w, const float *x, int64_t m, char *memory) {
         else {
             float strip[STRIP];
             int32_t top = 0;
-            for (int64_t c = 0; c < n && scale == 0; c += STRIP) {
+            for (int64_t c = 0; c < n; c += STRIP) {
                 copy_strip(from + c, prescale ? prescale + c : NULL, n - c < STRIP ? n - c : STRIP, strip);
                 top = top_of(strip, STRIP, top);
             }
             if (scale == 0) scale = scale_of(w, top);
+            if (top > 0x7f800000) scale = NAN; /* also where it is given: codes have no NaN */
             for (int64_t c = 0; c < w->span; c += STRIP) {
                 const int64_t there = n - c < 0 ? 0 : n - c < STRIP ? n - c : STRIP;
                 copy_strip(from + c, prescale ? prescale + c : NULL, there, strip);

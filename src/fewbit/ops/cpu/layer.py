@@ -59,15 +59,15 @@ class Halves:
     def before(self, x: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v [T, heads, head_dim] of x [T, d], float32; angles [T, 1, head_dim]."""
         x, t, dim = x.contiguous(), len(x), self._head_dim
-        q, k, v = (torch.empty(t, rows // dim, dim) for rows in self._rows[:3])
+        q, k, v = (x.new_empty(t, rows // dim, dim) for rows in self._rows[:3])
         self._run(self._before, *(tensor.data_ptr() for tensor in (x, cosines, sines, q, k, v)), t)
         return q, k, v
 
     def after(self, x: Tensor, seen: Tensor) -> Tensor:
         """The layer's output [T, d], of its input and of what attention saw [T, heads, head_dim], float32."""
-        x = x.contiguous()
+        x, seen = x.contiguous(), seen.contiguous()  # names keep a copy alive until C has read it
         y = torch.empty_like(x)
-        self._run(self._after, x.data_ptr(), seen.contiguous().data_ptr(), y.data_ptr(), len(x))
+        self._run(self._after, x.data_ptr(), seen.data_ptr(), y.data_ptr(), len(x))
         return y
 
     def _run(self, call: Callable[..., int], *arguments: int) -> None:

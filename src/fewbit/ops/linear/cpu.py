@@ -1,6 +1,6 @@
 """Linears on a CPU, in C: `ops/cpu/linear.h` says what is computed, and how.
 
-Weights of few bits are multiplied as integers. Where their QuantSpec leaves inputs as they are, the reference computes
+Integers and E2M1 are multiplied as integers. Where their QuantSpec leaves inputs as they are, the reference computes
 the same with inputs in the format `rounding`.
 """
 
@@ -82,15 +82,16 @@ class Cpu:
         if problem.dtype != torch.float32:
             return f"computes in float32, the model in {str(problem.dtype).removeprefix('torch.')}"
         if problem.exact:  # with or without a compiler: what is made or judged so must not depend on one
-            does = "multiplies inputs as INT8" if self.remark(problem) else "adds up in an order of its own"
+            does = "adds up in an order of its own" if _keeps_inputs(problem) else "multiplies inputs as INT8"
             return f"{does}, and exact arithmetic was asked for"
         built = library()
         return built if isinstance(built, str) else None
 
     def remark(self, problem: LinearProblem) -> str | None:
         """See `LinearKernel.remark`."""
-        if problem.quant.input is not None or problem.quant.weight is None or problem.quant.weight.element == E4M3:
+        if _keeps_inputs(problem):
             return None
+        assert problem.quant.weight is not None
         return f"rounds inputs to INT8 in groups of {_span(problem.quant.weight)}; --exact leaves them as they are"
 
     def weight_bytes(self, problem: LinearProblem) -> int:
@@ -109,21 +110,21 @@ class Cpu:
         """See `LinearKernel.prepare`."""
         w, quant = weights.weight, weights.quant
         n, k = w.shape
-        bias = torch.zeros(n) if weights.bias is None else weights.bias.float()
+        bias = torch.zeros(n, dtype=torch.float32, device="cpu") if weights.bias is None else weights.bias.float()
         prescale = None if weights.prescale is None else weights.prescale.float().contiguous()
         if isinstance(w, Tensor):
             codes = _floats(w if w.dtype == torch.bfloat16 else w.float())
             kind = _BFLOAT16 if w.dtype == torch.bfloat16 else _FLOAT32
-            tensors = codes, None, None, _by_tile(torch.ones(n, 1)), _by_tile(bias[:, None]), prescale
+            tensors = codes, None, None, _by_tile(torch.ones_like(bias)[:, None]), _by_tile(bias[:, None]), prescale
             return _prepared(tensors, n, k, k, k, k, kind, 0, 0, _AS_IT_IS, 0.0)
         fmt = w.format
-        given = float(weights.input_scale) if weights.input_scale is not None and quant.input is not None else 0.0
+        given = float(weights.input_scale) if quant.calibrated and weights.input_scale is not None else 0.0
         if fmt.element == E4M3:
             # its NaN is no number for C: a row that has one is NaN by its scale
-            row = torch.where((w.codes & 0x7F == 0x7F).any(1, keepdim=True), math.nan, w.scales().expand(n, 1))
+            row = w.scales().expand(n, 1).masked_fill((w.codes & 0x7F == 0x7F).any(1, keepdim=True), math.nan)
             tensors = _floats(w.codes), None, None, _by_tile(row), _by_tile(bias[:, None]), prescale
-            rounding = _AS_IT_IS if quant.input is None else _TO_E4M3
-            return _prepared(tensors, n, k, k, k, k, _FLOAT8, 0, 0, rounding, given)
+            to = _AS_IT_IS if quant.input is None else _TO_E4M3
+            return _prepared(tensors, n, k, k, k, k, _FLOAT8, 0, 0, to, given)
         columns, kind = _columns(k, fmt), _kind(fmt)
         scales, row = _scales(w)
         zeros = None if w.zero is None else (w.zero.to(torch.int16) + _HALF[kind]).to(torch.uint8).expand(n, -1)
@@ -155,8 +156,14 @@ def _prepared(tensors: tuple[Tensor | None, ...], *numbers: float) -> Prepared:
     return Prepared(Linear(*(None if t is None else t.data_ptr() for t in tensors), *numbers), tensors)
 
 
+def _keeps_inputs(problem: LinearProblem) -> bool:
+    """Whether inputs are rounded to nothing but what the QuantSpec says."""
+    weight = problem.quant.weight
+    return problem.quant.input is not None or weight is None or weight.element == E4M3
+
+
 def rounding(weight: Format) -> Format:
-    """What inputs are rounded to that a QuantSpec leaves as they are: INT8 in groups, float32 scales."""
+    """What inputs of integer products are rounded to that a QuantSpec leaves as they are: INT8 in groups."""
     return Format(f"int8_g{_span(weight)}_f32", INT8, (1, _span(weight)))
 
 
@@ -199,21 +206,20 @@ def _input_why_not(problem: LinearProblem) -> str | None:
     fmt, how = problem.quant.input, problem.quant.input_scale
     if fmt is None:
         return None
-    weight, alone = problem.quant.weight, how == "static" or fmt.block[0] == 1  # a token's scale is its own
+    weight = problem.quant.weight
     if weight is None:
         return f"multiplies inputs in {fmt} with no unquantized weights"
     if (weight.element == E4M3) != (fmt.element == E4M3) or fmt.element not in (INT8, E2M1, E4M3):
         return f"multiplies no inputs in {fmt} with {weight}"
-    if fmt.element == E4M3:
-        return None if not fmt.grouped and alone else f"cannot round inputs to {fmt} ({how})"
     if fmt.element == E2M1:
         known = (fmt.scale == E4M3 and how == "outer") or (fmt.scale == E8M0 and how == "dynamic")
         fits = fmt.block == (1, _span(weight)) and weight.grouped
         return None if known and fits else f"cannot round inputs to {fmt} ({how}) for {weight}"
-    if fmt.element != INT8 or fmt.grouped or how == "outer" or (how == "dynamic" and fmt.block[0] != 1):
+    alone = how == "static" or (how == "dynamic" and fmt.block[0] == 1)  # a token's scale is its own
+    if fmt.grouped or fmt.zero or fmt.scale != torch.float32 or not alone:
         return f"cannot round inputs to {fmt} ({how})"
-    if problem.quant.weight.grouped:
-        return f"under inputs in {fmt} it needs weights with a scale a row, not {problem.quant.weight}"
+    if fmt.element == INT8 and weight.grouped:
+        return f"under inputs in {fmt} it needs weights with a scale a row, not {weight}"
     return None if problem.k <= 1 << 16 else f"adds up 65,536 products of a row in 32 bits, not {problem.k}"
 
 
@@ -229,7 +235,7 @@ def _scales(w: QTensor) -> tuple[Tensor | None, Tensor]:
     unit = 0.5 if w.format.element == E2M1 else 1.0  # codes are read as twice the value
     if not w.format.grouped:
         return None, w.scales().expand(n, 1) * unit
-    row = torch.full((n, 1), unit) * (1.0 if w.outer is None else w.outer.float())
+    row = torch.full((n, 1), unit, dtype=torch.float32, device="cpu") * (1.0 if w.outer is None else w.outer.float())
     if isinstance(stored, Element):  # few bits of mantissa: bfloat16 has them all
         return stored.decode(w.scale).bfloat16(), row
     return w.scale if stored == torch.bfloat16 else w.scale.float(), row
