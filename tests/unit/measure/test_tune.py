@@ -152,7 +152,9 @@ def test_the_interval_holds_the_mean_as_often_as_it_says():
         held += low <= whole.mean() <= high
     assert 336 <= held <= 384  # 360 expected, standard deviation 6
     assert mean_interval(whole.tolist(), 40, 0.1) == (whole.mean(),) * 2
-    assert mean_interval([1.0], 40, 0.1) == (-math.inf, math.inf)
+    for total in (2, 40):
+        assert mean_interval([1.0], total, 0.1) == (-math.inf, math.inf)
+    assert mean_interval([1.0], 1, 0.1) == (1.0, 1.0)
 
 
 def test_quality_of_windows():

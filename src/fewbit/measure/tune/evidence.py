@@ -109,7 +109,7 @@ def mean_interval(values: Sequence[float], total: int, risk: float, ends: Sequen
             times, so that an interval keeps a width where all that was seen is equal (Agresti and Coull 1998).
     """
     n = len(values)
-    if n < 2 < total:
+    if n < 2 and n < total:
         return -math.inf, math.inf
     mean = float(np.mean(values))
     if n >= total:
