@@ -177,6 +177,28 @@ def test_score_of_answers():
     assert low < 0.4 < high
 
 
+@pytest.mark.parametrize("seen", [7, 51, 60, 400, 1010])
+def test_a_score_of_some_questions_is_a_mean_whatever_their_weights(seen):
+    """Tasks of 1000 and of 10 questions, each asked in proportion: what is seen does not weigh 1 on average."""
+    placed = sorted(((i + 0.5) / size, 505 / size) for size in (1000, 10) for i in range(size))
+    weights = [weight for _, weight in placed][:seen]
+    right, wrong = ([Answer(score, 1.0, weight, 0.8) for weight in weights] for score in (1.0, 0.0))
+    assert quality(right) == pytest.approx({"score": 1.0, "score_recovery": 1.0})
+    assert quality(wrong) == pytest.approx({"score": 0.0, "score_recovery": 1 - 1 / 0.8})
+    low, high = interval("score", right, 1010, 0.05)
+    assert low <= 1.0 <= high * (1 + 1e-12)
+    assert difference("score", right, wrong, seen, 0.05) == pytest.approx((1.0, 1.0))
+    half = [Answer(float(weight > 1), 1.0, weight, 1.0) for weight in weights]  # right in the small task only
+    assert quality(half)["score"] == pytest.approx(sum(w for w in weights if w > 1) / sum(weights))
+
+
+def test_a_difference_of_recoveries_is_as_wide_as_that_of_scores():
+    """Both models are held against the same answers of the base."""
+    a, b = ([Answer(float(i % size > 0), 1.0, 1.0, 0.5) for i in range(50)] for size in (5, 7))
+    score, recovery = (difference(name, a, b, 400, 0.01) for name in ("score", "score_recovery"))
+    assert recovery == pytest.approx([2 * end for end in score])
+
+
 def answered(rights: list[float]) -> list[Answer]:
     return [Answer(right, 1.0, 1.0, 1.0) for right in rights]
 
