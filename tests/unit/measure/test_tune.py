@@ -386,6 +386,26 @@ def test_what_died_is_a_row_and_tried_again(tmp_path):
     assert again.asked == {"make lost": 1}
 
 
+class FailingLate(Bench):
+    """The fastest fails once it has seen some windows; a candidate that comes back is made again."""
+
+    def quality(self, candidate, start, stop):
+        if candidate.name == "fails" and start:
+            raise UnsupportedError("a loss that is not a number")
+        self.forgotten.discard(candidate.name)
+        return super().quality(candidate, start, stop)
+
+
+def test_what_a_failed_candidate_had_beaten_comes_back(tmp_path):
+    made = {"good": (4.0, 5.0, 0.02, 0.0001), "fails": (4.0, 4.0, 0.001, 0.0001), "worse": (4.0, 6.0, 0.03, 0.0001)}
+    said: list[str] = []
+    found = search(FailingLate(made), tmp_path, "recovery>=0.9", tell=said.append)
+    assert any("good: out after 6 of 48 windows: fails is better" in line for line in said)
+    assert found.row("fails").failed
+    assert (found.best, found.row("good").out, len(found.row("good").windows)) == ("good", None, TOTAL)
+    assert found.row("worse").out == "good is better"
+
+
 def test_rounds_double():
     assert rounds(48) == [6, 12, 24, 48]
     assert rounds(100) == [12, 24, 48, 96, 100]

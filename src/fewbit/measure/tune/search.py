@@ -65,7 +65,7 @@ class Measurer(Protocol):
         """1 or 0 for some of the questions: whether it has them right. None: the model itself."""
 
     def forget(self, candidate: Candidate) -> None:
-        """Its checkpoint is not needed any more."""
+        """Its checkpoint is not needed any more, unless what beat it fails: it is then made again."""
 
 
 @dataclass
@@ -150,6 +150,7 @@ class Search:
         self.rows = {name: Row(name) for name in self.candidates}
         self.base, self.base_score = Row(BASE), 0.0
         self.answers: defaultdict[str, list[Answer]] = defaultdict(list)
+        self.beaten: defaultdict[str, list[Row]] = defaultdict(list)
         looks = len(rounds(windows)) * (len(self.rows) + len(goal.targets))
         self.risk = RISK / looks
 
@@ -164,8 +165,9 @@ class Search:
             if self.weights and self._alive():
                 self._ask_base(steps)
             for seen in steps:
-                for row in sorted(self._alive(), key=lambda r: self._objective(r.figures)):
-                    self._look(row, seen)
+                # one by one: a failure puts those back that it had beaten, wherever they had come to
+                while behind := [row for row in self._alive() if len(row.windows) < seen]:
+                    self._look(min(behind, key=lambda r: self._objective(r.figures)), seen)
         except OutOfTimeError:
             whole = False
         return self._outcome(whole)
@@ -234,6 +236,9 @@ class Search:
         if "error" in found:
             row.out, row.failed = found["error"], True
             self.measurer.forget(self.candidates[row.name])
+            for one in self.beaten.pop(row.name, ()):
+                one.out = None
+                self.tell(f"{one.name}: back, since {row.name} failed")
             return None
         return found
 
@@ -283,7 +288,8 @@ class Search:
                     self._drop(row, f"misses {target} ({low:.4g} to {high:.4g})")
                     return True
         for other in self.rows.values():
-            if other is not row and self._beats(other, row):
+            if other is not row and not other.failed and self._beats(other, row):
+                self.beaten[other.name].append(row)
                 self._drop(row, f"{other.name} is better")
                 return True
         return False
