@@ -149,6 +149,8 @@ def test_a_budget_that_ends_at_once(fewbit, tiny, tmp_path):
         (("--target", "kl<=1", "--recipes", "int5"), "--recipes: unknown recipe 'int5'"),
         (("--target", "kl<=1", "--recipes", ""), "--recipes : expected names by commas"),
         (("--target", "kl<=1", "--run", __file__), f"--run {__file__} is a file; expected the folder of a search"),
+        (("--target", "kl<=1", "-o", "kept", "--run", "kept"), "--run kept lies in -o kept"),
+        (("--target", "kl<=1", "-o", "kept", "--run", "kept/../kept/search"), "which the best checkpoint replaces"),
         (("--target", "kl<=1", "--kv", "fp7"), "--kv fp7: did you mean 'fp8'"),
         (("--target", "kl<=1", "--budget", "0"), "--budget 0: expected minutes above 0"),
         (("--target", "kl<=1", "--budget", "nan"), "--budget nan: expected minutes above 0"),

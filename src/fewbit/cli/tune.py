@@ -129,6 +129,10 @@ def tune(
     }  # fmt: skip
     if folder.is_file():
         raise RecipeError(f"--run {folder} is a file; expected the folder of a search, or a new one")
+    if folder.resolve().is_relative_to(output.resolve()):
+        raise RecipeError(
+            f"--run {folder} lies in -o {output}, which the best checkpoint replaces; give a folder outside"
+        )
     deadline = None if budget is None else time.monotonic() + budget * 60
     protocol = room.Protocol(checkpoint.path, str(where), batch, prompt, tokens, runs)
     note(f"{len(tried)} candidates for the {goal}; the search is kept in {folder}")
