@@ -233,17 +233,16 @@ class _Job:
 
         from fewbit.measure import quality
         from fewbit.measure.journal import Journal, digest
-        from fewbit.measure.tasks.source import fingerprint_of
-        from fewbit.version import __version__
+        from fewbit.measure.machine import versions
+        from fewbit.measure.runfolder import identity
 
         checkpoint = open_model(self.source.model)
         against = None if self.base is None else open_model(self.base.model)
         cut = self.text.windows(checkpoint.folder)
         device, journal = torch.device(self.text.device), None
         if self.output is not None:
-            held = [fingerprint_of(one.path) for one in (checkpoint, against) if one is not None]
-            settings = {"models": held, "device": device.type, "windows": digest(cut), "overlap": self.text.overlap}
-            settings["fewbit"] = __version__
+            held = {"model": identity(checkpoint), "base": against and identity(against)}
+            settings = {**held, **versions(device), "windows": digest(cut), "overlap": self.text.overlap}
             journal = Journal(self.output / "text.jsonl", settings, quality.JOURNALLED)
         with nullcontext() if journal is None else journal:
             return quality.evaluate(checkpoint, against, cut, device, bars, self.text.overlap, journal=journal)
@@ -286,7 +285,7 @@ class _Job:
         if self.output is None:
             yield asked
             return
-        with Journal(self.output / f"{which}.jsonl", {"asked": asked.key}, JournalledAnswerer.NAMES) as journal:
+        with Journal(self.output / f"{which}.jsonl", asked.key, JournalledAnswerer.NAMES) as journal:
             yield replace(asked, answerer=JournalledAnswerer(asked.answerer, journal))
 
     @property

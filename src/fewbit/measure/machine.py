@@ -22,7 +22,7 @@ _ASKED = {
 
 
 def versions(device: torch.device) -> dict[str, Any]:
-    """What decides a speed besides model and settings, for the key of a row: the device, and what runs on it."""
+    """What decides figures besides model and settings, to key rows and journals: the device, and what runs on it."""
     found = {"device": device_info(device).name, "fewbit": __version__, "torch": torch.__version__}
     if device.type != "cuda":
         return found | {"threads": torch.get_num_threads()}

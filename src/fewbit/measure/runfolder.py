@@ -12,13 +12,16 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fewbit.checkpoint import Checkpoint
-from fewbit.errors import RequestError
+from fewbit.errors import FewbitError, RequestError
 from fewbit.measure.journal import digest
+from fewbit.measure.rows import file_hash
+from fewbit.text import Tokenizer
 
 SCHEMA = 1
 """Of the objects in the files; the same as of what commands print."""
@@ -112,7 +115,17 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def identity(checkpoint: Checkpoint) -> str:
-    """A word for what a model directory holds now: its config and its weights' names, sizes and times."""
+    """A word for what a model directory holds now: its config, its weights' names, sizes and times, its tokenizer.
+
+    It keys rows and journals alike. The tokenizer of a model that is one file lies in that file.
+    """
     files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in map(Path, checkpoint.sources))
-    text = json.dumps([checkpoint.config, files], sort_keys=True, default=str)
+    beside, folder = {}, checkpoint.folder
+    if isinstance(folder, Path):
+        if "tokenizer.model" in checkpoint.files and "tokenizer.json" not in checkpoint.files:
+            with suppress(FewbitError):  # opening it leaves a tokenizer.json there: let that be before the first row
+                Tokenizer.load(folder)
+        names = {*checkpoint.files, "tokenizer.json"}
+        beside = {name: file_hash(folder / name) for name in names if (folder / name).is_file()}
+    text = json.dumps([checkpoint.config, files, beside], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -99,7 +99,7 @@ def by_source(source: Source, suite, windows):
 def compared_with_a_plain_forward(found, length: int, suite, windows) -> None:
     """Scores and perplexity, up to rounding, of the same questions put to `Direct`."""
     direct = Direct()
-    asked = Asked(direct, direct.tokenizer, MODEL, length - 1, "direct")
+    asked = Asked(direct, direct.tokenizer, MODEL, length - 1, {})
     results, lost = asyncio.run(measured(asked, suite, windows))
     for name, result in results.items():
         assert [o.given for o in found[0][name].outcomes] == [o.given for o in result.outcomes]
@@ -138,7 +138,7 @@ def test_a_server_scores_as_the_engine_to_the_last_bit(tasks):
 
 def test_a_limit_takes_a_part_of_a_larger_one(tasks):
     (entry,) = [e for e in suite_of([str(tasks)]).entries if e.name == "endings"]
-    asked = Asked(None, None, MODEL, 64, "")
+    asked = Asked(None, None, MODEL, 64, {})
     taken = [{item.index for item in entry.chosen(asked, n, 5)} for n in (1, 2, 3, 4, 9)]
     assert [len(t) for t in taken] == [1, 2, 3, 4, 4]
     assert all(a <= b for a, b in itertools.pairwise(taken))
@@ -287,7 +287,7 @@ def test_tasks_against_a_base_and_their_journals(tasks, tmp_path, capsys):
     assert evaluated(capsys, *words) == made  # nothing is asked again
     assert [j.read_bytes() for j in journals] == before
     assert run(["eval", str(MODEL), *map(str, words), "--max-model-len", "128", "-q"]) == 2
-    assert 'holds results with asked "storyteller' in capsys.readouterr().err
+    assert "holds results with max_model_len 256, now it is 128;" in capsys.readouterr().err
     assert run(["eval", str(MODEL), "--tasks", str(tasks), "--base", str(MODEL), "--max-model-len", "256", "-q"]) == 0
     shown = capsys.readouterr().out
     assert "endings" in shown
@@ -361,17 +361,37 @@ def test_the_length_of_prompts_is_the_models_or_8192_whatever_memory_is_free():
 
 
 def test_another_model_behind_the_same_address_has_another_key():
-    def key(text: str) -> str:
+    def key(text: str) -> dict:
         async def main():
             async with stub_server(lambda number, body: said({"choices": [{"text": text}]})) as stub:
                 source = Source(stub.url, tokenizer=str(MODEL), max_model_len=256)
                 async with opened(source) as asked:
-                    return asked.key.split(" ", 1)[1]  # without the port
+                    return asked.key | {"model": asked.key["model"].split(" ", 1)[1]}  # without the port
 
         return asyncio.run(main())
 
     assert key(" 42") == key(" 42") != key(" 43")
-    assert fewbit.__version__ in key(" 42")
+    assert fewbit.__version__ == key(" 42")["fewbit"]
+
+
+def test_another_machine_is_refused_with_what_differs(tasks, tmp_path, capsys, monkeypatch):
+    words = (
+        "eval",
+        str(MODEL),
+        "--tasks",
+        str(tasks),
+        "--limit",
+        "1",
+        "--max-model-len",
+        "256",
+        "-q",
+        "--device",
+        "cpu",
+    )
+    assert run([*words, "-o", str(tmp_path)]) == 0
+    monkeypatch.setattr("fewbit.measure.machine.torch.get_num_threads", lambda: 99)
+    assert run([*words, "-o", str(tmp_path)]) == 2
+    assert ", now it is 99; go on with the same settings" in capsys.readouterr().err
 
 
 @pytest.mark.slow

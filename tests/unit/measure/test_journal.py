@@ -136,7 +136,7 @@ def test_what_a_model_was_asked_is_not_asked_again(tmp_path):
             return asyncio.run(work(JournalledAnswerer(counts, journal)))
 
     def text(answerer):
-        return losses(Asked(answerer, None, None, 64, ""), WINDOWS, OVERLAP, at_once=1)
+        return losses(Asked(answerer, None, None, 64, {}), WINDOWS, OVERLAP, at_once=1)
 
     first, second, plain = Counts(), Counts(), Counts()
     with pytest.raises((KeyboardInterrupt, BaseExceptionGroup)):

@@ -117,6 +117,16 @@ def test_a_directory_that_is_written_again_is_another(tiny, tmp_path):
     assert identity(open_checkpoint(again)) != first
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "generation_config.json"])
+def test_a_directory_with_another_tokenizer_is_another(name, tmp_path):
+    model = make_model(tmp_path / "model")
+    first = identity(open_checkpoint(model))
+    (model / "notes.md").write_text("no part of the model")
+    assert identity(open_checkpoint(model)) == first
+    (model / name).write_text("{ }")
+    assert identity(open_checkpoint(model)) != first
+
+
 def test_a_row_is_measured_again_after_an_upgrade_and_with_other_threads(tiny, monkeypatch):
     device = torch.device("cpu")
     subject = subject_of(device, str(tiny), None, None, None, None)

@@ -194,11 +194,11 @@ def test_a_stopped_run_goes_on_and_another_model_is_refused(tmp_path, tokenizer)
             return await self.answerer.likelihood(asked)
 
     async def part(answerer):
-        return await run_task(task, items, prompts, Stops(answerer, 5), journal=journal, key="a", at_once=1)
+        return await run_task(task, items, prompts, Stops(answerer, 5), journal=journal, key={"asked": "a"}, at_once=1)
 
     async def rest(answerer):
         counted = Stops(answerer, -1)
-        return await run_task(task, items, prompts, counted, journal=journal, key="a"), counted.asked
+        return await run_task(task, items, prompts, counted, journal=journal, key={"asked": "a"}), counted.asked
 
     async def whole(answerer):
         return await run_task(task, items, prompts, answerer)
@@ -212,7 +212,7 @@ def test_a_stopped_run_goes_on_and_another_model_is_refused(tmp_path, tokenizer)
     assert resumed == over(options, whole)
     assert asked == 4, "two of four items were known"
     with pytest.raises(RecipeError, match='holds results with asked "a", now it is "b"'):
-        over(options, lambda a: run_task(task, items, prompts, a, journal=journal, key="b"))
+        over(options, lambda a: run_task(task, items, prompts, a, journal=journal, key={"asked": "b"}))
 
 
 def test_a_half_line_is_cut_off_in_place_and_a_journal_has_one_writer(tmp_path, tokenizer):

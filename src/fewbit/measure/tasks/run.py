@@ -95,7 +95,7 @@ async def run_task(
     answerer: Answerer,
     *,
     journal: Path | None = None,
-    key: str = "",
+    key: Mapping[str, Any] | None = None,
     at_once: int = 64,
     progress: Progress = lambda name, done, total: None,
 ) -> Result:
@@ -107,7 +107,7 @@ async def run_task(
         prompts: Of this task and the model's tokenizer.
         answerer: The model.
         journal: A file of outcomes, one a line, that a stopped run goes on with; None: nothing is kept.
-        key: Names the model and what else decides the outcomes; a journal of another key is refused.
+        key: What decides the outcomes besides the task: the model, what runs it; a journal of another is refused.
         at_once: Items under way at a time.
         progress: Told name, items done, items in all.
 
@@ -115,7 +115,7 @@ async def run_task(
         RecipeError: The journal is of something else or in use, or a question does not fit the model.
         FewbitError: The model could not go on; what was known is in the journal.
     """
-    asked = {"asked": key, **task.fingerprint()}
+    asked = {**(key or {}), **task.fingerprint()}
     with nullcontext() if journal is None else Journal(journal, asked, ("index",), check=_check) as kept:
         lines = [line for item in items if kept is not None and (line := kept.find(item.index))]
         known = {line["index"]: Outcome(**line) for line in lines}

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Any
 
-from fewbit.checkpoint import locate, open_checkpoint, text_folder
+from fewbit.checkpoint import Checkpoint, locate, open_checkpoint, text_folder
 from fewbit.engine.client import InProcessClient
 from fewbit.engine.config import EngineOptions
 from fewbit.engine.engine import open_engine
 from fewbit.errors import RecipeError
 from fewbit.measure.load.endpoint import client_of
 from fewbit.measure.load.http import Client
+from fewbit.measure.machine import versions
+from fewbit.measure.runfolder import identity
 from fewbit.measure.tasks.answer import Answerer, EngineAnswerer
 from fewbit.measure.tasks.remote import HttpAnswerer, served
+from fewbit.ops.device import device_named
 from fewbit.text import Tokenizer
 from fewbit.version import __version__
 
@@ -76,14 +80,14 @@ class Asked:
         folder: Where it lies.
         length: Most tokens of a prompt and what is scored after it. One fewer than the model takes: servers generate
             a token after what they score, and every way of asking is to see the same prompts.
-        key: Names the model; what a journal holds was answered by a model of the same key.
+        key: Names the model and what runs it; what a journal holds was answered by a model of the same key.
     """
 
     answerer: Answerer
     tokenizer: Tokenizer
     folder: Traversable
     length: int
-    key: str
+    key: Mapping[str, Any]
 
 
 def is_url(model: str) -> bool:
@@ -110,19 +114,20 @@ async def opened(source: Source) -> AsyncIterator[Asked]:
             # a server's name says nothing of its weights: the tokens that it is asked in and what it answers do
             mark = hashlib.sha256(repr((known.tokenizer.encode(PROBE), said)).encode()).hexdigest()[:16]
             where = f"{client.url.host}:{client.url.port}{client.url.prefix} {name} {mark}"
-            yield Asked(server, known.tokenizer, known.folder, known.length, _key(where, known))
+            yield Asked(
+                server, known.tokenizer, known.folder, known.length, _key(where, known) | {"fewbit": __version__}
+            )
         finally:
             await client.close()
         return
-    path, known = _of_directory(source)
+    checkpoint, known = _of_directory(source)
     options = EngineOptions(
         source.device, "exact", max_batch=source.max_batch, max_model_len=known.length + 1, max_queued=QUEUED
     )
-    engine = InProcessClient(open_engine(path, options))
+    engine = InProcessClient(open_engine(checkpoint.path, options))
     try:
-        where = f"{fingerprint_of(path)} on {source.device.partition(':')[0]}"
-        answerer = EngineAnswerer(engine, known.tokenizer)
-        yield Asked(answerer, known.tokenizer, known.folder, known.length, _key(where, known))
+        key = _key(identity(checkpoint), known) | versions(device_named(source.device))
+        yield Asked(EngineAnswerer(engine, known.tokenizer), known.tokenizer, known.folder, known.length, key)
     finally:
         await engine.close()
 
@@ -152,15 +157,16 @@ async def _of_server(source: Source, client: Client) -> tuple[Known, str]:
     return Known(tokenizer, folder, _shorter(source, length) - 1), name
 
 
-def _of_directory(source: Source) -> tuple[Path, Known]:
+def _of_directory(source: Source) -> tuple[Checkpoint, Known]:
     path = Path(locate(source.model))
     folder = text_folder(path)
-    length = source.max_model_len or min(open_checkpoint(path).spec.context, LENGTH)
-    return path, Known(Tokenizer.load(folder), folder, length - 1)
+    checkpoint = open_checkpoint(path)
+    length = source.max_model_len or min(checkpoint.spec.context, LENGTH)
+    return checkpoint, Known(Tokenizer.load(folder), folder, length - 1)
 
 
-def _key(model: str, known: Known) -> str:
-    return f"{model}, {known.length + 1} tokens, fewbit {__version__}"
+def _key(model: str, known: Known) -> dict[str, Any]:
+    return {"model": model, "max_model_len": known.length + 1}
 
 
 def _shorter(source: Source, served_length: int | None) -> int:
@@ -172,20 +178,3 @@ def _shorter(source: Source, served_length: int | None) -> int:
     length = source.max_model_len or served_length
     assert length is not None
     return length
-
-
-def fingerprint_of(path: Path) -> str:
-    """Names the content of a model directory without reading its weights: settings by their bytes, weights by size.
-
-    The times at which weights were written count as well: a model that was made again is another one.
-    """
-    whole = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
-    for file in files:
-        facts = file.stat()
-        whole.update(f"{file.name} {facts.st_size}".encode())
-        if file.suffix == ".json":
-            whole.update(file.read_bytes())
-        else:
-            whole.update(str(facts.st_mtime_ns).encode())
-    return f"{path.resolve().name} {whole.hexdigest()[:16]}"

@@ -203,7 +203,7 @@ async def ask_all(
             Prompts(entry.task, asked.tokenizer, asked.length, seed),
             asked.answerer,
             journal=None if folder is None else folder / f"{entry.name}.jsonl",
-            key=f"{asked.key}, seed {seed}{entry.about and f', {entry.about}'}",
+            key={**asked.key, "seed": seed, "about": entry.about},
             at_once=at_once,
             progress=progress,
         )
