@@ -172,7 +172,12 @@ def test_models_of_one_name_keep_their_own_sizes(tmp_path):
         (folder := tmp_path / str(number)).mkdir()
         assert {bits for _, bits, *_ in recoveries(collect(written(folder, *objects)))} == {None}
     (moved := tmp_path / "moved").mkdir()
-    assert [bits for _, bits, *_ in recoveries(collect(written(moved, sized("m", "a/m", 4.25), evaluated("/b/m", 1))))]
+    found_moved = collect(written(moved, sized("m", "a/m", 4.25), evaluated("/b/m", 1)))
+    assert [bits for _, bits, *_ in recoveries(found_moved)] == [4.25]
+    (exact := tmp_path / "exact").mkdir()
+    made = {"command": "compress", "output": "/b/m", "verified": {"layer_bits": 8.5}, "weight_error": {}}
+    found_exact = collect(written(exact, sized("m", "a/m", 4.25), evaluated("/b/m", 1), made))
+    assert [bits for _, bits, *_ in recoveries(found_exact)] == [8.5]
     pytest.importorskip("matplotlib", reason="NO MATPLOTLIB, so no figure was drawn: pip install 'fewbit[report]'")
     text = page.page(found, [figures._recovery(found)], "title")
     assert "so not here: m (4.json)" in text

@@ -239,7 +239,7 @@ def _sizes(found: Collected) -> Callable[[Object], float | None]:
         name = name_of(one)
         keys = [str(Path(one["model"]))] if one.get("model") else []
         keys += [name] if len(places[name]) == 1 else []
-        several = next((of[key] for of in (rows, written_) for key in keys if key in of), set())
+        several = next((of[key] for key in keys for of in (rows, written_) if key in of), set())
         return next(iter(several)) if len(several) == 1 else None
 
     return size
