@@ -61,10 +61,10 @@ def run(tmp_path_factory) -> Path:
     failed = {"model": "large", "batch": 1, "input": 8, "output": 3, "failed": "no <room>"}
     others = {
         "failed.json": {"command": "bench offline", "cells": [failed]},
-        "base.json": {"command": "eval", "label": "base", "perplexity": 10.0, "perplexity_err": 0.1},
+        "base.json": {"command": "eval", "label": "base", "model": "/somewhere/base", "perplexity": 10.0},
         "eval/eval.json": {
             "command": "eval", "model": "/somewhere/small", "perplexity": 12.5, "perplexity_err": 0.1,
-            "perplexity_base": 10.0,
+            "perplexity_base": 10.0, "base": "/somewhere/base",
         },
         "serve.json": {
             "command": "bench serve", "result_schema": "fewbit.bench.serve/1", "model_id": "m", "completed": 2,
@@ -123,7 +123,9 @@ def test_results_of_one_name_are_told_apart(tmp_path):
     for number in range(2):
         folder = tmp_path / f"run{number}"
         folder.mkdir()
-        (folder / "eval.json").write_text(json.dumps({"command": "eval", "model": f"{number}/m", "perplexity": 2.0}))
+        (folder / "eval.json").write_text(
+            json.dumps({"command": "eval", "model": f"{number}/m", "perplexity": 2.0, "perplexity_base": 2.0})
+        )
         (folder / "load.json").write_text(json.dumps({"command": "bench serve", "label": "same"}))
         row = cell | {"model": "m", "path": f"{number}/m"}
         (folder / "row.json").write_text(json.dumps({"command": "bench offline", "cells": [row]}))
@@ -182,6 +184,20 @@ def test_models_of_one_name_keep_their_own_sizes(tmp_path):
     text = page.page(found, [figures._recovery(found)], "title")
     assert "so not here: m (4.json)" in text
     assert text.count("<td>12.5%</td>") == 1  # its quality is known all the same
+
+
+def test_a_model_measured_alone_is_the_base_only_of_what_was_held_against_it(tmp_path):
+    alone = {"command": "eval", "perplexity": 8.0}
+    objects = [
+        sized("m", "m", 4.25), alone | {"model": "a/base"}, evaluated("m", 0.5, base="./a/base"),
+        alone | {"model": "b/other"}, {**alone, "label": "held", "key": {"model": "x 1"}},
+        {"command": "eval", "label": "n", "perplexity": 16.0, "perplexity_base": 8.0,
+         "key": {"model": "y 2", "against": "x 1"}},
+    ]  # fmt: skip
+    found = collect(written(tmp_path, *objects))
+    assert {name: kept for name, _, kept, _ in recoveries(found)} == {"base": 1.0, "m": 0.5, "held": 1.0, "n": 0.5}
+    pytest.importorskip("matplotlib", reason="NO MATPLOTLIB, so no figure was drawn: pip install 'fewbit[report]'")
+    assert "of no known quality beside a base, so not here: other" in figures._recovery(found).words
 
 
 def test_rows_of_two_devices_are_told_apart(tmp_path):

@@ -200,10 +200,12 @@ def recoveries(found: Collected) -> list[tuple[str, float | None, float, str]]:
     """Models of a known quality beside their base: name, bits a weight, recovery, of what.
 
     Recovery is the mean over tasks of model / base; where no task was asked, perplexity of the base / the model's. Bits
-    are None where no row and no compression says them, or several that differ might be meant.
+    are None where no row and no compression says them, or several that differ might be meant. A model that was measured
+    alone is the base, at 1, if another was held against it; else nothing is known of what it kept.
     """
     made = []
     sizes = _sizes(found)
+    bases = {name for one in found.evals.values() for name in _identities(one, "base", "against")}
     for name, one in found.evals.items():
         size = sizes(one)
         parts = [t["paired"]["recovery"] for t in (one.get("tasks") or {}).values() if t.get("paired")]
@@ -211,9 +213,15 @@ def recoveries(found: Collected) -> list[tuple[str, float | None, float, str]]:
             made.append((name, size, sum(parts) / len(parts), f"mean over {len(parts)} tasks of model / base"))
         elif one.get("perplexity_base"):
             made.append((name, size, one["perplexity_base"] / one["perplexity"], PERPLEXITY))
-        elif one.get("perplexity"):
+        elif one.get("perplexity") and bases & _identities(one, "model", "model"):
             made.append((name, size, 1.0, "base"))
     return made
+
+
+def _identities(one: Object, place: str, content: str) -> set[tuple[str, str]]:
+    """What tells a model of an `eval`: its path, and in the rows of `compare` what its folder held."""
+    path, held = one.get(place), (one.get("key") or {}).get(content)
+    return ({("path", str(Path(path)))} if path else set()) | ({("content", str(held))} if held else set())
 
 
 def _sizes(found: Collected) -> Callable[[Object], float | None]:

@@ -246,6 +246,9 @@ def _recovery(found: Collected) -> Made:
     points = [(name, bits, kept, of) for name, bits, kept, of in known if bits is not None]
     if unsized := [name for name, bits, *_ in known if bits is None]:
         without = f"; of no known size, or of several under one name, so not here: {', '.join(unsized)}"
+    shared = {name for name, *_ in known}
+    if alone := [name for name in found.evals if name not in shared]:
+        without += f"; of no known quality beside a base, so not here: {', '.join(alone)}"
     if len({of for *_, of in points} - {"base"}) > 1:  # two scales do not share an axis
         without += "; without tasks, so not here: " + ", ".join(name for name, *_, of in points if of == PERPLEXITY)
         points = [point for point in points if point[3] != PERPLEXITY]
