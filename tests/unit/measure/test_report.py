@@ -207,11 +207,26 @@ def test_rows_of_two_devices_are_told_apart(tmp_path):
             tmp_path, sized("m", "m", 4.25, device="x"), sized("m", "m", 4.25, device="y"),
             evaluated("m", 0.5, "x"), evaluated("m", 0.25, "y"),
             {"command": "bench offline", "key": {"device": "y"}, "cells": [failed]},
+            *({"command": "eval", "label": "m", "key": {"device": on}, "failed": "gone"} for on in ("x", "y")),
         )
     )  # fmt: skip
     assert set(lines(found.cells)) == {"m, x", "m, y"}
     assert {name: kept for name, _, kept, _ in recoveries(found)} == {"m, x": 0.5, "m, y": 0.25}
-    assert found.failed == [("m, 2 x 8 + 2, y", "no room")]
+    gone = [("m, quality, x", "gone"), ("m, quality, y", "gone")]
+    assert sorted(found.failed) == [("m, 2 x 8 + 2, y", "no room"), *gone]
+
+
+def test_a_failure_that_a_later_row_made_good_is_over(tmp_path):
+    sizes = {"path": "m", "config": None, "input": 8, "output": 2}
+    for number, (batch, date) in enumerate(((1, "2026-01-01"), (2, "2026-01-03"), (4, None))):
+        cell = sizes | {"model": "m", "batch": batch}
+        lost = cell | {"failed": f"lost {batch}", "environment": {"device": "x", "date": date}}
+        good = cell | {"tokens_per_s": 1.0, "environment": {"device": "x", "date": "2026-01-02"}}
+        for name, one in (("a", lost), ("b", good)):
+            (tmp_path / f"{number}{name}.json").write_text(json.dumps({"command": "bench offline", "cells": [one]}))
+    found = collect(tmp_path)
+    assert found.failed == [("m, 2 x 8 + 2, x", "lost 2")]
+    assert len(found.cells) == 3
 
 
 def test_a_speed_up_is_over_the_base_in_the_same_sizes_on_the_same_device(tmp_path):

@@ -21,7 +21,7 @@ class Collected:
     Attributes:
         folder: Where.
         cells: Rows of `bench offline` that have figures; of equal ones the newest.
-        failed: Rows that have none: what, and why.
+        failed: Rows that have none: what, and why; not those that a later row of the same sizes made good.
         loads: Objects of `bench serve`, by name; where several have one, by their files' as well.
         evals: Objects of `eval`, by the model's name, likewise.
         compressions: Objects of `compress`, by the name of what was written, likewise.
@@ -52,6 +52,7 @@ def collect(folder: Path) -> Collected:
         raise RequestError(f"{folder}: no such folder; give the --run-dir of a measurement")
     found = Collected(folder)
     seen: dict[Any, Object] = {}
+    failed: list[Object] = []
     for file in sorted(folder.rglob("*.json")):
         name = str(file.relative_to(folder))
         if any(part.startswith(".") for part in Path(name).parts):
@@ -60,8 +61,13 @@ def collect(folder: Path) -> Collected:
             one = json.loads(file.read_text("utf8"))
         except (OSError, ValueError):
             one = None
-        if not isinstance(one, dict) or not _sort(found, seen, name, one):
+        if not isinstance(one, dict) or not _sort(found, seen, failed, name, one):
             found.others.append(name)
+    for cell in failed:
+        good = seen.get(_key(cell))
+        if good is None or _date(good) < _date(cell):
+            where = f"{label(cell)}, {cell['batch']} x {cell['input']} + {cell['output']}"
+            found.failed.append((_on(where, cell["environment"].get("device")), cell["failed"]))
     found.loads = _by_name(found.loads, lambda file, one: str(one.get("label") or Path(file).stem))
     devices = {_device(one) for one in found.evals.values()} - {None}
     found.evals = _by_name(found.evals, lambda _, one: _on(name_of(one), _device(one) if len(devices) > 1 else None))
@@ -76,16 +82,16 @@ def collect(folder: Path) -> Collected:
     return found
 
 
-def _sort(found: Collected, seen: dict[Any, Object], file: str, one: Object) -> bool:
+def _sort(found: Collected, seen: dict[Any, Object], failed: list[Object], file: str, one: Object) -> bool:
     """Put the object of a file where it belongs; False: it says nothing that is known here."""
     command = one.get("command")
     if isinstance(one.get("cells"), list):
         for cell in one["cells"]:
-            _cell(found, seen, cell | {"environment": cell.get("environment") or _of_record(one)})
+            _cell(seen, failed, cell | {"environment": cell.get("environment") or _of_record(one)})
     elif command == "bench serve" or str(one.get("result_schema", "")).startswith("fewbit.bench.serve"):
         found.loads[file] = one
     elif command == "eval" and "failed" in one:
-        found.failed.append((f"{name_of(one)}, quality", one["failed"]))
+        found.failed.append((_on(f"{name_of(one)}, quality", _device(one)), one["failed"]))
     elif command == "eval" or (Path(file).name == "eval.json" and "tasks" in one):
         found.evals[file] = one
     elif command == "compress" and "weight_error" in one:
@@ -102,22 +108,24 @@ def _by_name(files: Mapping[str, Object], name: Callable[[str, Object], str]) ->
     return {names[f] if counted[names[f]] == 1 else f"{names[f]} ({f})": one for f, one in files.items()}
 
 
-def _cell(found: Collected, seen: dict[Any, Object], cell: Object) -> None:
+def _cell(seen: dict[Any, Object], failed: list[Object], cell: Object) -> None:
     if "failed" in cell:
-        where = f"{label(cell)}, {cell['batch']} x {cell['input']} + {cell['output']}"
-        found.failed.append((_on(where, cell["environment"].get("device")), cell["failed"]))
+        failed.append(cell)
         return
-    key = (*owner(cell), cell["environment"].get("device"), *(cell[k] for k in SIZES))
-    other = seen.get(key)
+    other = seen.get(_key(cell))
     if other is None or _date(other) <= _date(cell):
-        seen[key] = cell
+        seen[_key(cell)] = cell
+
+
+def _key(cell: Mapping[str, Any]) -> tuple[Any, ...]:
+    return *owner(cell), cell["environment"].get("device"), *(cell[k] for k in SIZES)
 
 
 SIZES = ("batch", "input", "output")
 
 
 def _date(cell: Mapping[str, Any]) -> str:
-    return str(cell["environment"].get("date", ""))
+    return str(cell["environment"].get("date") or "")
 
 
 def _of_record(one: Mapping[str, Any]) -> Object:
