@@ -1,7 +1,7 @@
 """What a user can be told: every error that a user, a file or a recipe can cause.
 
-The command line prints such an error as one line and exits with 2; the server answers 400. Anything else that
-escapes is a fault of ours. A message says what was given, what was expected and what to do.
+The command line prints such an error as one line and exits with 2 (3: `JournalError`); the server answers 400.
+Anything else that escapes is a fault of ours. A message says what was given, what was expected and what to do.
 """
 
 from __future__ import annotations
@@ -16,6 +16,13 @@ class FewbitError(Exception):
 
 class RecipeError(FewbitError):
     """A recipe, or a setting of a command, that cannot be carried out."""
+
+
+class JournalError(RecipeError):
+    """Results that are kept and cannot be gone on with: another process adds to them, or they are of something else."""
+
+    STATUS = 3
+    """Exit status of a command, by which one that started it knows."""
 
 
 class CheckpointError(FewbitError):

@@ -95,7 +95,7 @@ def test_the_best_is_written_with_its_recipe(fewbit, stages, tiny, tmp_path):
 
     # with other settings: one line
     done = fewbit(*asked, "--recipes", "int8", "--kv", "fp8", *SMALL, "--force")
-    assert done.status == 2
+    assert done.status == 3
     assert 'holds results with candidates "int8+kv_fp8,' in done.err.splitlines()[-1]
 
 
@@ -212,7 +212,7 @@ def test_the_score_of_tasks(fewbit, stages, tiny, tmp_path):
     assert (done.status, stages) == (0, ["make"])
     assert " of base " in done.out
     done = fewbit(*asked, "--force", "--limit", 3)
-    assert done.status == 2
+    assert done.status == 3
     assert "holds results with tasks " in done.err.splitlines()[-1]
     programs = tmp_path / "programs.yaml"
     programs.write_text("{name: mine, kind: code, file: many.jsonl}")

@@ -1,6 +1,7 @@
 """The command line: ``fewbit``. Results on stdout, everything else on stderr.
 
-Exit status: 0 done; 2 for what a user, a file or a recipe caused; 1 for a fault of fewbit's own; 130 after Ctrl-C.
+Exit status: 0 done; 2 for what a user, a file or a recipe caused, 3 for a journal that cannot be gone on with; 1 for a
+fault of fewbit's own; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import typer
 
 from fewbit.cli import bench, compare, convert, demo, evaluate, look, make, report, serve, talk, tune
 from fewbit.cli.common import FULL, settings, tell
-from fewbit.errors import FewbitError
+from fewbit.errors import FewbitError, JournalError
 from fewbit.version import __version__
 
 app = typer.Typer(
@@ -80,7 +81,7 @@ def run(arguments: Sequence[str]) -> int:
     except (FewbitError, typer.TyperException) as error:
         text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
         _fail(" ".join(text.split()))
-        return 2
+        return JournalError.STATUS if isinstance(error, JournalError) else 2
     except OSError as error:
         # a disk that is full, a folder that may not be entered: the machine's word is the best there is
         place = f": {error.filename}" if error.filename else ""

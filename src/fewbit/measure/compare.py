@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fewbit.errors import RequestError
+from fewbit.errors import JournalError, RequestError
 from fewbit.measure.runfolder import Row, RunFolder
 
 Tell = Callable[[str], None]
@@ -123,7 +123,11 @@ def measure_speed(entry: Entry, folder: RunFolder, retry: bool, tell: Tell) -> N
 
 
 def measure_quality(entry: Entry, folder: RunFolder, retry: bool, tell: Tell) -> None:
-    """Have an entry's row of `eval` in the folder."""
+    """Have an entry's row of `eval` in the folder.
+
+    Raises:
+        JournalError: its answers are in use by another process, or of something else; no row is written.
+    """
     if entry.quality is None:
         return
     known = folder.read(entry.quality)
@@ -131,6 +135,8 @@ def measure_quality(entry: Entry, folder: RunFolder, retry: bool, tell: Tell) ->
         return
     ended = child(entry.evaluate, tell)
     words = {"label": entry.label}
+    if ended.status == JournalError.STATUS:  # says nothing of the model: asked again next time
+        raise JournalError(f"{entry.label}: {ended.last}")
     if ended.status:
         folder.write(entry.quality, words | {"failed": _reason(ended)})
     else:

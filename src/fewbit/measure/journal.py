@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from fewbit.errors import RecipeError
+from fewbit.errors import JournalError
 
 SCHEMA = 1
 _MISSING = object()
@@ -31,7 +31,7 @@ class Journal:
         check: Raises a ValueError, KeyError or TypeError for a line that is no result.
 
     Raises:
-        RecipeError: The file is of other settings, no journal, damaged, in use by another process, or cannot be locked.
+        JournalError: The file is of other settings, no journal, damaged, in use elsewhere, or cannot be locked.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Journal:
                 told = f"another fewbit writes to it; wait, or give this one its own {option}"
             else:
                 told = f"cannot be locked ({error.strerror}); give a folder on another file system with {option}"
-            raise RecipeError(f"{path}: {told}") from None
+            raise JournalError(f"{path}: {told}") from None
         try:
             self._known = self._read(json.loads(json.dumps({"schema": SCHEMA, **settings})))
         except BaseException:
@@ -107,7 +107,7 @@ class Journal:
                 self._check(line)
                 found[tuple(line[name] for name in self._names)] = line
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise RecipeError(f"{self.path}, line {number}: not a line of a journal; remove it") from None
+                raise JournalError(f"{self.path}, line {number}: not a line of a journal; remove it") from None
         self._file.truncate(len(complete))
         return found
 
@@ -116,15 +116,15 @@ class Journal:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def _foreign(self) -> RecipeError:
-        return RecipeError(f"{self.path}, line 1: not a line of a journal; give another {self._option}")
+    def _foreign(self) -> JournalError:
+        return JournalError(f"{self.path}, line 1: not a line of a journal; give another {self._option}")
 
     def _check_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         for key in dict.fromkeys((*before, *now)):
             old, new = (settings.get(key, _MISSING) for settings in (before, now))
             if old != new:
                 was, given = ("nothing" if value is _MISSING else json.dumps(value) for value in (old, new))
-                raise RecipeError(
+                raise JournalError(
                     f"{self.path} holds results with {key} {_short(was)}, now it is {_short(given)}; "
                     f"go on with the same settings, or give another {self._option}"
                 )

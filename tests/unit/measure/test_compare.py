@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -158,6 +159,23 @@ def test_a_killed_process_fails_one_row_and_the_next_goes_on(here, tmp_path, cap
     assert cli.run([*words, "--retry"]) == 0
     assert "failed" not in capsys.readouterr().out
     assert len(here) == 3
+
+
+def test_answers_that_another_process_writes_are_no_failure(models, here, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    words = ["compare", *map(str, models), *SIZES, "--run-dir", str(tmp_path / "run")]
+    words += ["--data", str(text), "--length", "32", "--windows", "2", "-q"]
+    assert cli.run(words) == 0
+    base = next((tmp_path / "run").glob("eval-base-*.json"))
+    base.unlink()
+    with (tmp_path / "run" / ".answers" / base.stem / "text.jsonl").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert cli.run(words) == 3
+    assert "another fewbit writes to it" in capsys.readouterr().err
+    assert not base.exists()
+    assert cli.run(words) == 0
+    assert "failed" not in base.read_text()
 
 
 @pytest.mark.parametrize(

@@ -286,7 +286,7 @@ def test_tasks_against_a_base_and_their_journals(tasks, tmp_path, capsys):
     before = [j.read_bytes() for j in journals]
     assert evaluated(capsys, *words) == made  # nothing is asked again
     assert [j.read_bytes() for j in journals] == before
-    assert run(["eval", str(MODEL), *map(str, words), "--max-model-len", "128", "-q"]) == 2
+    assert run(["eval", str(MODEL), *map(str, words), "--max-model-len", "128", "-q"]) == 3
     assert "holds results with max_model_len 256, now it is 128;" in capsys.readouterr().err
     assert run(["eval", str(MODEL), "--tasks", str(tasks), "--base", str(MODEL), "--max-model-len", "256", "-q"]) == 0
     shown = capsys.readouterr().out
@@ -390,7 +390,7 @@ def test_another_machine_is_refused_with_what_differs(tasks, tmp_path, capsys, m
     )
     assert run([*words, "-o", str(tmp_path)]) == 0
     monkeypatch.setattr("fewbit.measure.machine.torch.get_num_threads", lambda: 99)
-    assert run([*words, "-o", str(tmp_path)]) == 2
+    assert run([*words, "-o", str(tmp_path)]) == 3
     assert ", now it is 99; go on with the same settings" in capsys.readouterr().err
 
 

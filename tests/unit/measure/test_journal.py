@@ -172,7 +172,7 @@ def test_the_command_goes_on_with_a_text_and_refuses_another(models, tmp_path, c
     assert run([*words, "--length", "64"]) == 0
     assert capsys.readouterr().out == first
     assert journal.read_bytes() == before
-    assert run([*words, "--length", "32"]) == 2
+    assert run([*words, "--length", "32"]) == 3
     assert "holds results with windows " in capsys.readouterr().err
 
 
