@@ -200,6 +200,19 @@ def test_a_model_measured_alone_is_the_base_only_of_what_was_held_against_it(tmp
     assert "of no known quality beside a base, so not here: other" in figures._recovery(found).words
 
 
+def test_different_counts_of_tasks_are_one_scale(tmp_path):
+    task = {"accuracy": 0.5, "paired": {"recovery": 0.5, "recovery_low": 0.25, "recovery_high": 0.75}}
+    tasks = {"a": {"tasks": {"t": task}}, "b": {"tasks": {"t": task, "u": task, "v": task}}}
+    objects = [one for name, more in tasks.items() for one in (sized(name, name, 4.25), evaluated(name, 1, **more))]
+    found = collect(written(tmp_path, *objects))
+    pytest.importorskip("matplotlib", reason="NO MATPLOTLIB, so no figure was drawn: pip install 'fewbit[report]'")
+    assert figures._recovery(found).words.startswith("Mean over tasks of model / base (tasks: 1 to 3). Filled")
+    (tmp_path / "both.json").write_text(json.dumps(evaluated("c", 0.5)))
+    (tmp_path / "row.json").write_text(json.dumps(sized("c", "c", 8.0)))
+    words = figures._recovery(collect(tmp_path)).words
+    assert words.startswith("Mean over tasks of model / base (tasks: 1 to 3); without tasks, so not here: c. Filled")
+
+
 def test_rows_of_two_devices_are_told_apart(tmp_path):
     failed = {"model": "m", "batch": 2, "input": 8, "output": 2, "failed": "no room"}
     found = collect(

@@ -216,14 +216,19 @@ def recoveries(found: Collected) -> list[tuple[str, float | None, float, str]]:
     bases = {name for one in found.evals.values() for name in _identities(one, "base", "against")}
     for name, one in found.evals.items():
         size = sizes(one)
-        parts = [t["paired"]["recovery"] for t in (one.get("tasks") or {}).values() if t.get("paired")]
-        if parts := [part for part in parts if part is not None]:
-            made.append((name, size, sum(parts) / len(parts), f"mean over {len(parts)} tasks of model / base"))
+        if parts := task_recoveries(one):
+            made.append((name, size, sum(parts) / len(parts), TASKS))
         elif one.get("perplexity_base"):
             made.append((name, size, one["perplexity_base"] / one["perplexity"], PERPLEXITY))
         elif one.get("perplexity") and bases & _identities(one, "model", "model"):
             made.append((name, size, 1.0, "base"))
     return made
+
+
+def task_recoveries(one: Object) -> list[float]:
+    """Recovery on each task that an `eval` asked a model and its base."""
+    parts = [t["paired"]["recovery"] for t in (one.get("tasks") or {}).values() if t.get("paired")]
+    return [part for part in parts if part is not None]
 
 
 def _identities(one: Object, place: str, content: str) -> set[tuple[str, str]]:
@@ -261,4 +266,5 @@ def _sizes(found: Collected) -> Callable[[Object], float | None]:
     return size
 
 
+TASKS = "mean over tasks of model / base"
 PERPLEXITY = "perplexity of the base / the model's"

@@ -10,7 +10,7 @@ import numpy as np
 
 from fewbit.measure.pareto import pareto
 from fewbit.measure.report import draw
-from fewbit.measure.report.collect import PERPLEXITY, Collected, Object, lines, recoveries
+from fewbit.measure.report.collect import PERPLEXITY, TASKS, Collected, Object, lines, recoveries, task_recoveries
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -269,6 +269,8 @@ def _recovery(found: Collected) -> Made:
     axes.set_ylabel("% of the base")
     made.legend(loc="outside lower center")
     of = next(of for *_, of in points if of != "base")
+    if counts := [len(task_recoveries(found.evals[name])) for name, *_, of in points if of == TASKS]:
+        of += f" (tasks: {' to '.join(map(str, sorted({min(counts), max(counts)})))})"
     words = f"{of[0].upper()}{of[1:]}{without}. Filled: on the Pareto front, no other is both smaller and better."
     return Drawn("recovery", title, made, words)
 
