@@ -259,6 +259,18 @@ def test_a_speed_up_is_over_the_base_in_the_same_sizes_on_the_same_device(tmp_pa
         assert f"<td>{speed_up}</td>" in row
 
 
+def test_each_shape_of_random_weights_has_its_own_speed_ups(tmp_path):
+    rows = [
+        sized("BF16", None, bits, model=None, recipe=recipe, config=config, tokens_per_s=speed)
+        for config, speeds in (("one", (10.0, 15.0)), ("two", (20.0, 50.0)))
+        for bits, recipe, speed in zip((16.0, 4.25), (None, "int4"), speeds, strict=True)
+    ]
+    text = page.page(collect(written(tmp_path, *rows)), [], "title")
+    for config, speed_up in (("one", "1.50"), ("two", "2.50")):
+        assert f"<td>{speed_up}</td>" in next(r for r in text.split("<tr>") if f"int4, {config}" in r)
+    assert "Speed-up over BF16, in the same sizes" in text
+
+
 def test_tasks_of_lm_eval_and_the_gauntlet_are_tables(tmp_path):
     one = {
         "command": "eval", "model": "m", "tasks": {},

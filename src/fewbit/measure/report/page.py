@@ -120,9 +120,14 @@ def _summary(found: Collected) -> str:
 
 
 def _speed(found: Collected) -> str:
-    base = base_of(found.cells)
-    first = lines(found.cells)[base][0] if base else {}
-    speeds = {_size(c): c["tokens_per_s"] for c in found.cells if base and owner(c) == owner(first)}
+    bases: dict[str, None] = {}
+    speeds: dict[tuple[Any, ...], float] = {}
+    for config in dict.fromkeys(c.get("config") for c in found.cells):  # each shape of random weights has its own
+        cells = [c for c in found.cells if c.get("config") == config]
+        if base := base_of(cells):
+            first = lines(cells)[base][0]
+            bases[label(first)] = None
+            speeds |= {_size(c): c["tokens_per_s"] for c in cells if owner(c) == owner(first)}
     rows = []
     for name, some in lines(found.cells).items():
         for c in some:
@@ -139,10 +144,10 @@ def _speed(found: Collected) -> str:
     columns = ("format", "bits", "batch", "input + output", "memory, GiB", "tokens/s", "speed-up", "TTFT, ms",
                "TPOT, ms", "MBU", "MFU", "of the limit")  # fmt: skip
     beside = (
-        f"Speed-up over {label(first)}, in the same sizes on the same device. "
+        f"Speed-up over {', '.join(bases)}, in the same sizes on the same device. "
         "Of the limit: of what the ceilings measured in the same run allow."
-    ) if base else ""  # fmt: skip
-    return table(columns, rows) + (f"<p class=soft>{_text(beside)}</p>" if base else "")
+    ) if bases else ""  # fmt: skip
+    return table(columns, rows) + (f"<p class=soft>{_text(beside)}</p>" if bases else "")
 
 
 def _size(cell: Mapping[str, Any]) -> tuple[Any, ...]:
