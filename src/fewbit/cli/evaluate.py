@@ -198,15 +198,16 @@ class _Job:
         from fewbit.measure.tasks.suite import report
 
         made: dict[str, Any] = {}
-        by_layer = self.suite.perplexity and not self._mixed
-        if by_layer:
-            made |= flat(self._by_layer(bars))
-        asking = bool(self.suite.entries or self.suite.harness)
-        if not asking and (by_layer or not self.suite.perplexity):
-            return made
         items: dict[str, list[Item]] = {}
         windows: list[list[int]] = []
-        self._check(items)
+        by_layer = self.suite.perplexity and not self._mixed
+        asking = bool(self.suite.entries) or self._asked_elsewhere
+        if asking:
+            self._check(items)
+        if by_layer:
+            made |= flat(self._by_layer(bars))
+        if not asking:
+            return made
         mine = asyncio.run(self._ask("model", self.source, items, windows, bars))
         other = None if self.base is None else asyncio.run(self._ask("base", self.base, items, windows, bars))
         if self.suite.perplexity and not by_layer:
@@ -221,9 +222,12 @@ class _Job:
 
     def _check(self, items: dict[str, list[Item]]) -> None:
         """Whether both can be asked everything, before one answers for hours."""
+        from fewbit.measure.tasks.harness import check_harness
         from fewbit.measure.tasks.source import known
         from fewbit.measure.tasks.suite import check_all
 
+        if self.suite.harness:
+            check_harness(self.suite.harness, self.include)
         for source in (self.source, self.base):
             if source is not None:
                 check_all(self.suite, asyncio.run(known(source)), self.limit, self.seed, items)
@@ -282,11 +286,16 @@ class _Job:
         from fewbit.measure.journal import Journal
         from fewbit.measure.tasks.answer import JournalledAnswerer
 
-        if self.output is None:
+        if self.output is None or not self._asked_elsewhere:
             yield asked
             return
         with Journal(self.output / f"{which}.jsonl", asked.key, JournalledAnswerer.NAMES) as journal:
             yield replace(asked, answerer=JournalledAnswerer(asked.answerer, journal))
+
+    @property
+    def _asked_elsewhere(self) -> bool:
+        """Whether a model is asked what no task of ours asks: windows of a text, or what lm-eval wants."""
+        return bool(self.suite.harness) or (self.suite.perplexity and self._mixed)
 
     @property
     def _mixed(self) -> bool:

@@ -283,6 +283,7 @@ def test_tasks_against_a_base_and_their_journals(tasks, tmp_path, capsys):
     assert len(endings["data"]["file"]["sha256"]) == 64
     journals = [tmp_path / "run" / which / "endings.jsonl" for which in ("model", "base")]
     assert [len(j.read_text().splitlines()) for j in journals] == [4, 4]
+    assert not list((tmp_path / "run").glob("*.jsonl"))  # of what lm-eval asks, or a text over HTTP: neither is there
     before = [j.read_bytes() for j in journals]
     assert evaluated(capsys, *words) == made  # nothing is asked again
     assert [j.read_bytes() for j in journals] == before
@@ -323,8 +324,12 @@ def test_a_base_that_cannot_be_asked_is_found_before_the_first_question(tasks, t
     def never(*given, **more):
         raise AssertionError("the model was asked")
 
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time. " * 40)
     monkeypatch.setattr("fewbit.measure.tasks.suite.run_task", never)
-    words = ["eval", str(MODEL), "-q", "--tasks", str(tasks), "--max-model-len", "256"]
+    monkeypatch.setattr("fewbit.measure.quality.evaluate", never)
+    words = ["eval", str(MODEL), "-q", "--max-model-len", "256", "--text", str(text)]
+    words += ["--tasks", f"perplexity,{tasks}"]
     (unreadable := tmp_path / "unreadable").mkdir()
     for name in ("config.json", "model.safetensors"):
         (unreadable / name).write_bytes((MODEL / name).read_bytes())
@@ -340,6 +345,18 @@ def test_a_base_that_cannot_be_asked_is_found_before_the_first_question(tasks, t
     (tmp_path / "stories.jsonl").write_text(json.dumps({"context": "far too long " * 300, "answer": "x"}))
     assert run(words) == 2
     assert "task 'stories', row 1" in capsys.readouterr().err
+
+
+def test_a_task_that_lm_eval_does_not_know_is_found_before_the_text_is_predicted(tmp_path, capsys, monkeypatch):
+    def never(*given, **more):
+        raise AssertionError("a text was predicted")
+
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time. " * 40)
+    monkeypatch.setattr("fewbit.measure.quality.evaluate", never)
+    assert run(["eval", str(MODEL), "-q", "--text", str(text), "--tasks", "perplexity,lm-eval:no_such_task"]) == 2
+    said = capsys.readouterr().err
+    assert "no such task in lm-eval" in said or "fewbit[lm-eval]" in said
 
 
 def test_ctrl_c_without_a_folder_says_that_nothing_was_kept(tasks, tmp_path, capsys, monkeypatch):

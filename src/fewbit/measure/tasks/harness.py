@@ -25,6 +25,20 @@ MAX_GEN_TOKENS = 256
 """Of a generated text where a task says nothing: the harness's own."""
 
 
+def check_harness(names: Sequence[str], include: Path | None = None) -> Any:
+    """The harness's list of tasks, which holds these names. The arguments and errors are those of `run_harness`."""
+    _model_class()  # it says what is not installed
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=None if include is None else str(include))
+    unknown = [name for name in names if not manager.match_tasks([name])]
+    if unknown:
+        where = "" if include is None else f" or {include}"
+        raise RecipeError(f"--tasks lm-eval:{unknown[0]}: no such task in lm-eval {lm_eval.__version__}{where}")
+    return manager
+
+
 async def run_harness(
     names: Sequence[str],
     asked: Asked,
@@ -56,14 +70,9 @@ async def run_harness(
 
 
 def _evaluate(model: Any, names: list[str], include: Path | None, limit: int | None, seed: int) -> dict[str, Any]:
+    manager = check_harness(names, include)
     import lm_eval
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=None if include is None else str(include))
-    unknown = [name for name in names if not manager.match_tasks([name])]
-    if unknown:
-        where = "" if include is None else f" or {include}"
-        raise RecipeError(f"--tasks lm-eval:{unknown[0]}: no such task in lm-eval {lm_eval.__version__}{where}")
     try:
         found = lm_eval.simple_evaluate(
             model=model, tasks=names, limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=True,
