@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json as json_
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -119,6 +118,7 @@ def evaluate(
 
     A base gives every score an interval of the difference, flips and recovery. $OPENAI_API_KEY is sent where it is set.
     """
+    from fewbit.measure.runfolder import write_object
     from fewbit.measure.tasks.source import Source
     from fewbit.measure.tasks.suite import check_scorer, suite_of
 
@@ -151,7 +151,7 @@ def evaluate(
         raise
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "eval.json").write_text(json_.dumps({"schema": SCHEMA, "command": "eval", **made}) + "\n", "utf8")
+        write_object(output / "eval.json", {"schema": SCHEMA, "command": "eval", **made})
         note(f"written to {output / 'eval.json'}")
     if json:
         print_json("eval", made)

@@ -78,12 +78,10 @@ class RunFolder:
         return read_object(file) if file.exists() else None
 
     def write(self, row: Row, found: Mapping[str, Any]) -> Path:
-        """Keep what a row gave; readers see the whole file or none."""
+        """Keep what a row gave: see `write_object`."""
         file = self.path / row.file
         whole = {"schema": SCHEMA, "command": row.command, "key": row.key, **found}
-        beside = file.with_name(f".{file.name}.{os.getpid()}")
-        beside.write_text(json.dumps(whole, indent=1, default=str) + "\n", "utf8")
-        beside.replace(file)
+        write_object(file, whole)
         return file
 
     def rows(self, command: str) -> Iterator[dict[str, Any]]:
@@ -97,6 +95,16 @@ class RunFolder:
     def forget(self, row: Row) -> None:
         """Let a row be measured again."""
         (self.path / row.file).unlink(missing_ok=True)
+
+
+def write_object(file: Path, whole: Mapping[str, Any]) -> None:
+    """Write a JSON object; readers see the whole file, or what was there before."""
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        beside.write_text(json.dumps(whole, indent=1, default=str) + "\n", "utf8")
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def read_object(file: Path) -> dict[str, Any]:

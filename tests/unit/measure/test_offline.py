@@ -14,7 +14,7 @@ from fewbit.checkpoint import open_checkpoint
 from fewbit.cli.offline import row_of, subject_of
 from fewbit.errors import RequestError
 from fewbit.measure import machine, offline
-from fewbit.measure.runfolder import Row, RunFolder, identity
+from fewbit.measure.runfolder import Row, RunFolder, identity, write_object
 from helpers import make_model
 
 SIZES = ("--input", "24", "--output", "4", "--runs", "1", "--device", "cpu")
@@ -108,6 +108,21 @@ def test_a_rows_file_follows_from_everything_that_decides_it(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(RequestError, match="cannot be made"):
         RunFolder(tmp_path / "file")
+
+
+def test_an_object_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "eval.json"
+    write_object(file, {"a": 1})
+
+    def full(path, text, encoding):
+        path.write_bytes(text[:3].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_object(file, {"a": 2})
+    assert json.loads(file.read_bytes()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_directory_that_is_written_again_is_another(tiny, tmp_path):
