@@ -160,6 +160,26 @@ def test_what_a_model_was_asked_is_not_asked_again(tmp_path):
     assert third.asked - 10 == 2 + 4
 
 
+def test_known_answers_are_told_first_and_together(tmp_path):
+    class Waits:
+        async def likelihood(self, asked):
+            await asyncio.sleep(0)
+            return Likelihood(tuple(-1.0 for _ in asked.continuation), True, asked.characters)
+
+    def told(windows):
+        said = []
+        with Journal(tmp_path / "model.jsonl", {}, JournalledAnswerer.NAMES) as journal:
+            asked = Asked(JournalledAnswerer(Waits(), journal), None, None, 64, {})
+            work = losses(asked, windows, at_once=2, progress=lambda stage, done, total: said.append(done))
+            assert len(asyncio.run(work)) == len(windows)
+        return said
+
+    assert told(WINDOWS[:4])[-1] == 4
+    again = told(WINDOWS)
+    assert (again[0], again[-1]) == (4, len(WINDOWS))
+    assert told(WINDOWS) == [len(WINDOWS)]
+
+
 def test_the_command_goes_on_with_a_text_and_refuses_another(models, tmp_path, capsys):
     (tmp_path / "book.txt").write_text("The fox went over the hill and under the oak. " * 40)
     model, base = (str(one.path) for one in models)

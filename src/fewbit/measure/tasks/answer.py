@@ -68,15 +68,21 @@ async def several(work: Sequence[Coroutine[Any, Any, T]], at_once: int, done: Ca
     Args:
         work: What to run, in this order.
         at_once: How many are under way at a time.
-        done: Told how many have ended.
+        done: Told how many have ended; of those that end without waiting, as what a journal holds, once and first.
     """
     found: dict[int, T] = {}
-    todo = iter(enumerate(work))
+    todo, told = iter(enumerate(work)), 0
+
+    def tell() -> None:
+        nonlocal told
+        if told < len(found):
+            told = len(found)
+            done(told)
 
     async def take() -> None:
         for number, one in todo:  # one iterator for all: each takes the next
             found[number] = await one
-            done(len(found))
+            asyncio.get_running_loop().call_soon(tell)  # after the others' first steps
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -87,6 +93,7 @@ async def several(work: Sequence[Coroutine[Any, Any, T]], at_once: int, done: Ca
     finally:
         for _, one in todo:
             one.close()
+    tell()
     return [found[number] for number in range(len(work))]
 
 
