@@ -297,3 +297,23 @@ def _show_best(goal: Goal, outcome: Outcome, output: Path) -> None:
     base = outcome.base.figures
     if name in base and goal.objective.cost(base[name]) < goal.objective.cost(best.figures[name]):
         note(f"the model as it was is better here: {name} {base[name]:.4g}")
+    if close := _close(goal, outcome):
+        note(close)
+
+
+def _close(goal: Goal, outcome: Outcome) -> str | None:
+    """That the next one may be as fast as the best, as far as runs of a model agree; None: it is not."""
+    assert outcome.best is not None
+    name, best = goal.objective.name, outcome.row(outcome.best)
+    others = [row for row in outcome.rows if row is not best and row.out is None and name in row.figures]
+    others = [row for row in others if not goal.missed(row.figures)]
+    if goal.objective.kind != "speed" or not others:
+        return None
+    second = min(others, key=lambda row: goal.objective.cost(row.figures[name]))
+    gap = abs(second.figures[name] / best.figures[name] - 1)
+    speeds = [(row.figures["slowest_tokens_per_s"], row.figures["fastest_tokens_per_s"]) for row in (best, second)]
+    spread = max(fastest / slowest - 1 for slowest, fastest in speeds)
+    words = f"{second.name} differs from it by {gap:.1%} in {name}; "
+    if not spread:
+        return f"{words}one run of each does not say whether that is more than chance, see --runs"
+    return f"{words}tokens/s of one model differed by up to {spread:.1%} between runs" if gap < spread else None

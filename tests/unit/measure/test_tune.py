@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
+from fewbit.cli.tune import _close
 from fewbit.compress import built_in
 from fewbit.compress.recipe import parse_recipe
 from fewbit.errors import RecipeError, UnsupportedError
@@ -24,7 +25,9 @@ from fewbit.measure.tune import (
     JOURNALLED,
     Candidate,
     LostError,
+    Outcome,
     OutOfTimeError,
+    Row,
     Search,
     Window,
     candidates,
@@ -404,6 +407,30 @@ def test_what_a_failed_candidate_had_beaten_comes_back(tmp_path):
     assert found.row("fails").failed
     assert (found.best, found.row("good").out, len(found.row("good").windows)) == ("good", None, TOTAL)
     assert found.row("worse").out == "good is better"
+
+
+@pytest.mark.parametrize(
+    ("time", "spread", "said"),
+    [
+        (5.004, 0.0, "next differs from it by 0.1% in time_per_token_ms; one run of each does not say"),
+        (
+            5.004,
+            0.02,
+            "next differs from it by 0.1% in time_per_token_ms; tokens/s of one model differed by up to 2.0%",
+        ),
+        (5.25, 0.02, None),
+    ],
+)
+def test_a_win_within_the_spread_of_the_runs_is_said(time, spread, said):
+    def row(name: str, ms: float, **more) -> Row:
+        figures = {"time_per_token_ms": ms, "recovery": 1.0, "slowest_tokens_per_s": 100.0}
+        return Row(name, figures | {"fastest_tokens_per_s": 100.0 * (1 + spread)}, **more)
+
+    rows = [row("best", 5.0), row("next", time), row("out", 5.0, out="misses it"), row("last", 9.0)]
+    outcome = Outcome(rows, row("as it was", 10.0), ["best"], "best", [], True)
+    found = _close(read_goal("recovery>=0.9"), outcome)
+    assert found is None if said is None else found.startswith(said)
+    assert _close(read_goal("recovery>=0.9", "bits_per_weight"), outcome) is None
 
 
 def test_rounds_double():
