@@ -130,6 +130,13 @@ def evaluate(
         if text is not None and data is not None:
             raise RequestError("--data and --text both name a text; --text is for use with --tasks, give one of them")
         text, data = text or data, None
+        about_tasks = {
+            "--limit": limit, "--needle-lengths": needle_lengths, "--allow-code-execution": allow_code,
+            "--allow-unconfined-code": allow_unconfined, "--lm-eval-path": include,
+        }  # fmt: skip
+        for option, given in about_tasks.items():
+            if given:
+                raise RequestError(f"{option} is about tasks; give --tasks as well, or leave it out")
     suite = suite_of(
         names, data, scorer=check_scorer(scorer), text=text, needle=_needle(needle_lengths, needle_depths), seed=seed,
         allow_code=allow_code, allow_unconfined=allow_unconfined,

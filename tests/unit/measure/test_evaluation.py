@@ -306,6 +306,8 @@ def test_tasks_against_a_base_and_their_journals(tasks, tmp_path, capsys):
         (["--tasks", "needle", "--text", "t.txt", "--needle-lengths", "1k"], "expected whole numbers by commas"),
         (["--tasks", "a.yaml", "--tokenizer", "x"], "--tokenizer is for a server"),
         (["--data", "t.txt", "--text", "t.txt"], "both name a text"),
+        (["--data", "t.txt", "--limit", "3"], "--limit is about tasks; give --tasks as well"),
+        (["--data", "t.txt", "--lm-eval-path", "."], "--lm-eval-path is about tasks"),
         (["--data", "t.txt", "--stride", "600"], "a stride lies between 1 and the length of a window, 512"),
         (["--base", "127.0.0.1:1", "--data", "t.txt"], "give the model's directory: --tokenizer DIR"),
     ],
