@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -312,9 +313,19 @@ def _quality(found: Mapping[str, Any]) -> list[str]:
     if tasks := list((found.get("tasks") or {}).values()):
         cells[3] = f"{sum(t['accuracy'] for t in tasks) / len(tasks):.1%}"
         beside = [t["paired"] for t in tasks if t.get("paired") and t["paired"]["recovery"] is not None]
-        if len(beside) == 1:
-            p = beside[0]
-            cells[4] = f"{p['recovery']:.1%} ({p['recovery_low']:.1%} to {p['recovery_high']:.1%})"
-        elif beside:
-            cells[4] = f"{sum(p['recovery'] for p in beside) / len(beside):.1%}"
+        if beside:
+            cells[4] = "{:.1%} ({:.1%} to {:.1%})".format(*_recovery(beside))
+            cells[4] += f", {len(beside)} of {len(tasks)} tasks" if len(beside) < len(tasks) else ""
     return cells
+
+
+def _recovery(tasks: Sequence[Mapping[str, float]]) -> tuple[float, float, float]:
+    """The mean recovery of tasks, and an interval.
+
+    Of several tasks that of each is squared, added and its root taken, below and above by themselves (MOVER: Zou and
+    Donner, Statistics in Medicine 27, 2008).
+    """
+    mean = sum(t["recovery"] for t in tasks) / len(tasks)
+    below = math.hypot(*(t["recovery"] - t["recovery_low"] for t in tasks)) / len(tasks)
+    above = math.hypot(*(t["recovery_high"] - t["recovery"] for t in tasks)) / len(tasks)
+    return mean, mean - below, mean + above

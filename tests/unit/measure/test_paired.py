@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from fewbit.cli.compare import _recovery
 from fewbit.measure.paired import Z, difference_interval, interval, mcnemar, paired, ratio_interval, wilson
 
 
@@ -104,3 +105,10 @@ def test_scores_that_are_no_flips_and_a_base_without_any():
 def test_not_the_same_items():
     with pytest.raises(ValueError, match="2 and 1"):
         paired([1, 0], [1])
+
+
+def test_the_recovery_of_several_tasks_has_an_interval():
+    one = {"recovery": 0.9, "recovery_low": 0.87, "recovery_high": 0.94}
+    other = {"recovery": 0.8, "recovery_low": 0.76, "recovery_high": 0.83}
+    assert _recovery([one]) == pytest.approx((0.9, 0.87, 0.94))
+    assert _recovery([one, other]) == pytest.approx((0.85, 0.85 - 0.05 / 2, 0.85 + 0.05 / 2))
