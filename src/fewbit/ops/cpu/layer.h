@@ -52,7 +52,7 @@ static void multiply_gated(
     const int64_t kept = kept_rows(gate), tiles = tiles_of(gate);
     for (int64_t begin = 0; begin < m; begin += kept) {
         const int64_t end = begin + kept < m ? begin + kept : m;
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(dynamic, 8) nowait
         for (int64_t tile = 0; tile < tiles; tile += TILES)
             for (int64_t i = begin, rows; i < end; i += rows) {
                 float one[BLOCK * WIDTH] = {0}, other[BLOCK * WIDTH] = {0}; /* a missing tile is no number otherwise */

@@ -147,7 +147,7 @@ static void multiply(const Linear *w, const Input *in, int64_t m, float *y, cons
     const int64_t kept = kept_rows(w), tiles = tiles_of(w);
     for (int64_t begin = 0; begin < m; begin += kept) {
         const int64_t end = begin + kept < m ? begin + kept : m;
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(dynamic, 8) nowait
         for (int64_t tile = 0; tile < tiles; tile += TILES)
             for (int64_t i = begin, rows; i < end; i += rows) {
                 float out[BLOCK * WIDTH];
