@@ -38,34 +38,6 @@ static void rotate(float *x, const float *cosines, const float *sines, int64_t d
     }
 }
 
-/* x to x / (1 + exp(-x)) times y, of a row of tiles. */
-INLINE void silu_times(float *x, const float *y) {
-    for (int i = 0; i < WIDTH; i += LANES) {
-        const VF v = load(x + i);
-        store(x + i, v / (exp_(-v) + 1.0f) * load(y + i));
-    }
-}
-
-/* All threads of a team: act[m][n] = silu(gate(h)) up(h). Two linears of as many rows, each with its input. */
-static void multiply_gated(
-    const Linear *gate, const Linear *up, const Input *g, const Input *u, int64_t m, float *act) {
-    const int64_t kept = kept_rows(gate), tiles = tiles_of(gate);
-    for (int64_t begin = 0; begin < m; begin += kept) {
-        const int64_t end = begin + kept < m ? begin + kept : m;
-#pragma omp for schedule(dynamic, 8) nowait
-        for (int64_t tile = 0; tile < tiles; tile += TILES)
-            for (int64_t i = begin, rows; i < end; i += rows) {
-                float one[BLOCK * WIDTH] = {0}, other[BLOCK * WIDTH] = {0}; /* a missing tile is no number otherwise */
-                const int64_t made = tile_of(gate, tile, g, i, rows = rows_of(end - i), one);
-                tile_of(up, tile, u, i, rows, other);
-                for (int64_t r = 0; r < rows; r++) {
-                    silu_times(one + r * WIDTH, other + r * WIDTH);
-                    memcpy(act + (i + r) * gate->n + tile * ROWS, one + r * WIDTH, (size_t)made * sizeof *act);
-                }
-            }
-    }
-}
-
 /* All threads of a team: rows for `count` linears that read the same, rounded once where they take the same. */
 static void prepare_all(const Linear *const *w, int count, const float *x, int64_t m, char *memory, Input *in) {
     for (int i = 0; i < count; i++) {
@@ -103,7 +75,7 @@ EXPORT(int, fewbit_before)
         for (int64_t i = 0; i < rows; i++)
             normalize(x + (begin + i) * d, d, layer->pre_attn, layer->attn_eps, h + i * d);
         prepare_all(w + Q, 3, h, rows, memory + normal, in);
-        for (int i = 0; i < 3; i++) multiply(w[Q + i], in + i, rows, to[i], NULL);
+        for (int i = 0; i < 3; i++) multiply(w[Q + i], in + i, NULL, NULL, rows, to[i], NULL);
 #pragma omp barrier
         const int64_t heads = w[Q]->n / dim, all = heads + w[K]->n / dim;
 #pragma omp for schedule(static)
@@ -136,15 +108,15 @@ EXPORT(int, fewbit_after)
         char *const rest = memory + normal + act_bytes;
         Input in[2];
         in[0] = prepare(w[O], seen + begin * w[O]->k, rows, rest);
-        multiply(w[O], in, rows, out, x + begin * d);
+        multiply(w[O], in, NULL, NULL, rows, out, x + begin * d);
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows; i++) normalize(out + i * d, d, layer->pre_mlp, layer->mlp_eps, h + i * d);
         prepare_all(w + GATE, 2, h, rows, rest, in);
-        multiply_gated(w[GATE], w[UP], in, in + 1, rows, act);
+        multiply(w[GATE], in, w[UP], in + 1, rows, act, NULL);
 #pragma omp barrier
         in[0] = prepare(w[DOWN], act, rows, rest);
-        multiply(w[DOWN], in, rows, out, out);
+        multiply(w[DOWN], in, NULL, NULL, rows, out, out);
 #pragma omp barrier
     }
     free(memory);

@@ -142,19 +142,31 @@ static int64_t kept_rows(const Linear *w) {
     return rows < BLOCK ? BLOCK : rows;
 }
 
-/* All threads of a team, which do not wait for each other at the end: y[m][n] = `add`[m][n] (NULL: 0) + x w. */
-static void multiply(const Linear *w, const Input *in, int64_t m, float *y, const float *add) {
+/* `n` numbers x to x / (1 + exp(-x)) times y, in whole registers. */
+INLINE void silu_times(float *x, const float *y, int64_t n) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        const VF v = load(x + i);
+        store(x + i, v / (exp_(-v) + 1.0f) * load(y + i));
+    }
+}
+
+/* All threads of a team, which do not wait for each other at the end: y[m][n] = `add`[m][n] (NULL: 0) + x w; of two
+ * linears with as many outputs silu(x w) times x `up`, each with its input (NULL: of one). */
+static void multiply(
+    const Linear *w, const Input *in, const Linear *up, const Input *up_in, int64_t m, float *y, const float *add) {
     const int64_t kept = kept_rows(w), tiles = tiles_of(w);
     for (int64_t begin = 0; begin < m; begin += kept) {
         const int64_t end = begin + kept < m ? begin + kept : m;
 #pragma omp for schedule(dynamic, 8) nowait
         for (int64_t tile = 0; tile < tiles; tile += TILES)
             for (int64_t i = begin, rows; i < end; i += rows) {
-                float out[BLOCK * WIDTH];
+                float out[BLOCK * WIDTH], other[BLOCK * WIDTH];
                 const int64_t made = tile_of(w, tile, in, i, rows = rows_of(end - i), out);
+                if (up) tile_of(up, tile, up_in, i, rows, other);
                 for (int64_t r = 0; r < rows; r++) {
-                    float *to = y + (i + r) * w->n + tile * ROWS;
-                    const float *of = out + r * WIDTH, *more = add ? add + (to - y) : NULL;
+                    float *to = y + (i + r) * w->n + tile * ROWS, *of = out + r * WIDTH;
+                    const float *more = add ? add + (to - y) : NULL;
+                    if (up) silu_times(of, other + r * WIDTH, made);
                     for (int64_t j = 0; j < made; j++) to[j] = more ? more[j] + of[j] : of[j];
                 }
             }
@@ -168,7 +180,7 @@ EXPORT(int, fewbit_linear)(const Linear *w, const float *x, float *y, int64_t m,
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const Input in = prepare(w, x, m, memory);
-        multiply(w, &in, m, y, NULL);
+        multiply(w, &in, NULL, NULL, m, y, NULL);
     }
     free(memory);
     return 0;
