@@ -98,6 +98,11 @@ class PagedAttend:
         """
         self.cache, self.batch, self.slots, self.tables = cache, batch, slots, tables
 
+    def in_pages(self, layers: Sequence[int]) -> tuple[list[PagedLayer], Spans] | None:
+        """See `fewbit.model.attend.InPages`."""
+        paged = [found for layer in layers if (found := self.cache.paged[layer]) is not None]
+        return (paged, self._paged_spans) if len(paged) == len(layers) else None
+
     @functools.cached_property
     def _paged_spans(self) -> Spans:
         """What attention in C wants to know of the step."""

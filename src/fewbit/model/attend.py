@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from fewbit.numerics.format import Format
 from fewbit.numerics.pack import pack_nibbles, unpack_nibbles
 from fewbit.numerics.quantspec import KVSpec
 from fewbit.ops.attention import attention
+from fewbit.ops.attention.cpu import PagedLayer, Spans
 from fewbit.spec.decoder import Attention
 
 
@@ -31,6 +32,15 @@ class Attend(Protocol):
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, a: Attention, sinks: Tensor | None = None
     ) -> Tensor:
         """Attention output, [tokens, heads, head_dim]."""
+        ...
+
+
+@runtime_checkable
+class InPages(Protocol):
+    """An `Attend` over pages, which layers in C read by themselves."""
+
+    def in_pages(self, layers: Sequence[int]) -> tuple[Sequence[PagedLayer], Spans] | None:
+        """The attention of some layers, and the step; None: C does not know that of one of them."""
         ...
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,8 +14,8 @@ from torch import Tensor
 from fewbit.checkpoint import Checkpoint
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.model.attend import KVCodec
-from fewbit.model.cpu import CpuLayer
-from fewbit.model.decoder import Decoder, DecoderLayer, Embedding, Normalize
+from fewbit.model.cpu import CpuLayer, CpuLayers
+from fewbit.model.decoder import Decoder, DecoderLayer, Embedding, LayerOp, Normalize
 from fewbit.model.fused import FusedDecoder, FusedLayer
 from fewbit.numerics.quantspec import QuantSpec
 from fewbit.ops.cpu.build import Missing
@@ -78,10 +80,18 @@ def choices(
 
 
 Look = Callable[[str, LinearWeights], None]
+_T = TypeVar("_T")
 
 
 def _nothing(name: str, weights: LinearWeights) -> None:
     pass
+
+
+def _one_by_one(made: Iterable[_T]) -> Iterator[_T]:
+    """The same; after each, what making it has freed goes back to the system."""
+    for each in made:
+        release_memory()
+        yield each
 
 
 class Loader:
@@ -97,10 +107,12 @@ class Loader:
         """The whole model."""
         spec = self.checkpoint.spec
         head = self.head()  # first: preparing the largest linear takes most, and now there is nothing beside it
-        layers = []
-        for index in range(len(spec.layers)):
-            layers.append(self.layer(index) if self.cpu_why_not(index) else self.cpu_layer(index))
-            release_memory()
+        layers: list[LayerOp] = []
+        for in_c, run in itertools.groupby(range(len(spec.layers)), lambda index: self.cpu_why_not(index) is None):
+            if in_c:
+                layers.append(CpuLayers(list(_one_by_one(map(self.cpu_layer, run)))))
+            else:
+                layers += _one_by_one(map(self.layer, run))
         return Decoder(
             spec,
             self.embed(),

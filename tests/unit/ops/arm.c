@@ -85,7 +85,8 @@ static void attention(void) {
     const float *sinks = take(), *q = take_sized(&q_bytes), *k = take(), *v = take();
     float *out = made(q_bytes / 4);
     const int64_t count = spans_bytes / (int64_t)sizeof *spans;
-    JOIN(fewbit_attend, VARIANT)(&a, spans, count, slots, tables, sinks, q, k, v, out, 1);
+    const Step step = {spans, count, spans[count - 1].row + spans[count - 1].count, slots, tables};
+    JOIN(fewbit_attend, VARIANT)(&a, &step, sinks, q, k, v, out, 1);
     fwrite(a.k.stored, 1, (size_t)k_bytes, stdout);
     fwrite(a.v.stored, 1, (size_t)v_bytes, stdout);
     give(out, q_bytes / 4);

@@ -35,6 +35,16 @@ class _Attention(ctypes.Structure):
     )
 
 
+class _Step(ctypes.Structure):
+    """`Step` of attention.h."""
+
+    _fields_ = (
+        ("spans", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("count", "tokens")),
+        *((name, ctypes.c_void_p) for name in ("slots", "tables")),
+    )
+
+
 class Spans:
     """The sequences of a step, made once for all layers.
 
@@ -46,9 +56,11 @@ class Spans:
     """
 
     def __init__(self, rows: Sequence[tuple[int, int, int, int]], slots: Tensor, tables: Tensor) -> None:
-        flat = [number for row in rows for number in row]
-        self._held = (ctypes.c_int64 * len(flat))(*flat), slots, tables
-        self.arguments = ctypes.addressof(self._held[0]), len(rows), slots.data_ptr(), tables.data_ptr()
+        numbers = [number for row in rows for number in row]
+        flat = (ctypes.c_int64 * len(numbers))(*numbers)
+        self._step = _Step(ctypes.addressof(flat), len(rows), len(slots), slots.data_ptr(), tables.data_ptr())
+        self._held = flat, slots, tables  # what it points to
+        self.address = ctypes.addressof(self._step)
         self.pairs = sum(count * (first + count) for _, count, first, _ in rows)  # of a query and a key, at most
 
 
@@ -99,7 +111,7 @@ class PagedLayer:
             caches.append(_Cache(stored.data_ptr(), wide.data_ptr(), len(_DTYPES) + _ELEMENTS.index(fmt.element)))
         shape = a.heads, a.kv_heads, a.head_dim, page, a.window or 0
         self._struct = _Attention(*caches, *shape, a.scale, a.softcap or 0.0)
-        self._address = ctypes.addressof(self._struct)
+        self.address = ctypes.addressof(self._struct)
         self._each = a.heads * a.head_dim
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, sinks: Tensor | None = None) -> Tensor:
@@ -117,7 +129,7 @@ class PagedLayer:
         # all of torch's threads or none: OpenMP ends and starts threads when a team is not as large as the last
         threads = torch.get_num_threads() if spans.pairs * self._each >= _SHARE else 1
         self._call(
-            self._address, *spans.arguments, None if sinks is None else sinks.data_ptr(),
+            self.address, spans.address, None if sinks is None else sinks.data_ptr(),
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), threads,
         )  # fmt: skip
         return out

@@ -29,6 +29,14 @@ typedef struct { /* rows of one sequence */
     int64_t row, count, first, table; /* its first row, how many, the position of the first, where its table begins */
 } Span;
 
+typedef struct { /* the sequences of a step, one behind the other */
+    const Span *spans;
+    int64_t count, tokens;
+    const int64_t *slots, *tables; /* [tokens], where K and V go; tables of pages */
+} Step;
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 typedef float Block[DIMS / ROWS][KEYS][ROWS]; /* K or V of a head as numbers, filled up to whole sixteens with zeros */
 
 #if defined(__clang__)
@@ -109,19 +117,16 @@ INLINE void store_some(const int kind, const float *x, int64_t n, float scale, c
     }
 }
 
-/* K or V of one token in its slot. */
-static void store_token(const Cache *cache, const Attention *a, const float *x, int64_t slot) {
-    const int64_t dim = a->head_dim;
-    for (int64_t h = 0; h < a->kv_heads; h++) {
-        char *to = cache->stored + (slot * a->kv_heads + h) * dim * stored_bytes(cache->kind);
-        const float scale = cache->scale ? cache->scale[h] : 1;
-        switch (cache->kind) {
-        case IN_FLOAT32: store_some(IN_FLOAT32, x + h * dim, dim, scale, to); break;
-        case IN_FLOAT16: store_some(IN_FLOAT16, x + h * dim, dim, scale, to); break;
-        case IN_BFLOAT16: store_some(IN_BFLOAT16, x + h * dim, dim, scale, to); break;
-        case IN_INT8: store_some(IN_INT8, x + h * dim, dim, scale, to); break;
-        default: store_some(IN_E4M3, x + h * dim, dim, scale, to);
-        }
+/* K or V of one head in its slot. */
+static void store_head(const Cache *cache, const Attention *a, const float *x, int64_t slot, int64_t head) {
+    char *to = cache->stored + (slot * a->kv_heads + head) * a->head_dim * stored_bytes(cache->kind);
+    const float scale = cache->scale ? cache->scale[head] : 1;
+    switch (cache->kind) {
+    case IN_FLOAT32: store_some(IN_FLOAT32, x, a->head_dim, scale, to); break;
+    case IN_FLOAT16: store_some(IN_FLOAT16, x, a->head_dim, scale, to); break;
+    case IN_BFLOAT16: store_some(IN_BFLOAT16, x, a->head_dim, scale, to); break;
+    case IN_INT8: store_some(IN_INT8, x, a->head_dim, scale, to); break;
+    default: store_some(IN_E4M3, x, a->head_dim, scale, to);
     }
 }
 
@@ -323,35 +328,38 @@ static void attend_some(const Attention *a, const Task *task, const int64_t *tab
     }
 }
 
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-/* out[tokens][heads][head_dim] of q, k and v [tokens][heads or kv_heads][head_dim]; sinks [heads] or NULL. */
-EXPORT(void, fewbit_attend)
-(const Attention *a, const Span *spans, int64_t count, const int64_t *slots, const int64_t *tables, const float *sinks,
- const float *q, const float *k, const float *v, float *out, int threads) {
+/* All threads of a team, which do not wait for each other at the end: out[tokens][heads][head_dim] of q, k and v
+ * [tokens][heads or kv_heads][head_dim]; sinks [heads] or NULL. */
+static void attend(const Attention *a, const Step *step, const float *sinks, const float *q, const float *k, const float *v,
+                   float *out, int threads) {
     const int64_t group = a->heads / a->kv_heads, parts = (group + QUERIES - 1) / QUERIES;
-    const int64_t most = group < QUERIES ? QUERIES / group : 1, tokens = spans[count - 1].row + spans[count - 1].count;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
+    const int64_t most = group < QUERIES ? QUERIES / group : 1;
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < tokens; i++) {
-            store_token(&a->k, a, k + i * a->kv_heads * a->head_dim, slots[i]);
-            store_token(&a->v, a, v + i * a->kv_heads * a->head_dim, slots[i]);
-        }
-        for (const Span *span = spans; span < spans + count; span++) {
-            const int64_t rows = least(most, span->count), blocks = (span->count + rows - 1) / rows;
-            /* heads of K and V together, unless there are too few tasks then */
-            const int64_t enough = (a->kv_heads * blocks + threads - 1) / threads;
-            const int64_t kvs = least(least(group < QUERIES ? QUERIES / group / rows : 1, enough), a->kv_heads);
-            const int64_t each = (a->kv_heads + kvs - 1) / kvs * parts;
+    for (int64_t i = 0; i < step->tokens * a->kv_heads; i++) {
+        store_head(&a->k, a, k + i * a->head_dim, step->slots[i / a->kv_heads], i % a->kv_heads);
+        store_head(&a->v, a, v + i * a->head_dim, step->slots[i / a->kv_heads], i % a->kv_heads);
+    }
+    for (const Span *span = step->spans; span < step->spans + step->count; span++) {
+        const int64_t rows = least(most, span->count), blocks = (span->count + rows - 1) / rows;
+        /* heads of K and V together, unless there are too few tasks then */
+        const int64_t enough = (a->kv_heads * blocks + threads - 1) / threads;
+        const int64_t kvs = least(least(group < QUERIES ? QUERIES / group / rows : 1, enough), a->kv_heads);
+        const int64_t each = (a->kv_heads + kvs - 1) / kvs * parts;
 #pragma omp for schedule(dynamic) nowait
-            for (int64_t i = 0; i < blocks * each; i++) { /* the last rows see most: they come first */
-                const int64_t row = (blocks - 1 - i / each) * rows, kv = i % each / parts * kvs, part = i % parts * QUERIES;
-                const Task task = {
-                    span, row, least(rows, span->count - row), kv, least(kvs, a->kv_heads - kv),
-                    part, least(QUERIES, group - part)};
-                attend_some(a, &task, tables + span->table, sinks, q, out);
-            }
+        for (int64_t i = 0; i < blocks * each; i++) { /* the last rows see most: they come first */
+            const int64_t row = (blocks - 1 - i / each) * rows, kv = i % each / parts * kvs, part = i % parts * QUERIES;
+            const Task task = {
+                span, row, least(rows, span->count - row), kv, least(kvs, a->kv_heads - kv),
+                part, least(QUERIES, group - part)};
+            attend_some(a, &task, step->tables + span->table, sinks, q, out);
         }
     }
+}
+
+/* `attend` with `threads` threads. */
+EXPORT(void, fewbit_attend)
+(const Attention *a, const Step *step, const float *sinks, const float *q, const float *k, const float *v, float *out,
+ int threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    attend(a, step, sinks, q, k, v, out, threads);
 }

@@ -46,7 +46,8 @@ _CALLS = {  # what each instruction set has, and its arguments
     "linear": (*[_POINTER] * 3, _LONG, _INT),
     "before": (*[_POINTER] * 7, _LONG, _INT),
     "after": (*[_POINTER] * 4, _LONG, _INT),
-    "attend": (*[_POINTER] * 2, _LONG, *[_POINTER] * 7, _INT),
+    "layers": (*[_POINTER] * 4, _LONG, *[_POINTER] * 2, _INT),
+    "attend": (*[_POINTER] * 7, _INT),
 }
 _SECONDS = 120  # a compiler is given
 _WAIT = 3 * _SECONDS  # another process that builds is given: flags are tried, then it compiles, then it links

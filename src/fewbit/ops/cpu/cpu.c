@@ -12,9 +12,9 @@
 
 #include "linear.h"
 
-#include "layer.h"
-
 #include "attention.h"
+
+#include "layer.h"
 
 #else /* ------------------------------------------------------------- what there is, and what this processor has */
 

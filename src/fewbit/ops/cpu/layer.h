@@ -1,4 +1,4 @@
-/* The two halves of a decoder layer around its attention: x to q, k, v; and what was seen to the next x.
+/* A decoder layer: x to q, k, v; what attention sees (attention.h); and that to the next x.
  *
  *   h = norm(x); q, k, v = linears(h); q, k = rotate(norm(q), norm(k))
  *   x' = x + o(seen); h = norm(x'); x'' = x' + down(silu(gate(h)) up(h))
@@ -58,15 +58,22 @@ static int64_t all_bytes(const Linear *const *w, int count, int64_t m) {
 
 INLINE int64_t at_most(int64_t rows) { return rows < CHUNK ? rows : CHUNK; }
 
-/* q, k, v [m][heads x head_dim] of x[m][hidden]; cosines and sines [m][head_dim]. 0; 1: no memory. */
-EXPORT(int, fewbit_before)
-(const Layer *layer, const float *x, const float *cosines, const float *sines, float *q, float *k, float *v,
- int64_t m, int threads) {
+/* What lies between the linears of a half, of m rows: `normal` of them, and `act` of the second half; then inputs. */
+static int64_t before_bytes(const Layer *layer, int64_t m) {
+    return padded(at_most(m) * layer->linears[Q]->k * 4) + all_bytes(layer->linears + Q, 3, at_most(m));
+}
+
+static int64_t after_bytes(const Layer *layer, int64_t m) { /* of inputs more than any of the three needs */
     const Linear *const *w = layer->linears;
-    const int64_t d = w[Q]->k, dim = layer->head_dim, most = at_most(m), normal = padded(most * d * 4);
-    char *memory = aligned_alloc(64, (size_t)(normal + all_bytes(w + Q, 3, most) + 64));
-    if (!memory) return 1;
-#pragma omp parallel num_threads(threads) if (threads > 1)
+    return padded(at_most(m) * w[O]->n * 4) + padded(at_most(m) * w[GATE]->n * 4) + all_bytes(w + O, 4, at_most(m));
+}
+
+/* All threads of a team: q, k, v [m][heads x head_dim] of x[m][hidden]; cosines and sines [m][head_dim]. */
+static void before(
+    const Layer *layer, const float *x, const float *cosines, const float *sines, float *q, float *k, float *v,
+    int64_t m, char *memory) {
+    const Linear *const *w = layer->linears;
+    const int64_t d = w[Q]->k, dim = layer->head_dim, heads = w[Q]->n / dim, all = heads + w[K]->n / dim;
     for (int64_t begin = 0; begin < m; begin += CHUNK) {
         const int64_t rows = at_most(m - begin);
         float *const h = (float *)memory, *const to[3] = {q + begin * w[Q]->n, k + begin * w[K]->n, v + begin * w[V]->n};
@@ -74,10 +81,9 @@ EXPORT(int, fewbit_before)
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows; i++)
             normalize(x + (begin + i) * d, d, layer->pre_attn, layer->attn_eps, h + i * d);
-        prepare_all(w + Q, 3, h, rows, memory + normal, in);
+        prepare_all(w + Q, 3, h, rows, memory + padded(at_most(m) * d * 4), in);
         for (int i = 0; i < 3; i++) multiply(w[Q + i], in + i, NULL, NULL, rows, to[i], NULL);
 #pragma omp barrier
-        const int64_t heads = w[Q]->n / dim, all = heads + w[K]->n / dim;
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows * all; i++) {
             const int64_t row = i / all, head = i % all, angle = (begin + row) * dim;
@@ -88,24 +94,17 @@ EXPORT(int, fewbit_before)
             rotate(one, cosines + angle, sines + angle, dim);
         }
     }
-    free(memory);
-    return 0;
 }
 
-/* y[m][hidden] of x[m][hidden] and what attention saw[m][heads x head_dim]. 0; 1: no memory. */
-EXPORT(int, fewbit_after)
-(const Layer *layer, const float *x, const float *seen, float *y, int64_t m, int threads) {
+/* All threads of a team: y[m][hidden] of x[m][hidden], which y may be, and what attention saw[m][heads x head_dim]. */
+static void after(const Layer *layer, const float *x, const float *seen, float *y, int64_t m, char *memory) {
     const Linear *const *w = layer->linears;
-    const int64_t d = w[O]->n, width = w[GATE]->n, most = at_most(m);
-    const int64_t normal = padded(most * d * 4), act_bytes = padded(most * width * 4);
-    const int64_t inputs = all_bytes(w + O, 4, most); /* more than any of the three needs */
-    char *memory = aligned_alloc(64, (size_t)(normal + act_bytes + inputs + 64));
-    if (!memory) return 1;
-#pragma omp parallel num_threads(threads) if (threads > 1)
+    const int64_t d = w[O]->n, width = w[GATE]->n;
+    float *const h = (float *)memory, *const act = (float *)(memory + padded(at_most(m) * d * 4));
+    char *const rest = (char *)act + padded(at_most(m) * width * 4);
     for (int64_t begin = 0; begin < m; begin += CHUNK) {
         const int64_t rows = at_most(m - begin);
-        float *const h = (float *)memory, *const act = (float *)(memory + normal), *const out = y + begin * d;
-        char *const rest = memory + normal + act_bytes;
+        float *const out = y + begin * d;
         Input in[2];
         in[0] = prepare(w[O], seen + begin * w[O]->k, rows, rest);
         multiply(w[O], in, NULL, NULL, rows, out, x + begin * d);
@@ -118,6 +117,55 @@ EXPORT(int, fewbit_after)
         in[0] = prepare(w[DOWN], act, rows, rest);
         multiply(w[DOWN], in, NULL, NULL, rows, out, out);
 #pragma omp barrier
+    }
+}
+
+/* `before` with `threads` threads. 0; 1: no memory. */
+EXPORT(int, fewbit_before)
+(const Layer *layer, const float *x, const float *cosines, const float *sines, float *q, float *k, float *v,
+ int64_t m, int threads) {
+    char *memory = aligned_alloc(64, (size_t)(before_bytes(layer, m) + 64));
+    if (!memory) return 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    before(layer, x, cosines, sines, q, k, v, m, memory);
+    free(memory);
+    return 0;
+}
+
+/* `after` with `threads` threads. 0; 1: no memory. */
+EXPORT(int, fewbit_after)
+(const Layer *layer, const float *x, const float *seen, float *y, int64_t m, int threads) {
+    char *memory = aligned_alloc(64, (size_t)(after_bytes(layer, m) + 64));
+    if (!memory) return 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    after(layer, x, seen, y, m, memory);
+    free(memory);
+    return 0;
+}
+
+/* x[tokens][hidden] of a step through `count` layers, in place; of each its attention, cosines and sines. One team from
+ * end to end: waking threads for every half would cost a small model more than its products. 0; 1: no memory. */
+EXPORT(int, fewbit_layers)
+(const Layer *const *layers, const Attention *const *attentions, const float *const *cosines, const float *const *sines,
+ int64_t count, const Step *step, float *x, int threads) {
+    const int64_t m = step->tokens;
+    int64_t inside = 0, wide[3] = {0};
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t first = before_bytes(layers[i], m), second = after_bytes(layers[i], m);
+        inside = inside > first ? inside : first;
+        inside = inside > second ? inside : second;
+        for (int j = 0; j < 3; j++) wide[j] = wide[j] > layers[i]->linears[j]->n ? wide[j] : layers[i]->linears[j]->n;
+    }
+    char *memory = aligned_alloc(64, (size_t)(padded(inside) + padded(m * (2 * wide[Q] + wide[K] + wide[V]) * 4) + 64));
+    if (!memory) return 1;
+    float *const q = (float *)(memory + padded(inside)), *const seen = q + m * wide[Q], *const k = seen + m * wide[Q];
+    float *const v = k + m * wide[K];
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < count; i++) {
+        before(layers[i], x, cosines[i], sines[i], q, k, v, m, memory);
+        attend(attentions[i], step, NULL, q, k, v, seen, threads);
+#pragma omp barrier
+        after(layers[i], x, seen, x, m, memory);
     }
     free(memory);
     return 0;

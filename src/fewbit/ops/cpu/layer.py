@@ -1,13 +1,14 @@
-"""The two halves of a decoder layer around its attention, a call of C each: `layer.h` says what is computed."""
+"""Decoder layers in C, in halves around an attention or whole, all in one call: `layer.h` says what is computed."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from fewbit.ops.attention.cpu import PagedLayer, Spans
 from fewbit.ops.cpu.build import Library, library
 from fewbit.ops.linear.cpu import Prepared
 
@@ -53,7 +54,7 @@ class Halves:
         pointers = (norms[n].data_ptr() if n in norms else None for n in ("pre_attn", "pre_mlp", "q_norm", "k_norm"))
         addresses = (ctypes.c_void_p * len(LINEARS))(*(linears[name].address for name in LINEARS))
         self._layer = _Layer(addresses, *pointers, *eps, head_dim)
-        self._address = ctypes.addressof(self._layer)
+        self.address = ctypes.addressof(self._layer)
         self._held = dict(linears), norms  # what it points to
 
     def before(self, x: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,5 +72,33 @@ class Halves:
         return y
 
     def _run(self, call: Callable[..., int], *arguments: int) -> None:
-        if call(self._address, *arguments, torch.get_num_threads()):
+        if call(self.address, *arguments, torch.get_num_threads()):
             raise MemoryError(f"no memory for a layer over {arguments[-1]} tokens")
+
+
+class Stack:
+    """Layers one after another, each with its attention over pages between its halves: one call of C.
+
+    Args:
+        layers: their halves.
+        variant: the instruction set; None: the best that this processor has.
+    """
+
+    def __init__(self, layers: Sequence[Halves], variant: str | None = None) -> None:
+        built = library()
+        assert isinstance(built, Library)
+        self._call = built.call("layers", variant)
+        self._layers = (ctypes.c_void_p * len(layers))(*(layer.address for layer in layers))
+        self._held = list(layers)  # what it points to
+
+    def __call__(
+        self, x: Tensor, angles: Sequence[tuple[Tensor, Tensor]], attentions: Sequence[PagedLayer], spans: Spans
+    ) -> Tensor:
+        """[T, d] to [T, d], float32; of each layer cosines and sines [T, 1, head_dim] and its attention."""
+        y, pointers = x.clone(memory_format=torch.contiguous_format), ctypes.c_void_p * len(self._layers)
+        cosines, sines = (pointers(*(t.data_ptr() for t in each)) for each in zip(*angles, strict=True))
+        paged = pointers(*(attention.address for attention in attentions))
+        arguments = self._layers, paged, cosines, sines, len(self._layers), spans.address, y.data_ptr()
+        if self._call(*arguments, torch.get_num_threads()):
+            raise MemoryError(f"no memory for a step of {len(x)} tokens")
+        return y
