@@ -23,7 +23,8 @@
 enum { KEPT = 256 << 10 }; /* bytes of x that are multiplied with all tiles before the next are: they stay in a cache */
 
 /* One row of x is bound by reading weights, in one stream. A processor fetches ahead by itself, but not far enough while
- * numbers are made of what came: it is told of each line so many bytes before, into its second cache. */
+ * numbers are made of what came: it is told of each line so many bytes before, into its second cache. Integers of 8 bits
+ * are used as they come, and go faster without. */
 enum { AHEAD = 6 << 10 };
 #define FETCH(p) __builtin_prefetch(p, 0, 2)
 
@@ -61,8 +62,7 @@ INLINE void integers(
                     const uint8_t *from = code + p / PARTS * tile_bytes + p % PARTS * sizeof(VB);
                     VB lo, hi;
                     memcpy(&lo, from, sizeof lo);
-                    if (rows == 1 && p == 0) FETCH(from + AHEAD);
-                    if (rows == 1 && p == 0 && kind == BITS8) FETCH(from + AHEAD + QUAD);
+                    if (rows == 1 && p == 0 && kind != BITS8) FETCH(from + AHEAD);
                     if (kind == BITS8) {
                         memcpy(&hi, from + QUAD, sizeof hi);
                     } else {
