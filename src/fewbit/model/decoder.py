@@ -20,7 +20,7 @@ LinearOp = Callable[[Tensor], Tensor]
 """[T, in] to [T, out]: a kernel with its weights, or whatever a compressor puts in its place."""
 
 LayerOp = Callable[[Tensor, rope.Rotary, Attend], Tensor]
-"""A layer: [T, d] to [T, d]."""
+"""A layer, or neighbouring ones: [T, d] to [T, d]."""
 
 _PIECE = 1 << 14
 

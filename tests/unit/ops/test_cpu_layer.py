@@ -19,6 +19,7 @@ from fewbit.engine.batch import Batch, Piece
 from fewbit.model.cpu import CpuLayer, CpuLayers
 from fewbit.model.load import Loader
 from fewbit.model.rope import Rotary
+from fewbit.ops.attention.cpu import PagedLayer
 from fewbit.ops.cpu import layer as in_c
 from fewbit.ops.cpu.build import library
 from helpers import make_model
@@ -118,44 +119,67 @@ def test_a_row_is_the_same_alone_among_others_on_two_threads_and_on_every_instru
         assert torch.equal(run(made.cpu_layer(0), x), together), variant
 
 
-@pytest.mark.parametrize("kv", [None, "fp8", "int8"])
-def test_layers_in_one_call_are_those_in_many(kv, tmp_path, monkeypatch):
-    """A prompt of more rows than go through a layer together, beside others in scattered pages; then one token each."""
-    source = open_checkpoint(make_model(tmp_path / "plain", "qwen3", torch.bfloat16, num_hidden_layers=3))
-    recipe = RECIPES["int4"] + (f"\nkv: {{format: {kv}}}\ncalib: {{samples: 2, length: 32}}" if kv else "")
-    compress(source, plan(source, parse_recipe("own", recipe)), tmp_path / "out")
-    made = Loader(open_checkpoint(tmp_path / "out"), CPU, "auto")
-    decoder, page, lengths = made.decoder(), 4, (150, 3, 1)
-    (layers,) = decoder.layers
-    assert isinstance(layers, CpuLayers)
+def steps(decoder, cache: KVCache):
+    """The state after each step: prompts longer than what goes through a layer together, in scattered pages; then a
+    token of each; then one of one.
+    """
+    page, lengths = cache.block_size, [150, 3, 1]
     order = torch.randperm(60, generator=torch.Generator().manual_seed(1)).tolist()
-    blocks = [[order.pop() for _ in range(n // page + 1)] for n in lengths]
+    blocks = [[order.pop() for _ in range(-(-(n + 2) // page))] for n in lengths]
+    at = [0] * 3
+    for sizes in (lengths, [1, 1, 1], [1, 0, 0]):
+        pieces = [Piece(str(i), [7 + i] * n, at[i], blocks[i]) for i, n in enumerate(sizes) if n]
+        slots = [p.blocks[t // page] * page + t % page for p in pieces for t in range(p.first, p.end)]
+        tables = torch.tensor([block for p in pieces for block in p.blocks])
+        attend = PagedAttend(cache, Batch(pieces), torch.tensor(slots), tables)
+        positions = torch.tensor([t for p in pieces for t in range(p.first, p.end)])
+        yield decoder.hidden(torch.tensor([t for p in pieces for t in p.tokens]), positions, attend)
+        at = [a + n for a, n in zip(at, sizes, strict=True)]
 
-    def run(in_one: bool) -> torch.Tensor:
-        cache, outputs = KVCache(decoder.spec, decoder.codecs, 60, page, CPU, decoder.exact), []
-        for starts, ends in (((0, 0, 0), lengths), (lengths, [n + 1 for n in lengths])):
-            pieces = [Piece(str(i), [7] * (ends[i] - starts[i]), starts[i], blocks[i]) for i in range(3)]
-            slots = [p.blocks[t // page] * page + t % page for p in pieces for t in range(p.first, p.end)]
-            positions = torch.tensor([t for p in pieces for t in range(p.first, p.end)])
-            tables = torch.tensor([block for p in pieces for block in p.blocks])
-            attend = PagedAttend(cache, Batch(pieces), torch.tensor(slots), tables)
-            assert attend.in_pages(range(3))
-            x = torch.randn(len(slots), decoder.spec.hidden, generator=torch.Generator().manual_seed(len(slots)))
-            before, rotary = x.clone(), Rotary(positions, torch.float32)
-            monkeypatch.setattr(PagedAttend, "in_pages", real if in_one else lambda *_: None)
-            outputs.append(layers(x, rotary, attend))
-            monkeypatch.setattr(PagedAttend, "in_pages", real)
-            assert torch.equal(x, before)
-        return torch.cat(outputs)
 
-    real = PagedAttend.in_pages
-    wanted = run(False)
+@pytest.mark.parametrize(
+    ("name", "kv", "torchs"), [("int4", None, None), ("as_it_was", "fp8", 1), ("each_its_own", "int8", 2)]
+)
+def test_layers_in_one_call_are_those_in_many(name, kv, torchs, tmp_path, monkeypatch):
+    """Layers that differ in windows and formats; one of them torch's (`torchs`), so that there are two calls."""
+    window = {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 70, "max_window_layers": 2}
+    source = open_checkpoint(make_model(tmp_path / "plain", "qwen2", torch.bfloat16, **window))
+    recipe = (RECIPES[name] or "rules: []") + (
+        f"\nkv: {{format: {kv}}}\ncalib: {{samples: 2, length: 32}}" if kv else ""
+    )
+    compress(source, plan(source, parse_recipe("own", recipe)), tmp_path / "out")
+    real = Loader.cpu_why_not
+    monkeypatch.setattr(Loader, "cpu_why_not", lambda self, i: "asked" if i == torchs else real(self, i))
+    decoder = Loader(open_checkpoint(tmp_path / "out"), CPU, "auto").decoder()
+    stacks = [layers for layers in decoder.layers if isinstance(layers, CpuLayers)]
+    assert [len(layers.layers) for layers in stacks] == ([4] if torchs is None else [torchs, 3 - torchs])
+
+    def run() -> list[torch.Tensor]:
+        return list(steps(decoder, KVCache(decoder.spec, decoder.codecs, 60, 4, CPU, decoder.exact)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PagedAttend, "in_pages", lambda *_: None)
+        wanted = run()
+    if torchs is None:  # else torch's layer asks for its own
+        monkeypatch.setattr(PagedLayer, "__call__", None)
     for threads in (1, 2, 3):
         with on_threads(threads):
-            assert torch.equal(run(True), wanted)
+            assert all(map(torch.equal, run(), wanted))
     for variant in BUILT.usable:
-        monkeypatch.setattr(layers._stack, "_call", BUILT.call("layers", variant))
-        assert torch.equal(run(True), wanted), variant
+        for layers in stacks:
+            monkeypatch.setattr(layers._stack, "_call", BUILT.call("layers", variant))
+        assert all(map(torch.equal, run(), wanted)), variant
+
+
+def test_without_pages_for_one_of_them_layers_go_one_by_one(tmp_path, monkeypatch):
+    made = Loader(open_checkpoint(make_model(tmp_path, "llama", torch.bfloat16, num_hidden_layers=2)), CPU, "auto")
+    decoder = made.decoder()
+    wanted, cache = (KVCache(decoder.spec, decoder.codecs, 60, 4, CPU, decoder.exact) for _ in range(2))
+    cache.paged[1] = None  # as for K and V of four bits
+    theirs_of_all = list(steps(decoder, wanted))
+    monkeypatch.setattr(decoder.layers[0]._stack, "_call", None)  # nobody asks it now
+    for ours, theirs in zip(steps(decoder, cache), theirs_of_all, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
 
 
 def test_activations_are_right_from_end_to_end_and_no_number_stays_none(tmp_path):

@@ -1,4 +1,4 @@
-"""Attention over pages of K and V on a CPU, a call of C a layer: `ops/cpu/attention.h` says what is computed."""
+"""Attention over pages of K and V on a CPU, in C: `ops/cpu/attention.h` says what is computed."""
 
 from __future__ import annotations
 

@@ -292,9 +292,9 @@ static void attend_some(const Attention *a, const Task *task, const int64_t *tab
     for (int64_t base = oldest / KEYS * KEYS; base < end; base += KEYS) {
         const int64_t begin = base < oldest ? oldest : base, stop = end - base < KEYS ? end : base + KEYS;
         for (int64_t i = 0; i < n * task->kvs; i++) {
-            const int64_t t = query[i].position, least = a->window && t >= a->window ? t - a->window + 1 : 0;
-            query[i].begin = least > base ? least - base : 0;
-            query[i].end = t + 1 - base < KEYS ? t + 1 - base : KEYS;
+            const int64_t t = query[i].position, far = a->window && t >= a->window ? t - a->window + 1 : 0;
+            query[i].begin = far > base ? far - base : 0;
+            query[i].end = least(t + 1 - base, KEYS);
         }
         for (int64_t head = 0; head < task->kvs; head++) { /* one after another: they lie beside each other */
             const int64_t kv = task->kv + head;

@@ -57,8 +57,9 @@ static int64_t all_bytes(const Linear *const *w, int count, int64_t m) {
 }
 
 INLINE int64_t at_most(int64_t rows) { return rows < CHUNK ? rows : CHUNK; }
+INLINE int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* What lies between the linears of a half, of m rows: `normal` of them, and `act` of the second half; then inputs. */
+/* Memory of each half for m rows: normalized ones, of the second half what its MLP makes, and inputs of linears. */
 static int64_t before_bytes(const Layer *layer, int64_t m) {
     return padded(at_most(m) * layer->linears[Q]->k * 4) + all_bytes(layer->linears + Q, 3, at_most(m));
 }
@@ -151,10 +152,8 @@ EXPORT(int, fewbit_layers)
     const int64_t m = step->tokens;
     int64_t inside = 0, wide[3] = {0};
     for (int64_t i = 0; i < count; i++) {
-        const int64_t first = before_bytes(layers[i], m), second = after_bytes(layers[i], m);
-        inside = inside > first ? inside : first;
-        inside = inside > second ? inside : second;
-        for (int j = 0; j < 3; j++) wide[j] = wide[j] > layers[i]->linears[j]->n ? wide[j] : layers[i]->linears[j]->n;
+        inside = greatest(inside, greatest(before_bytes(layers[i], m), after_bytes(layers[i], m)));
+        for (int j = Q; j <= V; j++) wide[j] = greatest(wide[j], layers[i]->linears[j]->n);
     }
     char *memory = aligned_alloc(64, (size_t)(padded(inside) + padded(m * (2 * wide[Q] + wide[K] + wide[V]) * 4) + 64));
     if (!memory) return 1;

@@ -23,8 +23,8 @@
 enum { KEPT = 256 << 10 }; /* bytes of x that are multiplied with all tiles before the next are: they stay in a cache */
 
 /* One row of x is bound by reading weights, in one stream. A processor fetches ahead by itself, but not far enough while
- * numbers are made of what came: it is told of each line so many bytes before, into its second cache. Integers of 8 bits
- * are used as they come, and go faster without. */
+ * numbers are made of what came: it is told of every line so many bytes before, to fetch it into its second cache.
+ * Integers of 8 bits are used as they come, and go faster without. */
 enum { AHEAD = 6 << 10 };
 #define FETCH(p) __builtin_prefetch(p, 0, 2)
 
@@ -168,6 +168,7 @@ static void multiply(
     const int64_t kept = kept_rows(w), tiles = tiles_of(w);
     for (int64_t begin = 0; begin < m; begin += kept) {
         const int64_t end = begin + kept < m ? begin + kept : m;
+/* long runs first, which are read fastest, then shorter ones, so that nobody waits long for a slower thread */
 #pragma omp for schedule(guided) nowait
         for (int64_t tile = 0; tile < tiles; tile += TILES)
             for (int64_t i = begin, rows; i < end; i += rows) {
