@@ -168,8 +168,7 @@ static void multiply(
     const int64_t kept = kept_rows(w), tiles = tiles_of(w);
     for (int64_t begin = 0; begin < m; begin += kept) {
         const int64_t end = begin + kept < m ? begin + kept : m;
-/* long runs first, which are read fastest, then shorter ones, so that nobody waits long for a slower thread */
-#pragma omp for schedule(guided) nowait
+#pragma omp for schedule(dynamic, 8) nowait
         for (int64_t tile = 0; tile < tiles; tile += TILES)
             for (int64_t i = begin, rows; i < end; i += rows) {
                 float out[BLOCK * WIDTH], other[BLOCK * WIDTH];
