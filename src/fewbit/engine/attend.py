@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fewbit.engine.batch import Batch
-from fewbit.model.attend import KVCodec
+from fewbit.model.attend import InPages, KVCodec
 from fewbit.ops.attention import KEYS, attention
 from fewbit.ops.attention.cpu import PagedLayer, Spans, why_not
 from fewbit.spec.decoder import Attention, DecoderSpec
@@ -84,7 +84,7 @@ class _Span:
     start: int | None  # first slot, if its blocks are neighbours: a view does then, nothing is copied
 
 
-class PagedAttend:
+class PagedAttend(InPages):
     """The `Attend` of one step."""
 
     def __init__(self, cache: KVCache, batch: Batch, slots: Tensor, tables: Tensor) -> None:

@@ -100,11 +100,13 @@ class Runner:
             row += len(piece.tokens)
             if piece.draw is not None:
                 last.append(row)
-        attend = PagedAttend(self.cache, batch, self._tensor(slots), self._tensor(tables))
-        hidden = self.decoder.hidden(self._tensor(tokens), self._tensor(positions), attend)
+        lists = tokens, positions, slots, tables, last  # one transfer instead of five
+        all_of = to_device([number for numbers in lists for number in numbers], torch.int64, self.device)
+        ids, at, where, blocks, wanted = all_of.split([len(numbers) for numbers in lists])
+        hidden = self.decoder.hidden(ids, at, PagedAttend(self.cache, batch, where, blocks))
         self.computed_tokens += len(tokens)
         draws = [p.draw for p in pieces if p.draw is not None]
-        choice = choose(self.decoder.logits(hidden[self._tensor(last)]), draws) if draws else None
+        choice = choose(self.decoder.logits(hidden[wanted]), draws) if draws else None
         scores = score(pieces, hidden, self.decoder.logits, self.decoder.spec.vocab)
         return Launched([p.id for p in pieces if p.draw is not None], choice, scores)
 
@@ -114,9 +116,6 @@ class Runner:
         found = [] if launched.choice is None else launched.choice.read()
         drawn = dict(zip(launched.ids, found, strict=True))
         return drawn if launched.scores is None else launched.scores.read(drawn)
-
-    def _tensor(self, values: list[int]) -> Tensor:
-        return to_device(values, torch.int64, self.device)
 
 
 def runner_for(decoder: DecoderLike, config: EngineConfig) -> Any:

@@ -7,9 +7,10 @@ means the same numbers everywhere.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,13 +36,18 @@ class Attend(Protocol):
         ...
 
 
-@runtime_checkable
-class InPages(Protocol):
+class InPages(ABC):
     """An `Attend` over pages, which layers in C read by themselves."""
 
+    @abstractmethod
     def in_pages(self, layers: Sequence[int]) -> tuple[Sequence[PagedLayer], Spans] | None:
         """The attention of some layers, and the step; None: C does not know that of one of them."""
-        ...
+
+    @abstractmethod
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, a: Attention, sinks: Tensor | None = None
+    ) -> Tensor:
+        """See `Attend`."""
 
 
 @dataclass(frozen=True)

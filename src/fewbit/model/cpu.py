@@ -24,17 +24,14 @@ class CpuLayer:
         assert layer.pre_attn
         assert layer.pre_mlp
         self.index, self.layer = index, layer
-        self._position, self._a = layer.attention.position, layer.attention
+        self._a = layer.attention
+        self.turned = layer.attention.position, layer.attention.head_dim  # what cosines and sines depend on
         qk_eps = self._a.qk_norm.eps if self._a.qk_norm else 0.0
         self.halves = Halves(linears, norms, (layer.pre_attn.eps, layer.pre_mlp.eps, qk_eps), self._a.head_dim)
 
-    def angles(self, rotary: rope.Rotary) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of its positions, each [T, 1, head_dim]."""
-        return rotary(self._position, self._a.head_dim)
-
     def __call__(self, x: Tensor, rotary: rope.Rotary, attend: Attend) -> Tensor:
         """[T, d] to [T, d], float32."""
-        q, k, v = self.halves.before(x, *self.angles(rotary))
+        q, k, v = self.halves.before(x, *rotary(*self.turned))
         return self.halves.after(x, attend(self.index, q, k, v, self._a))
 
 
@@ -44,11 +41,15 @@ class CpuLayers:
     def __init__(self, layers: Sequence[CpuLayer]) -> None:
         self.layers = tuple(layers)
         self._stack = Stack([layer.halves for layer in layers])
+        self._indices = [layer.index for layer in layers]
+        kinds = list(dict.fromkeys(layer.turned for layer in layers))
+        self._kinds, self._kind_of = kinds, [kinds.index(layer.turned) for layer in layers]
 
     def __call__(self, x: Tensor, rotary: rope.Rotary, attend: Attend) -> Tensor:
         """[T, d] to [T, d], float32."""
-        if isinstance(attend, InPages) and (paged := attend.in_pages([layer.index for layer in self.layers])):
-            return self._stack(x, [layer.angles(rotary) for layer in self.layers], *paged)
+        if isinstance(attend, InPages) and (paged := attend.in_pages(self._indices)):
+            angles = [rotary(*kind) for kind in self._kinds]
+            return self._stack(x, [angles[kind] for kind in self._kind_of], *paged)
         for layer in self.layers:
             x = layer(x, rotary, attend)
         return x

@@ -200,7 +200,7 @@ class Decoder:
         spec: DecoderSpec,
         embed: Embedding,
         layers: Sequence[LayerOp],
-        final_norm: Normalize,
+        final_norm: LinearOp,
         head: LinearOp,
         codecs: Sequence[KVCodec],
         dtype: torch.dtype,

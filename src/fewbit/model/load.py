@@ -15,10 +15,11 @@ from fewbit.checkpoint import Checkpoint
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.model.attend import KVCodec
 from fewbit.model.cpu import CpuLayer, CpuLayers
-from fewbit.model.decoder import Decoder, DecoderLayer, Embedding, LayerOp, Normalize
+from fewbit.model.decoder import Decoder, DecoderLayer, Embedding, LayerOp, LinearOp, Normalize
 from fewbit.model.fused import FusedDecoder, FusedLayer
 from fewbit.numerics.quantspec import QuantSpec
-from fewbit.ops.cpu.build import Missing
+from fewbit.ops.cpu import layer as in_c
+from fewbit.ops.cpu.build import Library, Missing, library
 from fewbit.ops.device import DeviceInfo, arithmetic_dtype, device_info, release_memory
 from fewbit.ops.linear import Choice, LinearKernel, LinearProblem, LinearWeights, choose
 from fewbit.ops.linear.cpu import Cpu
@@ -99,6 +100,7 @@ class Loader:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, backend: str = "exact") -> None:
         self.checkpoint, self.device, self.backend = checkpoint, device, backend
+        self._exact = backend not in ("auto", Cpu.name)
         self.dtype = arithmetic_dtype(device, checkpoint.dtype)
         self._info: DeviceInfo = device_info(device)
         self._warned = False
@@ -108,8 +110,8 @@ class Loader:
         spec = self.checkpoint.spec
         head = self.head()  # first: preparing the largest linear takes most, and now there is nothing beside it
         layers: list[LayerOp] = []
-        for in_c, run in itertools.groupby(range(len(spec.layers)), lambda index: self.cpu_why_not(index) is None):
-            if in_c:
+        for c_does, run in itertools.groupby(range(len(spec.layers)), lambda index: self.cpu_why_not(index) is None):
+            if c_does:
                 layers.append(CpuLayers(list(_one_by_one(map(self.cpu_layer, run)))))
             else:
                 layers += _one_by_one(map(self.layer, run))
@@ -121,7 +123,7 @@ class Loader:
             head,
             [self.codec(index) for index in range(len(spec.layers))],
             self.dtype,
-            exact=self.backend not in ("auto", Cpu.name),
+            exact=self._exact,
         )
 
     def fused_why_not(self) -> str | None:
@@ -211,9 +213,11 @@ class Loader:
         """A tensor that is no linear's, by its canonical name."""
         return self.checkpoint.tensors.dense(name, self.device).to(self.dtype)
 
-    def final_norm(self) -> Normalize:
+    def final_norm(self) -> LinearOp:
         """The norm before the head."""
         norm = self.checkpoint.spec.final_norm
+        if not self._exact and norm == Norm(norm.eps) and self.device.type == "cpu" and isinstance(library(), Library):
+            return in_c.Normalize(self.vector("final_norm.weight"), norm.eps)
         return Normalize(norm, self.vector("final_norm.weight"), self.vector("final_norm.bias") if norm.bias else None)
 
     def cpu_why_not(self, index: int) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -12,6 +13,11 @@ from fewbit.spec.decoder import LinearScaling, Llama3Scaling, LongScaling, Rope,
 
 def frequencies(rope: Rope, head_dim: int, device: torch.device) -> tuple[Tensor, float]:
     """Angle per position of each pair that is turned, float32, and what cos and sin are multiplied by."""
+    # made once: a step of a small model takes ten times as long as they; on a GPU a graph may own them
+    return (_kept if device.type == "cpu" else _made)(rope, head_dim, device)
+
+
+def _made(rope: Rope, head_dim: int, device: torch.device) -> tuple[Tensor, float]:
     head_dim = rope.width(head_dim)
     pair = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     plain = 1.0 / rope.theta**pair
@@ -31,6 +37,9 @@ def frequencies(rope: Rope, head_dim: int, device: torch.device) -> tuple[Tensor
         return plain / torch.tensor(s.factors, device=device), s.attention_factor
     assert isinstance(s, YarnScaling)
     return _yarn(rope, s, plain, head_dim)
+
+
+_kept = functools.lru_cache(maxsize=256)(torch.inference_mode(False)(_made))  # for whoever asks, in any mode
 
 
 def _yarn(rope: Rope, s: YarnScaling, plain: Tensor, head_dim: int) -> tuple[Tensor, float]:
@@ -64,7 +73,8 @@ class Rotary:
             angle = self.positions.float()[:, None] * frequency
             both = angle.repeat_interleave(2, -1) if rope.interleaved else torch.cat((angle, angle), -1)
             angle = both[:, None]
-            self._made[key] = (angle.cos() * sharpen).to(self.dtype), (angle.sin() * sharpen).to(self.dtype)
+            cos, sin = (x if sharpen == 1.0 else x * sharpen for x in (angle.cos(), angle.sin()))
+            self._made[key] = cos.to(self.dtype), sin.to(self.dtype)
         return self._made[key]
 
 

@@ -17,6 +17,7 @@ from fewbit.compress.recipe import parse_recipe
 from fewbit.engine.attend import KVCache, PagedAttend
 from fewbit.engine.batch import Batch, Piece
 from fewbit.model.cpu import CpuLayer, CpuLayers
+from fewbit.model.decoder import normalize
 from fewbit.model.load import Loader
 from fewbit.model.rope import Rotary
 from fewbit.ops.attention.cpu import PagedLayer
@@ -105,7 +106,7 @@ def test_a_row_is_the_same_alone_among_others_on_two_threads_and_on_every_instru
     rotary, layer = Rotary(torch.zeros(139, dtype=torch.int64), torch.float32), made.cpu_layer(0)
 
     def run(layer, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = layer.halves.before(x, *(t[: len(x)] for t in layer.angles(rotary)))
+        q, k, v = layer.halves.before(x, *(t[: len(x)] for t in rotary(*layer.turned)))
         return torch.cat([q.flatten(1), k.flatten(1), v.flatten(1), layer.halves.after(x, q)], 1)
 
     together = run(layer, x)
@@ -197,6 +198,19 @@ def test_activations_are_right_from_end_to_end_and_no_number_stays_none(tmp_path
     assert ours[3].isnan().all()
     assert ours[:3].isfinite().all()
     assert ours[4:].isfinite().all()
+
+
+def test_the_norm_before_the_head_is_torchs(tmp_path):
+    made = loader(tmp_path, "llama", None)
+    norm, spec = made.final_norm(), made.checkpoint.spec
+    assert isinstance(norm, in_c.Normalize)
+    x = 3 * torch.randn(9, spec.hidden, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(norm(x), normalize(x, spec.final_norm, made.vector("final_norm.weight")))
+    assert torch.equal(norm(x.T.contiguous().T), norm(x))
+    assert torch.equal(norm(x[4:5])[0], norm(x)[4])
+    for variant in BUILT.usable:
+        assert torch.equal(in_c.Normalize(made.vector("final_norm.weight"), spec.final_norm.eps, variant)(x), norm(x))
+    assert not isinstance(Loader(made.checkpoint, CPU, "exact").final_norm(), in_c.Normalize)
 
 
 def test_torchs_defaults_do_not_matter(tmp_path):

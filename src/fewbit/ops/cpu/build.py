@@ -44,6 +44,7 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {  # best first; avx512vl is A
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _CALLS = {  # what each instruction set has, and its arguments
     "linear": (*[_POINTER] * 3, _LONG, _INT),
+    "normalize": (_POINTER, _LONG, _LONG, _POINTER, ctypes.c_float, _POINTER),
     "before": (*[_POINTER] * 7, _LONG, _INT),
     "after": (*[_POINTER] * 4, _LONG, _INT),
     "layers": (*[_POINTER] * 4, _LONG, *[_POINTER] * 2, _INT),

@@ -121,6 +121,11 @@ static void after(const Layer *layer, const float *x, const float *seen, float *
     }
 }
 
+/* y[m][n]: the RMSNorms of rows. */
+EXPORT(void, fewbit_normalize)(const float *x, int64_t m, int64_t n, const float *weight, float eps, float *y) {
+    for (int64_t i = 0; i < m; i++) normalize(x + i * n, n, weight, eps, y + i * n);
+}
+
 /* `before` with `threads` threads. 0; 1: no memory. */
 EXPORT(int, fewbit_before)
 (const Layer *layer, const float *x, const float *cosines, const float *sines, float *q, float *k, float *v,

@@ -26,6 +26,28 @@ class _Layer(ctypes.Structure):
     )
 
 
+class Normalize:
+    """An RMSNorm.
+
+    Args:
+        weight: [d].
+        eps: what is added to the mean of squares.
+        variant: the instruction set; None: the best that this processor has.
+    """
+
+    def __init__(self, weight: Tensor, eps: float, variant: str | None = None) -> None:
+        built = library()
+        assert isinstance(built, Library)
+        self._call, self._weight, self._eps = built.call("normalize", variant), weight.float().contiguous(), eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, d] to [T, d], float32."""
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        self._call(x.data_ptr(), *x.shape, self._weight.data_ptr(), self._eps, y.data_ptr())
+        return y
+
+
 class Halves:
     """A layer with plain RMSNorms before attention and MLP, rotary positions over half heads, and a gated SiLU.
 
