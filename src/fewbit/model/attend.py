@@ -7,7 +7,7 @@ means the same numbers everywhere.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -36,18 +36,12 @@ class Attend(Protocol):
         ...
 
 
-class InPages(ABC):
+class InPages(Attend):
     """An `Attend` over pages, which layers in C read by themselves."""
 
     @abstractmethod
     def in_pages(self, layers: Sequence[int]) -> tuple[Sequence[PagedLayer], Spans] | None:
         """The attention of some layers, and the step; None: C does not know that of one of them."""
-
-    @abstractmethod
-    def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, a: Attention, sinks: Tensor | None = None
-    ) -> Tensor:
-        """See `Attend`."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from fewbit.spec.decoder import LinearScaling, Llama3Scaling, LongScaling, Rope,
 
 def frequencies(rope: Rope, head_dim: int, device: torch.device) -> tuple[Tensor, float]:
     """Angle per position of each pair that is turned, float32, and what cos and sin are multiplied by."""
-    # made once: a step of a small model takes ten times as long as they; on a GPU a graph may own them
+    # every step asks; on a GPU they are made anew, since a graph may own them
     return (_kept if device.type == "cpu" else _made)(rope, head_dim, device)
 
 
